@@ -1,0 +1,293 @@
+"""Typed run configurations: what a recipe page returns and what the command line may override.
+
+Every field is documented where it stands; a wrong value is refused at construction with the field, the value
+and the rule in the message. Shapes and defaults follow Unmasked Teacher (arXiv 2303.16058).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+MaskKind = Literal["semantic", "random", "tube"]
+Dtype = Literal["bf16", "fp32"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the field, the value and the rule."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError(message) unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(kw_only=True, slots=True)
+class VitConfig:
+    """The student: a pre-LN ViT without class token (paper section 4.1)."""
+
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    patch_size: int = 16
+    tubelet_size: int = 1
+    """Frames per token; every official script uses 1."""
+    image_size: int = 224
+    num_frames: int = 8
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.1
+    """Stochastic depth rate of the last block; it grows linearly from 0 at the first."""
+    attention: Literal["joint", "spatial"] = "joint"
+    """`joint` space-time attention, or `spatial`: within each frame only (paper Table 3)."""
+    checkpoint_blocks: int = 0
+    """Recompute the activations of the first so many blocks in the backward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "num_heads", "patch_size", "tubelet_size", "image_size", "num_frames"):
+            require(getattr(self, name) > 0, f"student.{name} is {getattr(self, name)}; it must be positive")
+        require(
+            self.width % self.num_heads == 0,
+            f"student.width {self.width} is not a multiple of student.num_heads {self.num_heads}",
+        )
+        require(
+            self.image_size % self.patch_size == 0,
+            f"student.image_size {self.image_size} is not a multiple of student.patch_size {self.patch_size}",
+        )
+        require(
+            self.num_frames % self.tubelet_size == 0,
+            f"student.num_frames {self.num_frames} is not a multiple of student.tubelet_size {self.tubelet_size}",
+        )
+        require(0 <= self.drop_path < 1, f"student.drop_path is {self.drop_path}; it must lie in [0, 1)")
+        require(
+            0 <= self.checkpoint_blocks <= self.depth,
+            f"student.checkpoint_blocks is {self.checkpoint_blocks}; it must lie in [0, depth = {self.depth}]",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    """The frozen CLIP visual tower."""
+
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    patch_size: int = 16
+    image_size: int = 224
+    """Pixels per side the teacher sees; CLIP L/14 runs at 196 so that its grid is the student's 14 x 14."""
+    output_dim: int = 512
+    weights: str = "ViT-B-16:openai"
+    """`ARCH:TAG` for open_clip, a local file (OpenAI, open_clip or official layout), or `untrained`:
+    random weights, which train nothing useful and are announced loudly."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.width % self.num_heads == 0,
+            f"teacher.width {self.width} is not a multiple of teacher.num_heads {self.num_heads}",
+        )
+        require(
+            self.image_size % self.patch_size == 0,
+            f"teacher.image_size {self.image_size} is not a multiple of teacher.patch_size {self.patch_size}",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class MaskConfig:
+    """Which tokens the student sees."""
+
+    kind: MaskKind = "semantic"
+    """`semantic`: drawn frame by frame from the teacher's class-token attention; `random`: uniformly over the
+    clip; `tube`: the same uniform positions in every frame."""
+    ratio: float = 0.8
+    """Share of tokens hidden; n = N - int(N * ratio) stay visible."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; it must lie in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
+class AlignConfig:
+    """The alignment of student outputs to teacher outputs (paper section 3.1)."""
+
+    num_layers: int = 6
+    """K: the last K blocks of both towers, paired in order."""
+    normalize: Literal["l2", "none"] = "l2"
+    loss: Literal["l2", "mse", "smooth_l1"] = "l2"
+    """`l2`: 2 - 2 cos summed over channels, as in the official code; the others average over channels too."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which clips, and how they are cut."""
+
+    train: str = ""
+    """An official list (path, label), a manifest written by `scan`, or empty: then the run stops and says so."""
+    root: str = ""
+    """Folder put before relative paths of the list; empty: the list's own folder."""
+    separator: str = ","
+    """Field separator of the list."""
+    sampling: Literal["sparse", "dense"] = "sparse"
+    """`sparse`: one random frame in each of T equal segments; `dense`: T frames `sampling_rate` apart."""
+    sampling_rate: int = 4
+    """Frame stride of dense sampling."""
+    num_sample: int = 1
+    """Augmented crops per decoded clip (repeated augmentation)."""
+    augment: Literal["multi_scale_crop", "center"] = "multi_scale_crop"
+    flip: bool = True
+    workers: int = 4
+    """Decoding processes per rank; 0 decodes in the training process."""
+    prefetch: int = 2
+    """Batches each worker prepares ahead."""
+    max_bad_share: float = 0.1
+    """The run stops once more than this share of the list's files proved unreadable."""
+    frame_pattern: str = "img_{:05d}.jpg"
+    """File name of frame i (from 1) in lists of frame folders."""
+
+    def __post_init__(self) -> None:
+        require(len(self.separator) > 0, "data.separator is empty; give the character between the list's fields")
+        require(self.num_sample >= 1, f"data.num_sample is {self.num_sample}; it must be at least 1")
+        require(self.sampling_rate >= 1, f"data.sampling_rate is {self.sampling_rate}; it must be at least 1")
+        require(self.workers >= 0, f"data.workers is {self.workers}; it must not be negative")
+        require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be at least 1")
+        require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it must lie in [0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its schedule: linear warm-up, then half a cosine."""
+
+    lr: float = 1.5e-4
+    """Peak rate for `lr_batch` clips per step; scaled linearly with the true global batch."""
+    min_lr: float = 1e-5
+    """Final rate, scaled like lr."""
+    warmup_lr: float = 0.0
+    """Rate of the first step, scaled like lr; the official stage-1 run starts at 0."""
+    lr_batch: int = 256
+    """Batch the rates are meant for; 0 switches the scaling off."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    """Not applied to biases, to one-dimensional parameters, nor to position tables."""
+    layer_decay: float = 1.0
+    """Rate multiplier per layer from the top (fine-tuning); 1 switches it off."""
+    clip_grad: float = 0.0
+    """Largest gradient norm; 0 switches clipping off."""
+    fused: Literal["torch", "apex"] = "torch"
+    """`apex`: NVIDIA apex's FusedAdam (GPU only; not the registry's package of that name)."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "min_lr", "warmup_lr", "weight_decay", "clip_grad"):
+            require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it must not be negative")
+        require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """How long, how large, where to."""
+
+    out: str = "runs/default"
+    """Folder of checkpoints, metrics.jsonl and TensorBoard events."""
+    batch_size: int = 64
+    """Clips per rank and micro-step, before `num_sample`."""
+    accumulate: int = 1
+    """Micro-steps whose gradients make one optimizer step."""
+    epochs: int = 201
+    warmup_epochs: float = 40
+    max_steps: int = 0
+    """Stop after so many optimizer steps; 0: only `epochs` decides. The schedule is not shortened."""
+    dtype: Dtype = "bf16"
+    """Compute precision; parameters and optimizer state stay fp32."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    seed: int = 0
+    compile: bool = False
+    """torch.compile the objective."""
+    log_every: int = 10
+    """Steps between log lines; the only steps on which the host waits for the device."""
+    save_every: int = 0
+    """Steps between checkpoints besides the one at each epoch's end; 0: none."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones are deleted after a newer one is safely on disk."""
+    keep_every_epochs: int = 0
+    """Checkpoints of every so many epochs are never deleted; 0: none."""
+    resume: bool = True
+    """Continue from the newest checkpoint in `out`, if there is one."""
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "epochs", "log_every", "keep"):
+            require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup_epochs", "max_steps", "save_every", "keep_every_epochs"):
+            require(getattr(self, name) >= 0, f"run.{name} is {getattr(self, name)}; it must not be negative")
+        require(
+            self.warmup_epochs < self.epochs,
+            f"run.warmup_epochs {self.warmup_epochs} must be less than run.epochs {self.epochs}",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class Stage1Config:
+    """Masked video pre-training against a frozen CLIP teacher."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    student: VitConfig = field(default_factory=VitConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    init: str = ""
+    """Student weights to start from (official stage-1 layout); empty: from scratch."""
+
+    def __post_init__(self) -> None:
+        student_side = self.student.image_size // self.student.patch_size
+        teacher_side = self.teacher.image_size // self.teacher.patch_size
+        require(
+            student_side == teacher_side,
+            f"the student's grid is {student_side} x {student_side} and the teacher's {teacher_side} x {teacher_side}; "
+            "choose teacher.image_size so that both are equal",
+        )
+        for tower, depth in (("student", self.student.depth), ("teacher", self.teacher.depth)):
+            require(
+                1 <= self.align.num_layers <= depth,
+                f"align.num_layers is {self.align.num_layers}; it must lie in [1, {tower}.depth = {depth}]",
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class FinetuneConfig:
+    """Supervised classification of clips, from pre-trained weights or from scratch."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(epochs=35, warmup_epochs=2, batch_size=16))
+    data: DataConfig = field(default_factory=lambda: DataConfig(num_sample=2))
+    student: VitConfig = field(default_factory=VitConfig)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=2e-4, min_lr=1e-6, warmup_lr=1e-6, betas=(0.9, 0.999), layer_decay=0.75)
+    )
+    num_classes: int = 710
+    init: str = ""
+    """Encoder weights to start from (stage-1, classifier or stage-2 file); empty: from scratch."""
+    freeze: bool = False
+    """Train the final norm and head alone (a linear probe)."""
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.num_classes >= 2, f"num_classes is {self.num_classes}; it must be at least 2")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested dictionaries of plain values, for checkpoints and logs."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(entry) for entry in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
