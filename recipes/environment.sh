@@ -1,0 +1,30 @@
+# Sourced by the other recipes: finds or makes the environment and sets PYTHON.
+#
+#   UMT_PYTHON=/path/to/python   use this interpreter as it is (it must have torch, open_clip, ...); nothing is installed
+#   otherwise                    use .venv in the repository, made from constraints.txt when missing or out of date
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+make_environment() {
+    local base=${PYTHON3:-python3} stamp
+    stamp=$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | sha256sum | cut -d' ' -f1)
+    # The stamp is written last, so an installation cut short is done again.
+    if [ "$(cat "$ROOT/.venv/installed" 2>/dev/null)" != "$stamp" ]; then
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+            echo "umt_fast needs Python 3.11 or newer; $base is $("$base" --version 2>&1). Set PYTHON3=/path/to/a/newer/python3." >&2
+            return 1
+        }
+        echo "Making $ROOT/.venv (once; about 5 GB, two minutes on a fast connection) ..." >&2
+        rm -f "$ROOT/.venv/installed"
+        "$base" -m venv "$ROOT/.venv" &&
+            "$ROOT/.venv/bin/python" -m pip install -q -c "$ROOT/constraints.txt" -e "$ROOT[test]" &&
+            echo "$stamp" >"$ROOT/.venv/installed" || return 1
+    fi
+    PYTHON="$ROOT/.venv/bin/python"
+}
+
+if [ -n "${UMT_PYTHON:-}" ]; then
+    PYTHON=$UMT_PYTHON
+    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+else
+    make_environment || exit 1
+fi

@@ -1,0 +1,21 @@
+"""A stage-1 run of seconds, for tests of the command line."""
+
+from umt_fast.config import AlignConfig, DataConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
+
+DEFAULT = "tiny"
+
+
+def tiny() -> Stage1Config:
+    """Three steps of a two-block student under an untrained teacher."""
+    return Stage1Config(
+        run=RunConfig(
+            batch_size=2, epochs=3, warmup_epochs=1, max_steps=3, dtype="fp32", device="cpu", log_every=1,
+            tensorboard=False,
+        ),
+        data=DataConfig(workers=0),
+        student=VitConfig(width=32, depth=2, num_heads=2, image_size=32, num_frames=4),
+        teacher=TeacherConfig(
+            width=32, depth=2, num_heads=2, patch_size=16, image_size=32, output_dim=16, weights="untrained"
+        ),
+        align=AlignConfig(num_layers=2),
+    )  # fmt: skip

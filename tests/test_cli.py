@@ -1,0 +1,112 @@
+"""The command line: what it accepts, and one clear error for each thing it cannot work with."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from umt_fast.__main__ import main
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = "tests/assets/tiny.py"
+
+
+def fails(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """Runs a command that must fail and returns its error text."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # the argument parser leaves this way
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2, f"exit status {code}, output {captured}"
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.fixture(autouse=True)
+def at_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("train", "scan", "bench", "report", "quickstart"):
+        assert f"\n  {command} " in text
+
+
+def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "stage1_k710", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for key in ("--run.batch_size", "--mask.ratio", "--optim.weight_decay", "--data.num_sample", "--student.drop_path"):
+        assert key in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "did you mean 'train'"),
+        (["train"], "needs a recipe"),
+        (["train", "stage1_k71"], "did you mean 'stage1_k710'"),
+        (["train", "stage1_k710:l61"], "did you mean 'l16'"),
+        (["train", "missing.py"], "no recipe page at missing.py"),
+        (["train", "stage1_k710", "--mask.raito", "0.5"], "--mask.ratio"),
+        (["train", "stage1_k710", "--mask.ratio", "1.5"], "mask.ratio is 1.5"),
+        (["train", "stage1_k710", "--run.batch_size", "many"], "many"),
+        (["train", "stage1_k710"], "data.train is empty"),
+        (["bench", "stage3"], "unknown benchmark 'stage3'"),
+        (["bench", "stage1", "--steps", "0"], "steps is 0"),
+        (["report", "no/such/run"], "no run folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
+    assert expected in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "videos.csv"),
+        ("", "empty"),
+        ("a.mp4,0\nb.mp4\n", "line 2"),
+        ("a.mp4,zero\n", "zero"),
+        ("a.mp4 0\n", "separator"),
+    ],
+    ids=["missing", "empty", "malformed", "label", "separator"],
+)
+def test_bad_lists(content: str | None, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    videos = tmp_path / "videos.csv"
+    if content is not None:
+        videos.write_text(content)
+    assert expected in fails(capsys, "train", TINY, "--data.train", videos, "--run.out", tmp_path / "run")
+
+
+def test_weights_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture, tiny_list: Path) -> None:
+    import torch
+
+    weights = tmp_path / "student.pt"
+    torch.save({"model": {"encoder.norm.weight": torch.ones(7)}}, weights)
+    text = fails(capsys, "train", TINY, "--data.train", tiny_list, "--run.out", tmp_path / "run", "--init", weights)
+    assert "encoder.norm.weight" in text
+
+
+def test_out_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture, tiny_list: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert "file" in fails(capsys, "train", TINY, "--data.train", tiny_list, "--run.out", blocked / "run")
+
+
+def test_train_leaves_checkpoint_and_metrics(tmp_path: Path, tiny_list: Path) -> None:
+    """The whole command in a process of its own, worker processes included."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "umt_fast", "train", TINY, "--data.train", str(tiny_list), "--run.out", str(out)]
+    done = subprocess.run([*command, "--data.workers", "2"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "untrained" in done.stderr
+    assert list(out.glob("checkpoint-*.pt"))
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3 and '"loss"' in lines[-1]

@@ -1,0 +1,154 @@
+"""The command line: `python -m umt_fast COMMAND ...`.
+
+Commands:
+  train RECIPE [--section.key value ...]   one training run; `train RECIPE --help` lists every key
+  scan LIST --out MANIFEST                 decode every clip once, write a manifest and a list of bad files
+  bench stage1 [...]                       time a whole training step on random clips, one JSON line
+  report RUN                               write RUN/report.html from a run's metrics and results
+  quickstart [--out DIR] [--seed N]        the sample world from nothing to report
+
+`python -m umt_fast COMMAND --help` explains each.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from umt_fast.config import ConfigError
+
+
+def _cli(function: Any, arguments: list[str], command: str, **keywords: Any) -> Any:
+    return tyro.cli(
+        function,
+        args=arguments,
+        prog=f"python -m umt_fast {command}",
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+        **keywords,
+    )
+
+
+def _train(arguments: list[str]) -> None:
+    from umt_fast import recipe
+
+    if not arguments or arguments[0].startswith("-"):
+        if arguments in (["--help"], ["-h"]):
+            print("usage: python -m umt_fast train RECIPE [--section.key value ...]")
+            print(f"recipes: {', '.join(recipe.names())}, each with variants as NAME:VARIANT, or the path of a page")
+            print("`python -m umt_fast train RECIPE --help` lists every key with its default.")
+            return
+        raise ConfigError(f"train needs a recipe first; known: {', '.join(recipe.names())}")
+    base = recipe.load(arguments[0])
+    config = _cli(type(base), arguments[1:], f"train {arguments[0]}", default=base)
+    from umt_fast.train import train
+
+    train(config)
+
+
+def _scan(arguments: list[str]) -> None:
+    from umt_fast.config import DataConfig
+    from umt_fast.data.scan import scan
+
+    def command(
+        list_path: Annotated[Path, tyro.conf.Positional],
+        /,
+        out: Path,
+        workers: int = 4,
+        separator: str = ",",
+        root: str = "",
+    ) -> None:
+        """Decode every clip of a list once and write a manifest that training reads in its place.
+
+        Args:
+            list_path: The list: path and label per line, or frame folders (path, number of frames, label).
+            out: Manifest to write; the bad files go beside it. An interrupted scan continues.
+            workers: Decoding processes.
+            separator: Field separator of the list.
+            root: Folder put before relative paths; empty: the list's own folder.
+        """
+        scan(list_path, out, workers=workers, data=DataConfig(separator=separator, root=root))
+
+    _cli(command, arguments, "scan")
+
+
+def _bench(arguments: list[str]) -> None:
+    from umt_fast.bench import stage1
+
+    if not arguments or arguments[0] != "stage1":
+        given = f"unknown benchmark {arguments[0]!r}" if arguments else "bench needs the name of a benchmark"
+        raise ConfigError(f"{given}; there is: stage1")
+    _cli(stage1.main, arguments[1:], "bench stage1")
+
+
+def _report(arguments: list[str]) -> None:
+    from umt_fast.report import write_report
+
+    def command(run: Annotated[Path, tyro.conf.Positional], /) -> None:
+        """Write one self-contained report.html into a run's folder.
+
+        Args:
+            run: Folder of a run (or of a quickstart).
+        """
+        if not run.is_dir():
+            raise ConfigError(f"no run folder at {run}")
+        print(write_report(run))
+
+    _cli(command, arguments, "report")
+
+
+def _quickstart(arguments: list[str]) -> None:
+    from umt_fast import quickstart
+
+    def command(out: Path = Path("runs/quickstart"), seed: int = 0) -> None:
+        """Render the sample world, train its teacher, pre-train, compare, report.
+
+        Args:
+            out: Folder for everything; finished parts found there are not done again.
+            seed: Seed of the world, the teacher and the training.
+        """
+        quickstart.run(out, seed)
+
+    _cli(command, arguments, "quickstart")
+
+
+COMMANDS = {"train": _train, "scan": _scan, "bench": _bench, "report": _report, "quickstart": _quickstart}
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What a user's input can cause, reported in one line. Anything else is our fault and keeps its stack."""
+    from umt_fast.data.manifest import DataError
+    from umt_fast.engine.checkpoint import CheckpointError
+    from umt_fast.engine.trainer import NonFiniteError
+    from umt_fast.models.weights import WeightsError
+
+    return (ConfigError, DataError, WeightsError, CheckpointError, NonFiniteError, OSError)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0, or 2 with one line on stderr for input that cannot work."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, 1, 0.3)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown command {name!r}{hint} Commands: {', '.join(COMMANDS)}")
+        COMMANDS[name](rest)
+    except _user_errors() as error:
+        print(f"umt_fast: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Finds a recipe page by name or path and returns the configuration it defines.
+
+A page is a Python file whose public functions take no argument and return a configuration; DEFAULT names one of them.
+`stage1_k710` means that page's DEFAULT, `stage1_k710:l16` its variant l16, `some/page.py:tiny` a page of one's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config
+
+CONFIGS = (Stage1Config, FinetuneConfig)
+BUNDLED = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def folders() -> list[Path]:
+    """Where named recipes are looked for: ./recipes, then the repository's own."""
+    return list(dict.fromkeys([Path.cwd() / "recipes", BUNDLED]))
+
+
+def names() -> list[str]:
+    """The names of all pages found."""
+    return sorted({page.stem for folder in folders() for page in folder.glob("*.py")})
+
+
+def _page(name: str) -> Path:
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise ConfigError(f"no recipe page at {name}")
+        return Path(name)
+    for folder in folders():
+        if (folder / f"{name}.py").is_file():
+            return folder / f"{name}.py"
+    near = difflib.get_close_matches(name, names(), 1, 0.3)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"unknown recipe {name!r}{hint} Known: {', '.join(names())}, or the path of a page ending in .py")
+
+
+def _load(page: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"umt_fast_recipe_{page.stem}", page)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses resolve their annotations through sys.modules, so a page that defines one must be found there.
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"recipe page {page} does not load: {type(error).__name__}: {error}") from error
+    return module
+
+
+def load(recipe: str) -> Any:
+    """The configuration of `NAME[:VARIANT]` or `PATH.py[:VARIANT]`.
+
+    Raises ConfigError: unknown page (the nearest name is suggested), unknown variant, a page that fails.
+    """
+    name, _, variant = recipe.rpartition(":") if ":" in recipe else (recipe, "", "")
+    page = _page(name)
+    module = _load(page)
+    variants = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
+    }
+    variant = variant or getattr(module, "DEFAULT", "")
+    if variant not in variants:
+        near = difflib.get_close_matches(variant, variants, 1, 0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"recipe {page} has no variant {variant!r}{hint} It has: {', '.join(sorted(variants))}")
+    config = variants[variant]()
+    if not isinstance(config, CONFIGS):
+        raise ConfigError(f"{page}:{variant} returns {type(config).__name__}, not one of the run configurations")
+    return config
