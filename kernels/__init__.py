@@ -1,0 +1,26 @@
+"""Operations of masked video pre-training, each a plain PyTorch reference and a Triton kernel behind one function.
+
+Tensors in, tensors out: this package needs torch and triton alone. The device of a tensor decides the road; see each
+function's docstring for shapes, formula and bytes moved.
+"""
+
+from kernels._launch import force_road
+from kernels.align_loss import align_features, align_loss
+from kernels.attention import attention, attention_road, attention_varlen
+from kernels.patch_gather import patch_gather
+from kernels.semantic_mask import class_attention, sample_visible, semantic_mask
+from kernels.token_gather import token_gather
+
+__all__ = [
+    "align_features",
+    "align_loss",
+    "attention",
+    "attention_road",
+    "attention_varlen",
+    "class_attention",
+    "force_road",
+    "patch_gather",
+    "sample_visible",
+    "semantic_mask",
+    "token_gather",
+]

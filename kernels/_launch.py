@@ -1,0 +1,78 @@
+"""Which road an operation takes, and the checks all operations share.
+
+The tensor's device decides: CUDA tensors take the Triton kernel, all others the plain PyTorch reference. Forcing the
+Triton road on CPU tensors works only under Triton's interpreter (TRITON_INTERPRET=1) and raises otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Road = Literal["auto", "reference", "triton"]
+ROADS = ("auto", "reference", "triton")
+
+_forced: contextvars.ContextVar[str] = contextvars.ContextVar("kernels_road", default="auto")
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU; must be set before triton is first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@contextlib.contextmanager
+def force_road(road: Road) -> Iterator[None]:
+    """Within the block, operations called with road="auto" take this road. For tests and comparisons."""
+    if road not in ROADS:
+        raise ValueError(f"road is {road!r}; choose one of {', '.join(ROADS)}")
+    token = _forced.set(road)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def use_triton(road: str, tensor: Tensor) -> bool:
+    """Whether the Triton kernel runs for this tensor.
+
+    Raises ValueError for an unknown road, or for road="triton" where no Triton kernel can run.
+    """
+    if road == "auto" and not torch.compiler.is_compiling():
+        road = _forced.get()
+    if road == "auto":
+        return tensor.device.type == "cuda"
+    if road == "reference":
+        return False
+    if road != "triton":
+        raise ValueError(f"road is {road!r}; choose one of {', '.join(ROADS)}")
+    if tensor.device.type != "cuda" and not interpreted():
+        raise ValueError(
+            f"road='triton' needs a CUDA tensor, this one is on {tensor.device}; "
+            "use road='auto', or set TRITON_INTERPRET=1 before importing triton to interpret the kernel"
+        )
+    return True
+
+
+def check_visible(visible: Tensor, batch: int, tokens: int) -> None:
+    """Refuses indices of the wrong shape or type and, on the CPU, out of range (a GPU check would wait for the device)."""
+    if visible.ndim != 2 or visible.shape[0] != batch or visible.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"visible is {visible.dtype} {tuple(visible.shape)}; it must be int32 or int64 of shape ({batch}, n)"
+        )
+    if visible.device.type == "cpu" and not torch.compiler.is_compiling() and visible.numel():
+        if type(visible) is not Tensor:  # fake tensors have no values
+            return
+        low, high = visible.aminmax()
+        if low < 0 or high >= tokens:
+            raise IndexError(f"visible holds indices in [{low}, {high}]; they must lie in [0, {tokens})")
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,208 @@
+"""semantic_mask: from the class token's query and the keys of the teacher's last block straight to visible indices.
+
+    score[r, j] = mean_h softmax_j(q[r, h] . k[r, h, j] / sqrt(D)),  j = 0 the class token, dropped and not renormalised
+    visible[r]  = n tokens drawn successively without replacement with probability proportional to score, ascending
+
+(paper section 3.1, semantic masking). Successive draws equal taking the n largest log(score) + Gumbel noise, so no draw
+depends on another. The keys are read once: 155 MB of bf16 at B/16, batch 64, where the full attention map of the last
+block would be written and read besides. 2 * R*H*(1+L)*D FLOPs.
+
+The noise comes from a counter-based generator keyed by `seed`, a tensor on the device: both roads see the same numbers,
+and a CUDA graph replays with fresh noise when the seed tensor is advanced. Tokens whose score is zero or NaN are kept only
+when fewer than n scores are positive, and then uniformly; of equal keys the lower index wins.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import _philox
+from kernels._launch import Road, power_of_two, use_triton
+
+# Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
+_IMPOSSIBLE = tl.constexpr(-1000.0)
+# The smallest step of the generator: keeps the logarithm of a drawn zero finite.
+_SMALLEST = tl.constexpr(2.0**-32)
+
+
+@triton.jit
+def _keep_largest(out, score, seed, i_row, L, n, BLOCK: tl.constexpr):
+    """Writes the n indices with the largest noisy log score, ascending. score: (BLOCK,) fp32."""
+    o = tl.arange(0, BLOCK)
+    # 32-bit offsets: with 64-bit ones tl.rand is another generator.
+    u = tl.maximum(tl.rand(tl.load(seed), (i_row * L + o).to(tl.int32)), _SMALLEST)
+    log_score = tl.where(score > 0, tl.log(tl.where(score > 0, score, 1.0)), _IMPOSSIBLE)
+    key = log_score - tl.log(-tl.log(u))
+    # An order-preserving integer: the float's bits made monotonic, then the index so that the lower one wins a tie.
+    bits = key.to(tl.int32, bitcast=True)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    packed = ordered * 4294967296 + (BLOCK - 1 - o)
+    packed = tl.where(o < L, packed, -9223372036854775807)
+    descending = tl.sort(packed, descending=True)
+    threshold = tl.max(tl.where(o == n - 1, descending, -9223372036854775807), 0)
+    kept = packed >= threshold
+    place = tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(out + i_row * n + place, o, mask=kept)
+
+
+@triton.jit
+def semantic_mask_kernel(
+    out, score_out, q, k, seed, scale, L, n,
+    q_row, q_head, k_row, k_head, k_token,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, RETURN: tl.constexpr,
+):  # fmt: skip
+    """One program per frame: all heads' softmax rows are summed in registers, then sampled."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, BLOCK)
+    o_d = tl.arange(0, BLOCK_D)
+    inside_d = o_d < D
+    score = tl.zeros((BLOCK,), tl.float32)
+    for i_head in range(HEADS):
+        b_q = tl.load(q + i_row * q_row + i_head * q_head + o_d, mask=inside_d, other=0).to(tl.float32) * scale
+        p_k = k + i_row * k_row + i_head * k_head
+        # Token 0 is the class token: loaded apart so that the vector of patch tokens starts at a power of two.
+        class_logit = tl.sum(b_q * tl.load(p_k + o_d, mask=inside_d, other=0).to(tl.float32), 0)
+        b_k = tl.load(
+            p_k + (o[:, None] + 1) * k_token + o_d[None, :], mask=(o < L)[:, None] & inside_d[None, :], other=0
+        ).to(tl.float32)
+        logit = tl.where(o < L, tl.sum(b_k * b_q[None, :], 1), float("-inf"))
+        top = tl.maximum(tl.max(logit, 0), class_logit)
+        weight = tl.exp(logit - top)
+        score += weight / (tl.sum(weight, 0) + tl.exp(class_logit - top))
+    score = score / HEADS
+    if RETURN:
+        tl.store(score_out + i_row * L + o, score, mask=o < L)
+    _keep_largest(out, score, seed, i_row, L, n, BLOCK)
+
+
+@triton.jit
+def sample_visible_kernel(out, score, seed, L, n, BLOCK: tl.constexpr):
+    i_row = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, BLOCK)
+    b_score = tl.load(score + i_row * L + o, mask=o < L, other=0)
+    _keep_largest(out, b_score, seed, i_row, L, n, BLOCK)
+
+
+@torch.library.custom_op("umt_kernels::semantic_mask", mutates_args=())
+def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_scores: bool) -> tuple[Tensor, Tensor]:
+    rows, heads, width = q.shape
+    tokens = k.shape[2] - 1
+    q = q if q.stride(2) == 1 else q.contiguous()
+    k = k if k.stride(3) == 1 else k.contiguous()
+    out = torch.empty(rows, num_visible, dtype=torch.int32, device=q.device)
+    scores = torch.empty((rows, tokens) if with_scores else (0,), dtype=torch.float32, device=q.device)
+    if out.numel() or scores.numel():
+        semantic_mask_kernel[(rows,)](
+            out, scores, q, k, seed, width**-0.5, tokens, num_visible,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
+            HEADS=heads, D=width, BLOCK_D=power_of_two(width), BLOCK=power_of_two(tokens), RETURN=with_scores,
+            num_warps=8,
+        )  # fmt: skip
+    return out, scores
+
+
+@_semantic_mask.register_fake
+def _(q, k, num_visible, seed, with_scores):
+    rows, tokens = q.shape[0], k.shape[2] - 1
+    out = q.new_empty(rows, num_visible, dtype=torch.int32)
+    return out, q.new_empty((rows, tokens) if with_scores else (0,), dtype=torch.float32)
+
+
+@torch.library.custom_op("umt_kernels::sample_visible", mutates_args=())
+def _sample_visible(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
+    rows, tokens = scores.shape
+    out = torch.empty(rows, num_visible, dtype=torch.int32, device=scores.device)
+    if out.numel():
+        sample_visible_kernel[(rows,)](
+            out, scores.contiguous(), seed, tokens, num_visible, BLOCK=power_of_two(tokens), num_warps=4
+        )  # fmt: skip
+    return out
+
+
+@_sample_visible.register_fake
+def _(scores, num_visible, seed):
+    return scores.new_empty(scores.shape[0], num_visible, dtype=torch.int32)
+
+
+def _sample_reference(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
+    u = _philox.uniform(seed, scores.numel()).view(scores.shape).clamp_min(_SMALLEST.value)
+    possible = scores > 0
+    log_score = torch.where(possible, torch.where(possible, scores, 1.0).log(), _IMPOSSIBLE.value)
+    key = log_score - (-u.log()).log()
+    kept = key.sort(dim=1, descending=True, stable=True).indices[:, :num_visible]
+    return kept.sort(1).values.to(torch.int32)
+
+
+def class_attention(q: Tensor, k: Tensor) -> Tensor:
+    """The scores alone, (R, L) fp32: class-token attention averaged over heads, class column dropped.
+
+    q: (R, H, D), k: (R, H, 1 + L, D). Plain PyTorch; softmax in fp32.
+    """
+    logits = torch.einsum("rhd,rhjd->rhj", q * q.shape[-1] ** -0.5, k)
+    return logits.float().softmax(-1)[..., 1:].mean(1)
+
+
+def _check(num_visible: int, tokens: int, seed: Tensor) -> None:
+    if not 0 <= num_visible <= tokens:
+        raise ValueError(f"num_visible is {num_visible}; it must lie in [0, {tokens}], the number of tokens")
+    if tokens > 4096:
+        raise ValueError(f"{tokens} tokens in a row exceed the limit of 4096; draw over fewer frames at a time")
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"seed is {seed.dtype} with {seed.numel()} elements; it must be int64 with one")
+
+
+def semantic_mask(
+    q: Tensor,
+    k: Tensor,
+    num_visible: int,
+    seed: Tensor,
+    *,
+    return_scores: bool = False,
+    road: Road = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draws the visible tokens of each frame from the class token's attention.
+
+    Args:
+        q: (R, H, D) class-token queries, R frames; any strides.
+        k: (R, H, 1 + L, D) keys, the class token's first; any strides.
+        num_visible: n, how many of the L tokens stay visible.
+        seed: int64 (1,) on the same device.
+        return_scores: also return the scores (R, L) fp32.
+        road: "auto", "reference" or "triton".
+
+    Returns:
+        int32 (R, n), ascending in each row.
+
+    Raises:
+        ValueError: shapes that do not fit, n outside [0, L], L over 4096.
+    """
+    if q.ndim != 3 or k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[2] or k.shape[2] < 2:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (R, H, D) and (R, H, 1 + L, D)")
+    _check(num_visible, k.shape[2] - 1, seed)
+    if use_triton(road, q):
+        visible, scores = _semantic_mask(q, k, num_visible, seed, return_scores)
+    else:
+        scores = class_attention(q, k)
+        visible = _sample_reference(scores, num_visible, seed)
+    return (visible, scores) if return_scores else visible
+
+
+def sample_visible(scores: Tensor, num_visible: int, seed: Tensor, road: Road = "auto") -> Tensor:
+    """Draws n tokens per row without replacement, with probabilities proportional to the scores.
+
+    Args:
+        scores: fp32 (R, L), not negative; rows need not sum to one.
+        num_visible, seed, road: as in semantic_mask.
+
+    Returns:
+        int32 (R, n), ascending in each row.
+    """
+    if scores.ndim != 2 or scores.dtype != torch.float32:
+        raise ValueError(f"scores are {scores.dtype} {tuple(scores.shape)}; they must be float32 (R, L)")
+    _check(num_visible, scores.shape[1], seed)
+    if use_triton(road, scores):
+        return _sample_visible(scores, num_visible, seed)
+    return _sample_reference(scores, num_visible, seed)

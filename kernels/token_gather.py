@@ -1,0 +1,120 @@
+"""token_gather: the visible tokens of a sequence, with their position rows added in the same pass.
+
+    out[b, i] = x[b, visible[b, i]] + table[visible[b, i]]
+
+Forward moves 2 * B*n*C elements (and n*C of the table, which stays in cache); backward writes each of the B*N*C gradient
+elements once and reads B*n*C. Indices within a row are unique, so backward scatters without atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._launch import Road, check_visible, power_of_two, use_triton
+
+
+@triton.jit
+def token_gather_fwd_kernel(
+    out, x, visible, table, n, tokens, C: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    token = tl.load(visible + i_row).to(tl.int64)
+    o = tl.arange(0, BLOCK)
+    inside = o < C
+    value = tl.load(x + (i_row // n * tokens + token) * C + o, mask=inside)
+    if TABLE:
+        # Rounded to the dtype of x first, as the reference adds a cast table.
+        value += tl.load(table + token * C + o, mask=inside).to(value.dtype)
+    tl.store(out + i_row * C + o, value, mask=inside)
+
+
+@triton.jit
+def token_gather_bwd_kernel(dx, dout, visible, n, tokens, C: tl.constexpr, BLOCK: tl.constexpr):
+    i_row = tl.program_id(0).to(tl.int64)
+    token = tl.load(visible + i_row).to(tl.int64)
+    o = tl.arange(0, BLOCK)
+    value = tl.load(dout + i_row * C + o, mask=o < C)
+    tl.store(dx + (i_row // n * tokens + token) * C + o, value, mask=o < C)
+
+
+@torch.library.custom_op("umt_kernels::token_gather", mutates_args=())
+def _token_gather(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
+    x, visible = x.contiguous(), visible.contiguous()
+    batch, tokens, width = x.shape
+    n = visible.shape[1]
+    out = torch.empty(batch, n, width, dtype=x.dtype, device=x.device)
+    if out.numel():
+        token_gather_fwd_kernel[(batch * n,)](
+            out, x, visible, None if table is None else table.contiguous(), n, tokens,
+            C=width, BLOCK=power_of_two(width), TABLE=table is not None, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@_token_gather.register_fake
+def _(x, visible, table):
+    return x.new_empty(*visible.shape, x.shape[2])
+
+
+@torch.library.custom_op("umt_kernels::token_gather_backward", mutates_args=())
+def _token_gather_backward(dout: Tensor, visible: Tensor, tokens: int) -> Tensor:
+    dout, visible = dout.contiguous(), visible.contiguous()
+    batch, n, width = dout.shape
+    dx = torch.zeros(batch, tokens, width, dtype=dout.dtype, device=dout.device)
+    if dout.numel():
+        token_gather_bwd_kernel[(batch * n,)](
+            dx, dout, visible, n, tokens, C=width, BLOCK=power_of_two(width), num_warps=4
+        )  # fmt: skip
+    return dx
+
+
+@_token_gather_backward.register_fake
+def _(dout, visible, tokens):
+    return dout.new_empty(dout.shape[0], tokens, dout.shape[2])
+
+
+def _setup(ctx, inputs, output):
+    x, visible, _ = inputs
+    ctx.save_for_backward(visible)
+    ctx.tokens = x.shape[1]
+
+
+def _backward(ctx, dout):
+    (visible,) = ctx.saved_tensors
+    return _token_gather_backward(dout, visible, ctx.tokens), None, None
+
+
+_token_gather.register_autograd(_backward, setup_context=_setup)
+
+
+def _reference(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
+    index = visible.long()
+    out = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    return out if table is None else out + table.to(x.dtype)[index]
+
+
+def token_gather(x: Tensor, visible: Tensor, table: Tensor | None = None, road: Road = "auto") -> Tensor:
+    """Rows of x at visible, plus the same rows of a position table.
+
+    Args:
+        x: (B, N, C), floating.
+        visible: int32 or int64 (B, n); the indices of one row are unique.
+        table: (N, C) added after a cast to x's dtype, or None. Constant: it gets no gradient.
+        road: "auto", "reference" or "triton".
+
+    Returns:
+        (B, n, C) in x's dtype; differentiable with respect to x.
+
+    Raises:
+        ValueError: shapes that do not fit. IndexError: an index out of range (CPU only).
+    """
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be floating (B, N, C)")
+    if table is not None and table.shape != x.shape[1:]:
+        raise ValueError(f"table has shape {tuple(table.shape)}; it must be {tuple(x.shape[1:])}, a row for each token")
+    check_visible(visible, x.shape[0], x.shape[1])
+    table = None if table is None else table.detach()
+    return _token_gather(x, visible, table) if use_triton(road, x) else _reference(x, visible, table)
