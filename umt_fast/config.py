@@ -81,6 +81,8 @@ class TeacherConfig:
     image_size: int = 224
     """Pixels per side the teacher sees; CLIP L/14 runs at 196 so that its grid is the student's 14 x 14."""
     output_dim: int = 512
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """OpenAI's weights were trained with x * sigmoid(1.702 x), most of open_clip's own with the exact GELU."""
     weights: str = "ViT-B-16:openai"
     """`ARCH:TAG` for open_clip, a local file (OpenAI, open_clip or official layout), or `untrained`:
     random weights, which train nothing useful and are announced loudly."""

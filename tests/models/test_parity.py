@@ -1,0 +1,121 @@
+"""Our modules against what the official implementation computed from the same weights, file by file.
+
+Every `stage1_*.safetensors` under the shared parity folder is a case; sizes come from its metadata.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import kernels
+from umt_fast.config import AlignConfig, MaskConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
+from umt_fast.models.weights import fit
+from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+
+SHARED = Path(os.environ.get("UMT_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
+CASES = sorted((SHARED / "parity").glob("stage1_*.safetensors"))
+ROADS = ["reference", "triton"]
+LIMIT = 1e-4
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
+
+
+class Case:
+    """One file: the tensors, and our objective filled with its weights."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            sizes = json.loads(file.metadata()["config"])
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
+        self.normalize = sizes["fmt"]
+        config = Stage1Config(
+            run=RunConfig(dtype="fp32"),
+            student=VitConfig(
+                width=sizes["dim"], depth=sizes["depth"], num_heads=sizes["heads"], patch_size=sizes["patch"],
+                tubelet_size=sizes["tubelet"], image_size=sizes["img"], num_frames=sizes["t"], drop_path=0.0,
+            ),
+            teacher=TeacherConfig(
+                width=sizes["twidth"], depth=sizes["tdepth"], num_heads=sizes["theads"], patch_size=sizes["tpatch"],
+                image_size=sizes["timg"], output_dim=sizes["tout"], weights="untrained",
+            ),
+            mask=MaskConfig(ratio=sizes["ratio"]),
+            align=AlignConfig(num_layers=sizes["k"], normalize=self.normalize),
+        )  # fmt: skip
+        self.objective = UnmaskedAlignment(config)
+        for part in ("student", "teacher"):
+            state = {k.removeprefix(f"{part}."): v for k, v in self.tensors.items() if k.startswith(f"{part}.")}
+            fit(getattr(self.objective, part), state, str(path))
+        self.video, mask = self.tensors["in.video"], self.tensors["in.mask"]
+        self.visible = (~mask).nonzero()[:, 1].view(mask.shape[0], -1).to(torch.int32)
+        per_frame = mask.view(mask.shape[0], self.objective.student.encoder.grid.frames, -1)
+        self.rectangular = (per_frame.sum(-1) == per_frame.sum(-1)[0, 0]).all().item()
+
+    def lean_targets(self) -> torch.Tensor:
+        """The training road's targets at the file's mask instead of a drawn one."""
+        teacher = self.objective.teacher
+        with torch.no_grad():
+            x, taps = teacher._embed(self.video), []
+            for depth, block in enumerate(teacher.blocks[:-1]):
+                x = block(x)
+                if depth >= len(teacher.blocks) - teacher.num_taps:
+                    taps.append(x)
+            y = teacher.blocks[-1].ln_1(x)
+            k, v = teacher.blocks[-1].attn.project(y, slice(1, 3))
+            return teacher.targets_at(self.visible, x, y, k, v, taps, rectangular=self.rectangular)
+
+    def unit(self, x: torch.Tensor) -> torch.Tensor:
+        return x / x.norm(dim=-1, keepdim=True) if self.normalize == "l2" else x
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.stem)
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(request.param)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_teacher(case: Case, road: str) -> None:
+    with kernels.force_road(road):
+        features, attention = case.objective.teacher.features(case.video)
+        targets = case.lean_targets()
+    assert relative(case.unit(features), case.tensors["out.teacher_features"]) < LIMIT
+    assert relative(attention, case.tensors["out.teacher_attention"]) < LIMIT
+    assert relative(case.unit(targets), case.tensors["out.targets"]) < LIMIT
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_student_loss_and_every_gradient(case: Case, road: str) -> None:
+    student = case.objective.student
+    student.zero_grad()
+    with kernels.force_road(road):
+        heads = student(case.video, case.visible)
+        loss = kernels.align_loss(
+            heads, case.lean_targets(), student.norm_weight, student.norm_bias, normalize=case.normalize
+        )
+        loss.backward()
+    output = kernels.align_features(heads, student.norm_weight, student.norm_bias, normalize=case.normalize)
+    assert relative(output, case.tensors["out.student"]) < LIMIT
+    assert relative(loss.view(1), case.tensors["out.loss"]) < LIMIT
+    gradients = {key.removeprefix("grad."): value for key, value in case.tensors.items() if key.startswith("grad.")}
+    gradients = {key.removeprefix("student."): value for key, value in gradients.items()}
+    ours = {key: parameter.grad for key, parameter in student.named_parameters()}
+    assert set(gradients) == set(ours)
+    worst = {key: relative(ours[key], value) for key, value in gradients.items()}
+    assert max(worst.values()) < LIMIT, sorted(worst.items(), key=lambda item: -item[1])[:5]
+
+
+def test_targets_taken_from_all_tokens_inside_the_loss(case: Case) -> None:
+    """The loss kernel's own gathering of teacher rows gives the official loss too."""
+    student = case.objective.student
+    features, _ = case.objective.teacher.features(case.video)
+    heads = student(case.video, case.visible)
+    loss = kernels.align_loss(
+        heads, features, student.norm_weight, student.norm_bias, visible=case.visible, normalize=case.normalize
+    )
+    assert relative(loss.view(1), case.tensors["out.loss"]) < LIMIT

@@ -1,0 +1,34 @@
+"""The sizes by name: official students and their CLIP teachers, and tiny ones for tests and trials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from umt_fast.config import ConfigError, TeacherConfig, VitConfig
+
+STUDENTS: dict[str, dict[str, Any]] = {
+    "tiny": {"width": 96, "depth": 4, "num_heads": 3, "patch_size": 16, "image_size": 64},
+    "b16": {"width": 768, "depth": 12, "num_heads": 12, "drop_path": 0.1},
+    "l16": {"width": 1024, "depth": 24, "num_heads": 16, "drop_path": 0.2},
+}
+TEACHERS: dict[str, dict[str, Any]] = {
+    "clip_tiny": {"width": 96, "depth": 4, "num_heads": 3, "patch_size": 16, "image_size": 64, "output_dim": 64},
+    "clip_b16": {"width": 768, "depth": 12, "num_heads": 12, "patch_size": 16, "image_size": 224, "output_dim": 512},
+    "clip_l14": {"width": 1024, "depth": 24, "num_heads": 16, "patch_size": 14, "image_size": 196, "output_dim": 768},
+}
+
+
+def _size(table: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    if name not in table:
+        raise ConfigError(f"unknown size {name!r}; known: {', '.join(table)}")
+    return table[name]
+
+
+def student_size(name: str, **changes: Any) -> VitConfig:
+    """The student `tiny`, `b16` or `l16`, with fields changed."""
+    return VitConfig(**(_size(STUDENTS, name) | changes))
+
+
+def teacher_size(name: str, **changes: Any) -> TeacherConfig:
+    """The teacher `clip_tiny`, `clip_b16` or `clip_l14` (at 196 pixels), with fields changed."""
+    return TeacherConfig(**(_size(TEACHERS, name) | changes))

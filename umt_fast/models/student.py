@@ -1,0 +1,48 @@
+"""The student of pre-training: the ViT and its K alignment heads, under official parameter names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from umt_fast.config import VitConfig
+from umt_fast.models.vit import VisionTransformer, sinusoid_table
+
+
+class AlignmentHead(nn.Module):
+    """Linear and LayerNorm of one aligned layer. The norm's parameters live here; the loss kernel applies them."""
+
+    def __init__(self, width: int, output_dim: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, output_dim)
+        self.norm = nn.LayerNorm(output_dim, eps=1e-6)
+        nn.init.xavier_uniform_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+
+class Student(nn.Module):
+    """Video and visible indices -> K head outputs (umt `encoder.*` and `clip_decoder.{k}.*`)."""
+
+    def __init__(self, vit: VitConfig, num_layers: int, output_dim: int) -> None:
+        super().__init__()
+        self.encoder = VisionTransformer(vit)
+        self.clip_decoder = nn.ModuleList(AlignmentHead(vit.width, output_dim) for _ in range(num_layers))
+        # Built apart from the encoder's table of the same values: stage 2 gives the two different lengths.
+        self.register_buffer("position", sinusoid_table(self.encoder.grid.size, vit.width), persistent=False)
+
+    @property
+    def norm_weight(self) -> Tensor:
+        """(K, D) LayerNorm weights of the heads."""
+        return torch.stack([head.norm.weight for head in self.clip_decoder])
+
+    @property
+    def norm_bias(self) -> Tensor:
+        """(K, D) LayerNorm biases of the heads."""
+        return torch.stack([head.norm.bias for head in self.clip_decoder])
+
+    def forward(self, video: Tensor, visible: Tensor) -> Tensor:
+        """(K, B, n, D) outputs of the heads before their LayerNorm; see VisionTransformer.forward for the arguments."""
+        taps = self.encoder(video, visible, len(self.clip_decoder))
+        position = self.position[visible]
+        norm = self.encoder.norm
+        return torch.stack([h.head(norm(tap) + position) for h, tap in zip(self.clip_decoder, taps, strict=True)])

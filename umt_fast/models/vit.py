@@ -1,0 +1,159 @@
+"""The one video ViT: the student of pre-training, the classifier's backbone, the vision tower of stage 2.
+
+Legend: B clips, T token frames, L tokens per frame, N = T * L, n visible tokens per clip, C width, H heads.
+Parameter names are those of the official implementation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, VitConfig
+from umt_fast.tokens import TokenGrid
+
+
+def sinusoid_table(positions: int, width: int) -> Tensor:
+    """(positions, width) fp32: sin(n / 10000^(2*floor(j/2)/C)) on even channels j, cos on odd ones.
+
+    One table over the flat index n of the whole clip, not factorised over space and time; computed in float64.
+    """
+    channel = torch.arange(width)
+    rate = 10000.0 ** (2 * (channel // 2).double() / width)
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] / rate
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Zeroes whole samples of x (B, ...) with probability `rate` and scales the others by 1 / (1 - rate)."""
+    if not training or rate == 0:
+        return x
+    keep = 1 - rate
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    return x * (torch.rand(shape, device=x.device) < keep).to(x.dtype).div_(keep)
+
+
+class PatchEmbed(nn.Module):
+    """Holds the Conv3d weight under its official name and applies it as one matrix product over visible patches."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        patch = (config.tubelet_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.width, patch, patch)
+
+    def forward(self, video: Tensor, visible: Tensor) -> Tensor:
+        """Video uint8 (B, T, H, W, 3) or normalised (B, 3, T, H, W), visible (B, n) -> (B, n, C)."""
+        weight = self.proj.weight
+        autocast = torch.is_autocast_enabled(video.device.type)
+        dtype = torch.get_autocast_dtype(video.device.type) if autocast else weight.dtype
+        pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if video.dtype == torch.uint8 else {}
+        rows = kernels.patch_gather(
+            video, visible, patch_size=weight.shape[-1], tubelet_size=weight.shape[2], dtype=dtype, **pixels
+        )
+        return F.linear(rows, weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose key bias is always zero: it would not change the softmax."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return self.proj(kernels.attention(q, k, v).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block with stochastic depth."""
+
+    def __init__(self, config: VitConfig, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.attn = Attention(config.width, config.num_heads)
+        self.norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+
+class VisionTransformer(nn.Module):
+    """A pre-LN ViT over the visible tokens of a clip, without class token (paper section 4.1).
+
+    The final `norm` is held but applied by the caller: pre-training norms each of K taps, the classifier replaces it.
+    """
+
+    def __init__(self, config: VitConfig, *, with_norm: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = TokenGrid.of(
+            num_frames=config.num_frames,
+            tubelet_size=config.tubelet_size,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+        )
+        self.patch_embed = PatchEmbed(config)
+        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(config.width, eps=1e-6) if with_norm else None
+        self.register_buffer("position", sinusoid_table(self.grid.size, config.width), persistent=False)
+        self.register_buffer("every", torch.arange(self.grid.size, dtype=torch.int32), persistent=False)
+        self.apply(_initialise)
+
+    def all_visible(self, batch: int) -> Tensor:
+        """Indices (B, N) of an unmasked clip."""
+        return self.every.expand(batch, -1)
+
+    def forward(self, video: Tensor, visible: Tensor | None = None, num_taps: int = 1) -> list[Tensor]:
+        """The outputs of the last `num_taps` blocks, shallowest first, each (B, n, C), before the final norm.
+
+        video: uint8 (B, T, H, W, 3) or normalised floating (B, 3, T, H, W). visible: int32 (B, n) ascending flat
+        indices, or None for all N. With spatial attention every frame must have the same number of visible tokens.
+        """
+        visible = self.all_visible(video.shape[0]) if visible is None else visible
+        # The fp32 table keeps the residual stream fp32 under autocast.
+        x = self.patch_embed(video, visible) + self.position[visible]
+        batch = x.shape[0]
+        if self.config.attention == "spatial":
+            x = x.reshape(batch * self.grid.frames, -1, x.shape[-1])
+        taps = []
+        for depth, block in enumerate(self.blocks):
+            if depth < self.config.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if depth >= len(self.blocks) - num_taps:
+                taps.append(x.reshape(batch, -1, x.shape[-1]))
+        return taps
+
+
+def _initialise(module: nn.Module) -> None:
+    """Official initialisation: xavier-uniform Linear weights, zero biases; the Conv3d keeps PyTorch's default."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

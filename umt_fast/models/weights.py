@@ -1,0 +1,213 @@
+"""Weights in and out in the official layouts.
+
+A file may be safetensors or a PyTorch file; it may hold the parameters flat or under `model`, `module` or `state_dict`,
+with or without the prefixes of DDP and torch.compile. PyTorch files are read with weights_only=True. Nothing is left
+random in silence: each key that finds no partner is listed, and unless it is one that is expected to be absent
+(a fresh classification head, say) loading fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from umt_fast.config import TeacherConfig
+from umt_fast.models.clip_teacher import ClipTeacher
+
+log = logging.getLogger("umt_fast.weights")
+
+_WRAPPERS = ("model", "module", "state_dict")
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read or do not fit; the message lists the keys."""
+
+
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, unwrapped, on the CPU.
+
+    Raises WeightsError: no such file, a truncated or foreign file, a file without tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no weights file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            # Official training files carry their command line as an argparse.Namespace.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        if _is_torchscript(path):
+            return {key: value.float() for key, value in torch.jit.load(path, map_location="cpu").state_dict().items()}
+        raise WeightsError(f"{path} is not a readable weights file (truncated, or of another kind)") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(
+            f"{path} holds no tensors by name; expected a state dict, or one under {', '.join(_WRAPPERS)}"
+        )
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _is_torchscript(path: Path) -> bool:
+    """OpenAI ships CLIP as TorchScript archives."""
+    try:
+        torch.jit.load(path, map_location="cpu")
+        return True
+    except RuntimeError:
+        return False
+
+
+def fit(
+    module: nn.Module, state: dict[str, Tensor], source: str, *, fresh: Sequence[str] = (), dropped: Sequence[str] = ()
+) -> None:
+    """Copies a state dict into a module, strictly.
+
+    Args:
+        module: receives the tensors under equal names.
+        source: named in messages.
+        fresh: prefixes of parameters that may be missing or of another shape; they keep their initial values, and a
+            line says so.
+        dropped: prefixes of entries of the file that the module has no place for; a line counts them.
+
+    Raises:
+        WeightsError: any other missing, unexpected or differently shaped entry; all are listed.
+    """
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shaped = [key for key in own if key in state and own[key].shape != state[key].shape]
+    kept_fresh = [key for key in missing + shaped if key.startswith(tuple(fresh))] if fresh else []
+    kept_out = [key for key in unexpected if key.startswith(tuple(dropped))] if dropped else []
+    problems = [f"  missing: {key} {tuple(own[key].shape)}" for key in missing if key not in kept_fresh]
+    problems += [f"  not known to the model: {key}" for key in unexpected if key not in kept_out]
+    problems += [
+        f"  other size: {key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+        for key in shaped
+        if key not in kept_fresh
+    ]
+    if problems:
+        raise WeightsError(f"{source} does not fit the configured model:\n" + "\n".join(problems))
+    if kept_fresh:
+        log.warning("%s: starting fresh: %s", source, ", ".join(kept_fresh))
+    if kept_out:
+        log.info("%s: %d entries not used: %s", source, len(kept_out), ", ".join(kept_out))
+    taken = {key: value for key, value in state.items() if key in own and key not in kept_fresh}
+    module.load_state_dict(taken, strict=False)
+
+
+def load_student(student: nn.Module, path: str | Path) -> None:
+    """Loads a stage-1 file (`encoder.*`, `clip_decoder.*`) into a Student."""
+    fit(student, load_state(path), str(path))
+
+
+def load_encoder(classifier: nn.Module, path: str | Path) -> None:
+    """Loads the encoder of a stage-1, classifier or stage-2 file into a Classifier.
+
+    The pre-training norm and alignment heads are not used; `fc_norm` and a `head` of another size start fresh. A stored
+    position table is not used either: it is constant and rebuilt for the configured clip.
+    """
+    state = load_state(path)
+    if any(key.startswith("vision_encoder.") for key in state):
+        state = {
+            key.removeprefix("vision_encoder."): value
+            for key, value in state.items()
+            if key.startswith("vision_encoder.")
+        }
+    for prefix in ("encoder.", "backbone."):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    fit(
+        classifier,
+        state,
+        str(path),
+        fresh=("fc_norm.", "head."),
+        dropped=("clip_decoder.", "norm.", "pos_embed", "pool_norm."),
+    )
+
+
+def load_teacher(teacher: ClipTeacher, config: TeacherConfig) -> None:
+    """Fills a teacher as its configuration says: `untrained`, `ARCH:TAG` of open_clip, or a local file.
+
+    Raises WeightsError: weights that cannot be fetched or read, or that belong to another tower.
+    """
+    weights = config.weights
+    if weights == "untrained":
+        log.warning(
+            "WARNING: the teacher is untrained (random weights). The student learns nothing useful; this is for trials."
+        )
+        return
+    if ":" in weights and not Path(weights).exists():
+        state = _open_clip_state(config)
+    else:
+        state = load_state(weights)
+    visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    fit(teacher, _adapt(visual or state, teacher), f"teacher weights {weights}")
+
+
+def _open_clip_state(config: TeacherConfig) -> dict[str, Tensor]:
+    import open_clip
+
+    arch, _, tag = config.weights.partition(":")
+    if arch not in open_clip.list_models():
+        raise WeightsError(f"open_clip knows no model {arch!r}; see open_clip.list_models()")
+    if tag not in open_clip.list_pretrained_tags_by_model(arch):
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(arch))
+        raise WeightsError(f"open_clip has no weights {tag!r} for {arch}; it has: {known}")
+    try:
+        model = open_clip.create_model(arch, pretrained=tag)
+    except Exception as error:  # the hub client has its own tree of network errors
+        raise WeightsError(
+            f"open_clip could not fetch {config.weights} ({type(error).__name__}); without network give a local file: "
+            "--teacher.weights PATH (OpenAI, open_clip or official layout)"
+        ) from error
+    quick = "Quick" in type(model.visual.transformer.resblocks[0].mlp.gelu).__name__
+    if quick != (config.activation == "quick_gelu"):
+        found = "quick_gelu" if quick else "gelu"
+        raise WeightsError(f"{config.weights} was trained with {found}; set --teacher.activation {found}")
+    return {f"visual.{key}": value for key, value in model.visual.state_dict().items()}
+
+
+def _adapt(state: dict[str, Tensor], teacher: ClipTeacher) -> dict[str, Tensor]:
+    """A 2-D patch weight as a 3-D one, and the position grid resized where the resolution differs."""
+    state = {key: value.float() for key, value in state.items()}
+    weight, own = state.get("conv1.weight"), teacher.conv1.weight
+    if weight is not None and weight.ndim == 4:
+        # Official rule: the 2-D kernel sits at the middle frame of the tubelet.
+        inflated = torch.zeros(*weight.shape[:2], own.shape[2], *weight.shape[2:])
+        inflated[:, :, own.shape[2] // 2] = weight
+        state["conv1.weight"] = inflated
+    table, positions = state.get("positional_embedding"), teacher.positional_embedding.shape[0]
+    if table is not None and table.ndim == 2 and table.shape[0] != positions:
+        old, new = round((table.shape[0] - 1) ** 0.5), round((positions - 1) ** 0.5)
+        if old * old == table.shape[0] - 1:
+            grid = table[1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+            state["positional_embedding"] = torch.cat([table[:1], grid.permute(0, 2, 3, 1).flatten(0, 2)])
+    return state
+
+
+def save_state(state: dict[str, Tensor], path: str | Path) -> None:
+    """Writes tensors by name as safetensors or, for any other suffix, as a flat PyTorch file."""
+    path = Path(path)
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)

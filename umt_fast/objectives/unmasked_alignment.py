@@ -1,0 +1,100 @@
+"""Stage 1: the student aligns with a frozen CLIP teacher at the tokens the teacher's attention draws (paper section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from umt_fast.config import ConfigError, Stage1Config
+from umt_fast.models.clip_teacher import ClipTeacher
+from umt_fast.models.student import Student
+from umt_fast.models.weights import load_student, load_teacher
+from umt_fast.tokens import TokenGrid, visible_per_clip
+
+
+class UnmaskedAlignment(nn.Module):
+    """batch -> loss. Only `student` is trained and saved; `teacher` is frozen."""
+
+    def __init__(self, config: Stage1Config) -> None:
+        super().__init__()
+        self.config = config
+        vit, layers = config.student, config.align.num_layers
+        if vit.attention == "spatial" and config.mask.kind == "random":
+            raise ConfigError(
+                "student.attention 'spatial' needs as many visible tokens in every frame, which mask.kind 'random' "
+                "does not give; choose 'semantic' or 'tube'"
+            )
+        self.student = Student(vit, layers, config.teacher.output_dim)
+        self.teacher = ClipTeacher(config.teacher, layers, vit.tubelet_size)
+        load_teacher(self.teacher, config.teacher)
+        if config.init:
+            load_student(self.student, config.init)
+        if config.run.dtype == "bf16":
+            self.teacher.compute_in(torch.bfloat16)
+
+    @property
+    def trainable(self) -> nn.Module:
+        """The module that checkpoints hold, in the official stage-1 layout."""
+        return self.student
+
+    @property
+    def no_decay(self) -> tuple[str, ...]:
+        """Parameters without weight decay besides biases and vectors: none; the position tables are not parameters."""
+        return ()
+
+    def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
+        """One step's loss.
+
+        Args:
+            batch: `video` uint8 (B, T, H, W, 3), or ImageNet-normalised (B, 3, T, H, W).
+            seed: int64 (1,) on the device; decides the mask.
+
+        Returns:
+            fp32 device scalars: `loss`, and `loss_layer_{k}` (detached), k counting from the shallowest aligned layer.
+        """
+        video, align = batch["video"], self.config.align
+        target = self.teacher(video, self.config.mask, seed)
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bf16"):
+            heads = self.student(video, target.visible)
+        layers = kernels.align_loss(
+            heads,
+            target.targets,
+            self.student.norm_weight,
+            self.student.norm_bias,
+            normalize=align.normalize,
+            loss=align.loss,
+            per_layer=True,
+        )
+        return {"loss": layers.mean()} | {f"loss_layer_{k}": layer for k, layer in enumerate(layers.detach())}
+
+    def flops_per_clip(self) -> float:
+        """Matrix-product FLOPs this objective spends on a clip."""
+        return self.flops_of(self.config)
+
+    @staticmethod
+    def flops_of(config: Stage1Config) -> float:
+        """Matrix-product FLOPs of a clip: teacher forward, student forward and backward (three times forward)."""
+        vit, clip = config.student, config.teacher
+        grid = TokenGrid.of(
+            num_frames=vit.num_frames,
+            tubelet_size=vit.tubelet_size,
+            image_size=vit.image_size,
+            patch_size=vit.patch_size,
+        )
+        n, width, layers = (
+            visible_per_clip(config.mask.kind, grid, config.mask.ratio),
+            vit.width,
+            config.align.num_layers,
+        )
+        span = n if vit.attention == "joint" else n // grid.frames
+        block = n * width * width * (8 + 4 * vit.mlp_ratio) + 4 * n * span * width
+        patch = n * width * 3 * vit.tubelet_size * vit.patch_size**2 * 2
+        # The patch rows take no gradient: forward and weight gradient only.
+        student = 3 * (vit.depth * block + layers * 2 * n * width * clip.output_dim) + 2 * patch
+        tokens, c = grid.per_frame + 1, clip.width
+        whole = tokens * c * c * 24 + 4 * tokens * tokens * c
+        kept = n / grid.frames
+        last = tokens * c * c * 4 + kept * c * c * 20 + 4 * kept * tokens * c
+        frame = (clip.depth - 1) * whole + last + grid.per_frame * c * 6 * vit.tubelet_size * clip.patch_size**2
+        return student + grid.frames * frame + layers * 2 * n * c * clip.output_dim
