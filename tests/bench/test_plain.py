@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
 from umt_fast.bench.plain import PlainStage1
 from umt_fast.bench.stage1 import measure
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, AlignConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
+from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
 
 def small(teacher_pixels: int, teacher_patch: int) -> Stage1Config:

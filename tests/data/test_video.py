@@ -1,0 +1,175 @@
+"""Decoding of real files: equal to a plain sequential decode, or reported in one line."""
+
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from av.error import FFmpegError
+
+from umt_fast.config import DataConfig
+from umt_fast.data.cpu import ClipReader
+from umt_fast.data.loader import ClipLoader
+from umt_fast.data.manifest import Clip, read_list
+from umt_fast.data.sampling import sparse_train
+from umt_fast.data.scan import scan
+from umt_fast.data.video import VideoError, decode_frames
+
+SHARED = Path(os.environ.get("UMT_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
+VIDEOS = sorted(path for path in (SHARED / "videos").glob("*") if path.suffix not in (".md", ".txt"))
+
+
+def plain_decode(path: Path) -> list[np.ndarray]:
+    """Every decodable picture, turned as its own metadata says, by the shortest PyAV program."""
+    pictures = []
+    with av.open(str(path)) as container:
+        try:
+            for frame in container.decode(video=0):
+                picture = frame.to_ndarray(format="rgb24")
+                pictures.append(np.rot90(picture, round(frame.rotation / 90) % 4))
+        except FFmpegError:
+            pass
+    return pictures
+
+
+@pytest.mark.parametrize("path", VIDEOS, ids=lambda path: path.name)
+def test_real_file_equals_a_sequential_decode(path: Path) -> None:
+    def choose(count: int) -> np.ndarray:
+        return sparse_train(count, 8, np.random.default_rng(1))
+
+    try:
+        frames = decode_frames(path, choose)
+    except VideoError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+        return
+    plain = plain_decode(path)
+    chosen = choose(len(plain))
+    assert frames.dtype == np.uint8 and frames.shape[0] == 8
+    for frame, number in zip(frames, chosen, strict=True):
+        np.testing.assert_array_equal(frame, plain[number])
+
+
+def test_epoch_over_all_real_files_ends(shared: Path, tmp_path: Path) -> None:
+    table = tmp_path / "all.csv"
+    table.write_text("".join(f"{path},0\n" for path in VIDEOS))
+    data = DataConfig(workers=2)
+    clips = read_list(table, data)
+    loader = ClipLoader(clips, data, num_frames=4, image_size=32, batch_size=7)
+    batches = list(loader)
+    assert len(batches) == len(VIDEOS) // 7
+    assert all(batch["video"].shape == (7, 4, 32, 32, 3) for batch in batches)
+    assert all("\n" not in reason for reason in loader.bad_files.values())
+
+
+def test_scan_of_real_files(shared: Path, tmp_path: Path) -> None:
+    table = tmp_path / "all.csv"
+    table.write_text("".join(f"{path},0\n" for path in VIDEOS))
+    counts = scan(table, tmp_path / "all.jsonl", workers=2)
+    assert counts["good"] + counts["bad"] == len(VIDEOS)
+    known = {Path(clip.path).name: clip for clip in read_list(tmp_path / "all.jsonl", DataConfig())}
+    for path in VIDEOS:
+        if path.name in known:
+            assert known[path.name].num_frames == len(plain_decode(path)), path.name
+
+
+def encode(path: Path, pictures: list[np.ndarray], codec: str = "libx264", **options: str) -> None:
+    height, width = pictures[0].shape[:2]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def grey_clip(path: Path, count: int = 20) -> None:
+    encode(path, [np.full((32, 48, 3), 10 * number, np.uint8) for number in range(count)])
+
+
+def test_frames_are_the_ones_asked_for(tmp_path: Path) -> None:
+    grey_clip(tmp_path / "a.mp4")
+    frames = decode_frames(tmp_path / "a.mp4", lambda count: np.array([0, 7, 7, count - 1]))
+    np.testing.assert_allclose(frames.mean((1, 2, 3)), [0, 70, 70, 190], atol=4)
+
+
+def test_truncated_file_is_chosen_from_what_decodes(tmp_path: Path) -> None:
+    path = tmp_path / "cut.mkv"
+    rng = np.random.default_rng(0)
+    encode(path, [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(30)], g="5")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    total = len(plain_decode(path))
+    assert 0 < total < 30
+    # Announced as whole: the choice must be redone over the frames that are there.
+    frames = decode_frames(path, lambda count: np.array([0, count - 1]), num_frames=30)
+    np.testing.assert_array_equal(frames[1], plain_decode(path)[total - 1])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video at all" * 100], ids=["empty", "text"])
+def test_what_is_no_video_is_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.mp4"
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match="wrong.mp4"):
+        decode_frames(path, lambda count: np.zeros(1, np.int64))
+
+
+def test_bad_clips_are_replaced_and_too_many_stop(tmp_path: Path) -> None:
+    from umt_fast.data.manifest import DataError
+
+    for number in range(6):
+        grey_clip(tmp_path / f"{number}.mp4")
+    (tmp_path / "5.mp4").write_bytes(b"broken")
+    clips = [Clip(path=str(tmp_path / f"{number}.mp4"), label=number) for number in range(6)]
+    kind = {"num_frames": 4, "image_size": 32, "batch_size": 2}
+    loader = ClipLoader(clips, DataConfig(workers=0, max_bad_share=0.2), **kind)
+    seen = [index for batch in loader for index in batch["index"].tolist()]
+    assert len(seen) == 6 and 5 not in seen and list(loader.bad_files) == [clips[5].path]
+    strict = ClipLoader(clips, DataConfig(workers=0, max_bad_share=0.0), **kind)
+    with pytest.raises(DataError, match="max_bad_share"):
+        list(strict)
+
+
+def test_evaluation_does_not_replace(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"broken")
+    reader = ClipReader(
+        [Clip(path=str(tmp_path / "a.mp4"))], DataConfig(), num_frames=2, image_size=32, seed=0, train=False
+    )
+    with pytest.raises(VideoError, match="a.mp4"):
+        reader.read(0, 0)
+
+
+def test_frame_folder(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    for number in range(1, 11):
+        Image.fromarray(np.full((40, 40, 3), number * 20, np.uint8)).save(folder / f"img_{number:05d}.png")
+    (tmp_path / "list.csv").write_text("clip,10,3\n")
+    data = DataConfig(workers=0, frame_pattern="img_{:05d}.png")
+    clips = read_list(tmp_path / "list.csv", data)
+    loader = ClipLoader(clips, data, num_frames=5, image_size=32, batch_size=1, train=False)
+    (batch,) = list(loader)
+    assert batch["label"].tolist() == [3]
+    np.testing.assert_allclose(batch["video"].float().mean((2, 3, 4))[0], [40, 80, 120, 160, 200], atol=1)
+
+
+def test_scan_continues_after_a_kill(tmp_path: Path) -> None:
+    import json
+
+    for number in range(4):
+        grey_clip(tmp_path / f"{number}.mp4")
+    (tmp_path / "3.mp4").write_bytes(b"broken")
+    (tmp_path / "list.csv").write_text("".join(f"{number}.mp4,{number}\n" for number in range(4)))
+    out = tmp_path / "list.jsonl"
+    assert scan(tmp_path / "list.csv", out, workers=1) == {"good": 3, "bad": 1, "resumed": 0}
+    whole = out.read_text()
+    # As a kill leaves it: two results journalled, a third cut short, no manifest.
+    entries = [json.loads(line) for line in whole.splitlines()]
+    journal = [json.dumps([n, str(tmp_path / f"{n}.mp4"), entries[n], ""]) for n in range(2)]
+    out.with_name("list.jsonl.partial").write_text("\n".join(journal) + '\n[2, "trunc')
+    out.unlink()
+    assert scan(tmp_path / "list.csv", out, workers=1) == {"good": 3, "bad": 1, "resumed": 2}
+    assert out.read_text() == whole
+    assert not out.with_name("list.jsonl.partial").exists()

@@ -1,0 +1,166 @@
+"""Batches of clips in an order that follows from the seed alone, sharded over ranks, resumable at any batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from umt_fast.config import DataConfig
+from umt_fast.data.cpu import ClipReader, Sample
+from umt_fast.data.manifest import Clip, DataError
+from umt_fast.data.video import VideoError
+
+log = logging.getLogger("umt_fast.data")
+
+
+class _Places(Dataset):
+    """Place (epoch, clip number) -> Sample, or the VideoError that could not be helped."""
+
+    def __init__(self, reader: ClipReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample | VideoError:
+        try:
+            return self.reader.read(*place)
+        except VideoError as error:
+            return error
+
+
+def _one_thread(worker: int) -> None:
+    # Decoding processes are the parallelism; torch threads inside them would only compete.
+    torch.set_num_threads(1)
+
+
+class ClipLoader:
+    """Iterates over one epoch's batches from the current position.
+
+    A batch is `{video: uint8 (B * num_sample, T, S, S, 3), index: int64, label: int64}` on the CPU; `index` is the
+    clip's number in the list. In training the last incomplete batch of an epoch is left out, so that every rank makes
+    the same number of steps; in evaluation (train=False) it is kept and nothing is shuffled.
+
+    The order of an epoch, the frames and the crops are functions of (seed, epoch, clip number): a state is therefore
+    just {epoch, position}, and the number of workers changes nothing.
+    """
+
+    def __init__(
+        self,
+        clips: list[Clip],
+        data: DataConfig,
+        *,
+        num_frames: int,
+        image_size: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        train: bool = True,
+    ) -> None:
+        if not clips:
+            raise DataError("the list holds no clips")
+        if train and len(clips) < batch_size * world_size:
+            raise DataError(
+                f"{len(clips)} clips do not fill one step of {batch_size} clips x {world_size} ranks; "
+                "lower run.batch_size or give a longer list"
+            )
+        self.clips, self.data, self.batch_size, self.train = clips, data, batch_size, train
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.epoch, self.position = 0, 0
+        self.bad_files: dict[str, str] = {}
+        self._reader = ClipReader(
+            clips, data, num_frames=num_frames, image_size=image_size, seed=seed, train=train
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        """Batches of one whole epoch on this rank."""
+        if self.train:
+            return len(self.clips) // self.batch_size // self.world_size
+        mine = len(range(self.rank, len(self.clips), self.world_size))
+        return -(-mine // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the start of an epoch; staying in the current one keeps the position."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "bad_files": dict(self.bad_files)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self.bad_files = dict(state["bad_files"])
+
+    def name_of(self, index: int) -> str:
+        """The path of a clip by its number."""
+        return self.clips[index].path
+
+    def order(self, epoch: int) -> list[list[int]]:
+        """The clip numbers of this rank's batches of an epoch."""
+        count = len(self.clips)
+        if not self.train:
+            mine = list(range(self.rank, count, self.world_size))
+            return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        shuffled = np.random.default_rng((self.seed, epoch)).permutation(count)
+        step = self.batch_size * self.world_size
+        mine = shuffled[: len(self) * step].reshape(len(self), self.world_size, self.batch_size)[:, self.rank]
+        return mine.tolist()
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        batches = self.order(self.epoch)[self.position :]
+        workers = min(self.data.workers, len(batches))
+        loader = DataLoader(
+            _Places(self._reader),
+            batch_sampler=[[(self.epoch, clip) for clip in batch] for batch in batches],
+            num_workers=workers,
+            prefetch_factor=self.data.prefetch if workers else None,
+            collate_fn=_keep,
+            worker_init_fn=_one_thread,
+            # Forked workers would inherit the locks of a process that already runs CUDA and thread pools.
+            multiprocessing_context="forkserver" if workers else None,
+        )
+        try:
+            for samples in loader:
+                batch = self._collate(samples)
+                self.position += 1
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise DataError(
+                    f"a decoding process died ({error}); out of memory is the usual cause: lower data.workers"
+                ) from error
+            raise
+
+    def _collate(self, samples: list[Sample | VideoError]) -> dict[str, Tensor]:
+        for sample in samples:
+            if isinstance(sample, VideoError):
+                raise DataError(str(sample))
+            for number, reason in sample.bad.items():
+                self._note_bad(number, reason)
+        repeats = samples[0].video.shape[0]
+        return {
+            "video": torch.from_numpy(np.concatenate([sample.video for sample in samples])),
+            "index": torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
+            "label": torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
+        }
+
+    def _note_bad(self, number: int, reason: str) -> None:
+        path = self.clips[number].path
+        if path in self.bad_files:
+            return
+        self.bad_files[path] = reason
+        log.warning("skipped a bad clip: %s", reason)
+        allowed = self.data.max_bad_share * len(self.clips)
+        if len(self.bad_files) > allowed:
+            raise DataError(
+                f"{len(self.bad_files)} of {len(self.clips)} clips are unreadable, more than data.max_bad_share "
+                f"{self.data.max_bad_share} allows; the last: {reason}. `scan` the list to find them all"
+            )
+
+
+def _keep(samples: list[Sample | VideoError]) -> list[Sample | VideoError]:
+    return samples

@@ -1,0 +1,104 @@
+"""Lists of clips: the official CSV (path, label), frame-folder lists (path, frames, label), and our JSON-lines manifest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from umt_fast.config import DataConfig
+
+
+class DataError(ValueError):
+    """A list, manifest or data folder that cannot be used; the message names file, line and remedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """One entry of a list. Fields after `label` are known only from a manifest (or a frame-folder list)."""
+
+    path: str
+    label: int = 0
+    num_frames: int = 0
+    """Decodable frames; 0: not known."""
+    frame_folder: bool = False
+    rate: float = 0.0
+    """Frames per second."""
+    width: int = 0
+    height: int = 0
+    """Pixels as decoded, before rotation."""
+    rotation: int = 0
+    """Degrees counter-clockwise."""
+    codec: str = ""
+    key_frame_spacing: float = 0.0
+    """Mean frames from one key frame to the next."""
+    checksum: str = ""
+    """BLAKE2b-128 of the file."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def read_list(path: str | Path, data: DataConfig) -> list[Clip]:
+    """The clips of a list or manifest, in its order, with paths resolved against data.root or the list's folder.
+
+    Raises DataError: no such file, an empty list, a malformed line (its number and text are named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no list at {path}; give a file with one video per line (path{data.separator}label)")
+    if data.root and not Path(data.root).is_dir():
+        raise DataError(f"data.root is {data.root}, which is not a folder")
+    root = Path(data.root) if data.root else path.resolve().parent
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not a text file; give a list or a manifest, not a video") from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise DataError(f"{path} is empty; it needs one video per line (path{data.separator}label)")
+    manifest = numbered[0][1].startswith("{")
+    parse = _parse_manifest_line if manifest else _parse_line
+    return [parse(path, number, line, root, data.separator) for number, line in numbered]
+
+
+def _resolve(root: Path, name: str) -> str:
+    return name if Path(name).is_absolute() else str(root / name)
+
+
+def _parse_manifest_line(path: Path, number: int, line: str, root: Path, separator: str) -> Clip:
+    try:
+        entry = json.loads(line)
+        known = {field.name for field in fields(Clip)}
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise ValueError("it has no path")
+        if set(entry) - known:
+            raise ValueError(f"unknown fields {sorted(set(entry) - known)}")
+        return Clip(**(entry | {"path": _resolve(root, entry["path"])}))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}, line {number}: not a manifest entry ({error}): {line[:200]}") from error
+
+
+def _parse_line(path: Path, number: int, line: str, root: Path, separator: str) -> Clip:
+    # From the right, so that a path may contain the separator.
+    parts = [part.strip() for part in line.rsplit(separator, 2)]
+    if len(parts) < 2:
+        raise DataError(
+            f"{path}, line {number}: no separator {separator!r} in {line[:200]!r}; "
+            "expected path and label; for another separator set data.separator"
+        )
+    name, label = separator.join(parts[:-1]), parts[-1]
+    frames = 0
+    # Three fields mean path, frame count, label; a path that merely contains the separator has no bare number there.
+    if len(parts) == 3 and parts[1].isdigit():
+        name, frames = parts[0], int(parts[1])
+    try:
+        label_number = int(label)
+    except ValueError as error:
+        raise DataError(
+            f"{path}, line {number}: the label {label!r} is not a whole number in {line[:200]!r}"
+        ) from error
+    if not name:
+        raise DataError(f"{path}, line {number}: no path in {line[:200]!r}")
+    resolved = _resolve(root, name)
+    return Clip(path=resolved, label=label_number, num_frames=frames, frame_folder=frames > 0)

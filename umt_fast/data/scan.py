@@ -1,0 +1,175 @@
+"""`scan`: decodes every clip of a list once and writes a manifest, so that training knows true frame counts and no bad file.
+
+The manifest is one JSON line per good clip in the list's order. Bad files go to `<manifest>.bad.jsonl` with reasons.
+While it runs, results are appended to `<manifest>.partial`; a scan started again goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from umt_fast.config import DataConfig
+from umt_fast.data.manifest import Clip, DataError, read_list
+from umt_fast.data.video import VideoError, iterate_frames, open_video, rotation_of
+
+log = logging.getLogger("umt_fast.data")
+
+# Clips between two progress lines.
+_PROGRESS = 1000
+
+
+def checksum(path: str | Path) -> str:
+    """BLAKE2b-128 of a file, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def probe(clip: Clip, frame_pattern: str) -> Clip:
+    """The clip with everything a full decode tells. Raises VideoError if nothing can be decoded."""
+    if clip.frame_folder:
+        return _probe_folder(clip, frame_pattern)
+    if not Path(clip.path).exists():
+        raise VideoError(f"{clip.path}: no such file")
+    container, stream = open_video(clip.path)
+    with container:
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        codec = stream.codec_context.name
+    frames = keys = 0
+    sizes = set()
+    rotation = 0
+    for frame in iterate_frames(clip.path):
+        rotation = rotation_of(frame) if frames == 0 else rotation
+        frames += 1
+        keys += frame.key_frame
+        sizes.add((frame.width, frame.height))
+    if len(sizes) > 1:
+        raise VideoError(f"{clip.path}: frames change size: {sorted(sizes)}")
+    ((width, height),) = sizes
+    return replace(
+        clip,
+        num_frames=frames,
+        rate=round(rate, 3),
+        width=width,
+        height=height,
+        rotation=rotation,
+        codec=codec,
+        key_frame_spacing=round(frames / max(1, keys), 2),
+        checksum=checksum(clip.path),
+    )
+
+
+def _probe_folder(clip: Clip, frame_pattern: str) -> Clip:
+    sizes = set()
+    for number in range(1, clip.num_frames + 1):
+        path = Path(clip.path) / frame_pattern.format(number)
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+                sizes.add(picture.size)
+        except (OSError, UnidentifiedImageError) as error:
+            raise VideoError(f"{path}: {error}") from error
+    if len(sizes) > 1:
+        raise VideoError(f"{clip.path}: frames change size: {sorted(sizes)}")
+    ((width, height),) = sizes
+    return replace(clip, width=width, height=height, codec="pictures", key_frame_spacing=1.0)
+
+
+def _probe_one(work: tuple[int, Clip, str]) -> tuple[int, dict | None, str]:
+    number, clip, frame_pattern = work
+    try:
+        return number, asdict(probe(clip, frame_pattern)), ""
+    except VideoError as error:
+        return number, None, str(error)
+    except Exception as error:  # one odd file must not end a scan of a million
+        return number, None, f"{clip.path}: {type(error).__name__}: {error}"
+
+
+def _journal(path: Path, clips: list[Clip]) -> dict[int, tuple[dict | None, str]]:
+    """Results of an interrupted scan that still belong to this list."""
+    done: dict[int, tuple[dict | None, str]] = {}
+    if not path.exists():
+        return done
+    for line in path.read_text().splitlines():
+        try:
+            number, name, entry, reason = json.loads(line)
+        except ValueError:  # the line being written when the scan was killed
+            continue
+        if number < len(clips) and clips[number].path == name:
+            done[number] = (entry, reason)
+    return done
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    """Replaces a file as a whole, or leaves it as it was."""
+    temporary = path.with_name(path.name + ".writing")
+    with open(temporary, "w") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: DataConfig | None = None) -> dict[str, int]:
+    """Scans a list into a manifest.
+
+    Args:
+        list_path: a list or an older manifest.
+        out: manifest to write. Paths in it are absolute.
+        workers: processes.
+        data: separator, root and frame pattern of the list.
+
+    Returns:
+        {"good": ..., "bad": ..., "resumed": ...} clip counts.
+
+    Raises:
+        DataError: an unusable list, no good clip at all, or a decoding process that was killed.
+    """
+    data, out = data or DataConfig(), Path(out)
+    clips = read_list(list_path, data)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    done = _journal(partial, clips)
+    resumed = len(done)
+    if resumed:
+        log.info("scan: %d of %d clips were scanned before", resumed, len(clips))
+    work = [(number, clip, data.frame_pattern) for number, clip in enumerate(clips) if number not in done]
+    context = multiprocessing.get_context("forkserver")
+    with open(partial, "a") as journal, ProcessPoolExecutor(max(1, workers), mp_context=context) as pool:
+        journal.write("\n" if resumed else "")  # ends a line cut short by a kill
+        try:
+            for count, (number, entry, reason) in enumerate(pool.map(_probe_one, work, chunksize=4), resumed + 1):
+                done[number] = (entry, reason)
+                journal.write(json.dumps([number, clips[number].path, entry, reason]) + "\n")
+                journal.flush()
+                if reason:
+                    log.warning("bad clip: %s", reason)
+                if count % _PROGRESS == 0:
+                    log.info("scan: %d of %d clips", count, len(clips))
+        except BrokenProcessPool as error:
+            raise DataError("a scanning process was killed; run the same command again, it continues") from error
+    good = [Clip(**entry).to_json() for _, (entry, _) in sorted(done.items()) if entry is not None]
+    bad = [
+        json.dumps({"path": clips[number].path, "reason": reason})
+        for number, (entry, reason) in sorted(done.items())
+        if entry is None
+    ]
+    _write(out.with_name(out.name + ".bad.jsonl"), bad)
+    if not good:
+        raise DataError(f"none of the {len(clips)} clips of {list_path} can be read; reasons in {out}.bad.jsonl")
+    _write(out, good)
+    partial.unlink()
+    log.info("scan: %d good clips in %s, %d bad ones in %s.bad.jsonl", len(good), out, len(bad), out)
+    return {"good": len(good), "bad": len(bad), "resumed": resumed}
