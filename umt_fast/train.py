@@ -57,6 +57,7 @@ def train(config: Stage1Config | FinetuneConfig) -> Path:
             config.optim,
             objective,
             loader,
+            num_sample=config.data.num_sample,
             layer_of=getattr(objective, "layer_id", None),
             num_layers=depth + 1,
             config_record=to_dict(config),

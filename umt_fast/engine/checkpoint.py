@@ -1,0 +1,92 @@
+"""Checkpoints: written whole or not at all, found again newest first, kept by policy.
+
+A file is `checkpoint-<step>.pt`, a dictionary of plain values and tensors that torch reads with weights_only=True:
+`model` in the official layout, `optimizer`, `trainer`, `loader` (one state per rank), `config`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger("umt_fast")
+
+_NAME = re.compile(r"checkpoint-(\d{8})\.pt")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read, or continued from."""
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of a run's checkpoints, oldest first."""
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*.pt"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the run folder and tries it, so that a run that could not save does not start."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(f"run.out {folder} cannot be written: {error.strerror}") from error
+
+
+def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
+    """Writes a checkpoint atomically: a reader sees the whole file or none, also after a power cut.
+
+    Raises CheckpointError (disk full, no permission); older checkpoints are untouched then.
+    """
+    path = folder / f"checkpoint-{step:08d}.pt"
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # the new name itself must survive too
+        finally:
+            os.close(descriptor)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint {path} cannot be written: {reason}. Earlier checkpoints are whole; make room and run again"
+        ) from error
+    return path
+
+
+def prune(folder: Path, keep: int, permanent_steps: int) -> None:
+    """Deletes all but the newest `keep` checkpoints; those of every permanent_steps-th step stay (0: none)."""
+    for step, path in checkpoints(folder)[:-keep]:
+        if not (permanent_steps and step % permanent_steps == 0):
+            path.unlink(missing_ok=True)
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, or None where there is none.
+
+    A damaged file is named in a warning and passed over. Raises CheckpointError when all are damaged.
+    """
+    found = checkpoints(folder)
+    for _, path in reversed(found):
+        try:
+            return path, torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a cut file fails in many ways: zip, pickle, storage
+            log.warning("WARNING: %s is damaged (%s); trying the one before it", path, type(error).__name__)
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in {folder} can be read; move them away to start anew"
+        )
+    return None

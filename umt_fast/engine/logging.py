@@ -1,0 +1,68 @@
+"""What a run reports: metrics.jsonl (every step), TensorBoard, and one line per log step."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("umt_fast")
+
+
+class MetricsLog:
+    """metrics.jsonl with one object per optimizer step, and the same scalars for TensorBoard.
+
+    Opened at a step, it first drops what was logged after that step: a resumed run leaves each step once.
+    """
+
+    def __init__(self, folder: Path, start_step: int, tensorboard: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= start_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = open(self.path, "a")
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().splitlines()
+        return [line for line in lines if line.startswith("{") and line.endswith("}")]
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Appends rows, each with a `step`, as one block."""
+        self.file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.file.flush()
+        if self.writer is not None:
+            for row in rows:
+                for key, value in row.items():
+                    if key != "step" and isinstance(value, (int, float)):
+                        self.writer.add_scalar(key, value, row["step"])
+            self.writer.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def progress_line(row: dict[str, Any], total: int, seconds_left: float) -> str:
+    """One line: bar, step, loss, rate, data wait, share of the matmul rate, memory, time left."""
+    done = row["step"] / max(1, total)
+    bar = "#" * int(20 * done)
+    hours, rest = divmod(int(seconds_left), 3600)
+    parts = [
+        f"[{bar:.<20}] {row['step']}/{total}",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['lr']:.2e}",
+        f"{row['clips_per_s']:.2f} clips/s",
+        f"wait {100 * row['data_wait']:.0f}%",
+        f"{100 * row['mfu']:.0f}% of matmul rate",
+        f"{row['memory_gib']:.2f} GiB",
+        f"left {hours}:{rest // 60:02d}:{rest % 60:02d}",
+    ]
+    return "  ".join(parts)

@@ -1,0 +1,33 @@
+"""The learning rate of each optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from umt_fast.config import OptimConfig
+
+
+def scaled(rate: float, optim: OptimConfig, global_batch: int) -> float:
+    """A configured rate scaled linearly from optim.lr_batch clips to the true number of clips per optimizer step."""
+    return rate * global_batch / optim.lr_batch if optim.lr_batch else rate
+
+
+def warmup_cosine(
+    optim: OptimConfig, *, global_batch: int, steps_per_epoch: int, epochs: int, warmup_epochs: float
+) -> Callable[[int], float]:
+    """The official schedule, as a function of the step counted from 0.
+
+    Linear from warmup_lr to lr over the warm-up steps, both ends included; then half a cosine,
+    min + (lr - min) / 2 * (1 + cos(pi * i / n)), i from 0 over the remaining n steps.
+    """
+    peak, low, start = (scaled(rate, optim, global_batch) for rate in (optim.lr, optim.min_lr, optim.warmup_lr))
+    warmup = int(warmup_epochs * steps_per_epoch)
+    rest = max(1, epochs * steps_per_epoch - warmup)
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return start + (peak - start) * step / max(1, warmup - 1)
+        return low + (peak - low) / 2 * (1 + math.cos(math.pi * min(step - warmup, rest) / rest))
+
+    return rate

@@ -1,0 +1,319 @@
+"""The one training loop. It knows no model and no data set: an objective turns a batch into a loss, a loader gives batches.
+
+An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save;
+`flops_per_clip()`. A loader is iterable and sized, with set_epoch, state_dict and load_state_dict.
+
+Randomness: before each micro-step the generators are seeded from (run.seed, rank, step, micro-step), and the objective
+gets the same number as a device tensor. A run continued from a checkpoint therefore needs no generator state to repeat
+the uninterrupted run bit for bit.
+
+The host waits for the device on log steps only: until then losses, gradient norms and metrics stay there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from umt_fast.config import ConfigError, OptimConfig, RunConfig
+from umt_fast.engine import checkpoint
+from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
+from umt_fast.engine.logging import MetricsLog, progress_line
+from umt_fast.engine.optim import LayerOf, build_optimizer
+from umt_fast.engine.precision import cpu_has_bf16, measure_matmul_rate, peak_memory_bytes
+from umt_fast.engine.schedule import warmup_cosine
+
+log = logging.getLogger("umt_fast")
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not a number; the message names the step and the files of its batch."""
+
+
+def step_seed(*numbers: int) -> int:
+    """A 63-bit seed from small numbers (splitmix64 over each in turn); neighbours give unrelated seeds."""
+    state = 0
+    for number in numbers:
+        state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+class Trainer:
+    """Trains an objective as a RunConfig says; see the module's head for what it expects."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        optim: OptimConfig,
+        objective: nn.Module,
+        loader: Any,
+        *,
+        num_sample: int = 1,
+        layer_of: LayerOf | None = None,
+        num_layers: int = 0,
+        config_record: dict[str, Any] | None = None,
+    ) -> None:
+        self.run, self.loader, self.config_record = run, loader, config_record or {}
+        self.ranks = current_ranks(run)
+        self.device = self.ranks.device
+        self.folder = Path(run.out)
+        self.objective = objective.to(self.device).train()
+        self.steps_per_epoch = len(loader) // run.accumulate
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"an epoch has {len(loader)} batches per rank, fewer than run.accumulate {run.accumulate}: "
+                "not one optimizer step; lower one of run.accumulate and run.batch_size"
+            )
+        self.total_steps = self.steps_per_epoch * run.epochs
+        self.last_step = min(self.total_steps, run.max_steps or self.total_steps)
+        self.clips_per_step = run.batch_size * num_sample * run.accumulate * self.ranks.world_size
+        self.rate = warmup_cosine(
+            optim,
+            global_batch=self.clips_per_step,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=run.epochs,
+            warmup_epochs=run.warmup_epochs,
+        )
+        self.clip_grad = optim.clip_grad
+        self.parameters = [p for p in objective.trainable.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(
+            objective.trainable, optim, lr=self.rate(0), layer_of=layer_of, num_layers=num_layers
+        )
+        self.step = 0
+        self.pending: list[dict[str, Any]] = []
+        self.stop_signal = 0
+
+    def train(self) -> None:
+        """Runs to the last step, or to a SIGTERM or SIGINT, which saves first.
+
+        Raises NonFiniteError before anything of the bad step is written; CheckpointError when saving fails.
+        """
+        if self.ranks.first:
+            checkpoint.prepare_folder(self.folder)
+        self._resume()
+        run_step = self._wrapped()
+        self._announce()
+        metrics = MetricsLog(self.folder, self.step, self.run.tensorboard) if self.ranks.first else None
+        self.window_start, self.window_wait = time.perf_counter(), 0.0
+        try:
+            with self._signals():
+                while self.step < self.last_step and not self.stop_signal:
+                    self._epoch(run_step, metrics)
+            if self.stop_signal:
+                log.warning("stopped by signal %d at step %d; run again to continue", self.stop_signal, self.step)
+        finally:
+            if metrics is not None:
+                metrics.close()
+
+    def _epoch(self, run_step: nn.Module, metrics: MetricsLog | None) -> None:
+        epoch = self.step // self.steps_per_epoch
+        self.loader.set_epoch(epoch)
+        batches = iter(self.loader)
+        while self.step < self.last_step:
+            self._train_step(run_step, batches, epoch)
+            end_of_epoch = self.step % self.steps_per_epoch == 0
+            done = end_of_epoch or self.step == self.last_step
+            save = done or (self.run.save_every and self.step % self.run.save_every == 0)
+            alone_and_told = self.stop_signal and self.ranks.world_size == 1
+            if save or alone_and_told or self.step % self.run.log_every == 0:
+                self._flush(metrics)
+                # Ranks agree here, where they wait for each other anyway: a rank that stopped alone would hang the rest.
+                self.stop_signal = max(gather(self.stop_signal))
+                if save or self.stop_signal:
+                    self._save()
+            if end_of_epoch or self.stop_signal:
+                break
+        batches.close()
+
+    def _train_step(self, run_step: nn.Module, batches: Iterator[dict[str, Tensor]], epoch: int) -> None:
+        rate = self.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        indices, sums = [], {}
+        for micro in range(self.run.accumulate):
+            before = time.perf_counter()
+            batch = next(batches)
+            self.window_wait += time.perf_counter() - before
+            indices.append(batch["index"])
+            batch = self._to_device(batch)
+            number = step_seed(self.run.seed, self.ranks.rank, self.step, micro)
+            torch.manual_seed(number)
+            seed = torch.full((1,), number, dtype=torch.int64, device=self.device)
+            last = micro == self.run.accumulate - 1
+            synchronise = last or not isinstance(run_step, DistributedDataParallel)
+            with contextlib.nullcontext() if synchronise else run_step.no_sync():
+                values = run_step(batch, seed)
+                (values["loss"] / self.run.accumulate).backward()
+            for key, value in values.items():
+                sums[key] = sums.get(key, 0) + value.detach() / self.run.accumulate
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.pending.append(
+            {"step": self.step, "epoch": epoch, "lr": rate, "values": sums, "norm": norm, "at": indices}
+        )
+
+    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.device.type != "cuda":
+            return batch
+        moved = {}
+        for key, value in batch.items():
+            # Only pinned memory is copied without the host waiting.
+            value = value if value.is_cuda or value.is_pinned() else value.pin_memory()
+            moved[key] = value.to(self.device, non_blocking=True)
+        return moved
+
+    def _flush(self, metrics: MetricsLog | None) -> None:
+        """Brings the window's numbers to the host, checks them, and writes a row per step."""
+        if not self.pending:
+            return
+        names = list(self.pending[0]["values"])
+        table = torch.stack(
+            [
+                torch.stack([entry["norm"].float(), *(entry["values"][name].float() for name in names)])
+                for entry in self.pending
+            ]
+        )
+        own = table
+        table = mean_over_ranks(table.clone()).tolist()
+        for entry, row, mine in zip(self.pending, table, own.tolist(), strict=True):
+            if not all(map(math.isfinite, row)):
+                self._stop_non_finite(entry, dict(zip(["gradient norm", *names], row, strict=True)), mine)
+        elapsed = time.perf_counter() - self.window_start
+        clips_per_s = self.clips_per_step * len(self.pending) / elapsed
+        shared = {
+            "clips_per_s": round(clips_per_s, 4),
+            "data_wait": round(self.window_wait / elapsed, 4),
+            "mfu": round(clips_per_s / self.ranks.world_size * self.objective.flops_per_clip() / self.matmul_rate, 4),
+            "memory_gib": round(peak_memory_bytes(self.device) / 2**30, 4),
+            "bad_files": len(getattr(self.loader, "bad_files", ())),
+        }
+        rows = []
+        for entry, (norm, *values) in zip(self.pending, table, strict=True):
+            row = {"step": entry["step"], "epoch": entry["epoch"], "lr": entry["lr"], "grad_norm": norm}
+            rows.append(row | dict(zip(names, values, strict=True)) | shared)
+        if metrics is not None:
+            metrics.write(rows)
+            left = (self.last_step - self.step) * elapsed / len(self.pending)
+            log.info(progress_line(rows[-1], self.last_step, left))
+        self.pending.clear()
+        self.window_start, self.window_wait = time.perf_counter(), 0.0
+
+    def _stop_non_finite(self, entry: dict[str, Any], values: dict[str, float], mine: list[float]) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        numbers = sorted(set(torch.cat(entry["at"]).tolist()))
+        name_of = getattr(self.loader, "name_of", str)
+        where = "on this rank" if not all(map(math.isfinite, mine)) else "on another rank; this rank's were"
+        raise NonFiniteError(
+            f"{', '.join(bad)} is not finite at step {entry['step']}; nothing of it was saved, the newest checkpoint in "
+            f"{self.folder} is sound. Files of the batch {where}: {', '.join(name_of(n) for n in numbers)}"
+        )
+
+    def _save(self) -> None:
+        loader_states = gather(self.loader.state_dict())
+        if self.ranks.first:
+            content = {
+                "model": self.objective.trainable.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "trainer": {
+                    "step": self.step,
+                    "epoch": self.step / self.steps_per_epoch,
+                    "steps_per_epoch": self.steps_per_epoch,
+                    "clips_per_step": self.clips_per_step,
+                    "world_size": self.ranks.world_size,
+                },
+                "loader": loader_states,
+                "config": self.config_record,
+            }
+            path = checkpoint.save(self.folder, self.step, content)
+            checkpoint.prune(self.folder, self.run.keep, self.steps_per_epoch * self.run.keep_every_epochs)
+            log.info("saved %s", path)
+        # Time spent saving is not the step's.
+        self.window_start = time.perf_counter()
+
+    def _resume(self) -> None:
+        newest = checkpoint.load_newest(self.folder) if self.run.resume else None
+        if newest is None:
+            if not self.run.resume and checkpoint.checkpoints(self.folder):
+                raise checkpoint.CheckpointError(
+                    f"run.resume is false, but {self.folder} holds checkpoints; give another run.out or move them away"
+                )
+            return
+        path, content = newest
+        saved = content["trainer"]
+        for name, now in (
+            ("world_size", self.ranks.world_size),
+            ("clips_per_step", self.clips_per_step),
+            ("steps_per_epoch", self.steps_per_epoch),
+        ):
+            if saved[name] != now:
+                raise checkpoint.CheckpointError(
+                    f"{path} was made with {name} {saved[name]}, this run has {now}: the order of clips would change. "
+                    "Continue with the same list, batch size, accumulation and number of ranks, or start a new run.out "
+                    "from these weights (--init)"
+                )
+        try:
+            self.objective.trainable.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{path} does not fit the configured model: {' '.join(str(error).split())[:1000]}"
+            ) from error
+        self.loader.load_state_dict(content["loader"][self.ranks.rank])
+        self.step = saved["step"]
+        log.info("continuing from %s", path)
+
+    def _wrapped(self) -> nn.Module:
+        module = self.objective
+        if self.run.compile:
+            module = torch.compile(module)
+        if self.ranks.world_size > 1:
+            module = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return module
+
+    def _announce(self) -> None:
+        half = self.run.dtype == "bf16"
+        if half and self.device.type == "cpu" and not cpu_has_bf16():
+            log.warning("WARNING: this CPU has no bf16 instructions; --run.dtype fp32 will be faster here")
+        self.matmul_rate = measure_matmul_rate(self.device, torch.bfloat16 if half else torch.float32)
+        trained = sum(parameter.numel() for parameter in self.parameters)
+        log.info(
+            "%s, %s, %d rank(s) x %d clips x %d micro-step(s); %.1f M parameters trained; matmul rate %.2f TFLOP/s; "
+            "steps %d to %d of %d per epoch",
+            self.device, self.run.dtype, self.ranks.world_size, self.run.batch_size, self.run.accumulate,
+            trained / 1e6, self.matmul_rate / 1e12, self.step, self.last_step, self.steps_per_epoch,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Notes SIGTERM and SIGINT during the block; the loop saves and ends at its next safe point."""
+
+        def note(number: int, frame: object) -> None:
+            self.stop_signal = number
+
+        try:
+            before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread: signals are the caller's business
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
