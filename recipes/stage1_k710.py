@@ -14,9 +14,8 @@ with the global batch: at 32 x 64 = 2048 the peak is 1.2e-3 and the floor 8e-5. 
 with `--run.accumulate`.
 """
 
-from umt_fast.models.sizes import student_size, teacher_size
-
 from umt_fast.config import AlignConfig, DataConfig, MaskConfig, OptimConfig, RunConfig, Stage1Config
+from umt_fast.models.sizes import student_size, teacher_size
 
 DEFAULT = "b16"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.trainer import Trainer
 from umt_fast.objectives.supervised import Supervised
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
-
-log = logging.getLogger("umt_fast")
 
 
 def build_objective(config: Any) -> torch.nn.Module:
@@ -31,16 +29,23 @@ def build_objective(config: Any) -> torch.nn.Module:
 def train(config: Stage1Config | FinetuneConfig) -> Path:
     """Trains as configured and returns the run folder.
 
-    The folder then holds checkpoint-*.pt, metrics.jsonl, config.json and, if wanted, TensorBoard events. A run whose
-    folder already holds checkpoints continues from the newest one unless run.resume is false.
+    The folder then holds checkpoint-*.pt, metrics.jsonl and, if wanted, TensorBoard events. A run whose folder already
+    holds checkpoints continues from the newest one unless run.resume is false.
     """
+    # Seeded by the run alone: every rank starts from the same weights.
+    torch.manual_seed(config.run.seed)
+    return fit_objective(config, lambda: build_objective(config))
+
+
+def fit_objective(
+    config: Stage1Config | FinetuneConfig, objective: torch.nn.Module | Callable[[], torch.nn.Module]
+) -> Path:
+    """Trains an objective, or one built once the list has been read, with a configuration's data, schedule and folder."""
     if not config.data.train:
         raise ConfigError("data.train is empty; give a list of videos: --data.train list.csv")
     clips = read_list(config.data.train, config.data)
     with distributed_run(config.run) as ranks:
-        # Seeded by the run alone: every rank starts from the same weights.
-        torch.manual_seed(config.run.seed)
-        objective = build_objective(config)
+        objective = objective if isinstance(objective, torch.nn.Module) else objective()
         loader = ClipLoader(
             clips,
             config.data,
@@ -51,7 +56,6 @@ def train(config: Stage1Config | FinetuneConfig) -> Path:
             world_size=ranks.world_size,
             seed=config.run.seed,
         )
-        depth = config.student.depth
         trainer = Trainer(
             config.run,
             config.optim,
@@ -59,7 +63,7 @@ def train(config: Stage1Config | FinetuneConfig) -> Path:
             loader,
             num_sample=config.data.num_sample,
             layer_of=getattr(objective, "layer_id", None),
-            num_layers=depth + 1,
+            num_layers=config.student.depth + 1,
             config_record=to_dict(config),
         )
         trainer.train()

@@ -61,7 +61,7 @@ class Case:
         """The training road's targets at the file's mask instead of a drawn one."""
         teacher = self.objective.teacher
         with torch.no_grad():
-            x, taps = teacher._embed(self.video), []
+            x, taps = teacher.embed(self.video), []
             for depth, block in enumerate(teacher.blocks[:-1]):
                 x = block(x)
                 if depth >= len(teacher.blocks) - teacher.num_taps:

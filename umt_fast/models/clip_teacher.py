@@ -147,7 +147,7 @@ class ClipTeacher(nn.Module):
         frames = F.interpolate(frames.float(), (size, size), mode="bicubic", align_corners=False)
         return frames.unflatten(0, (batch, -1)).transpose(1, 2)
 
-    def _embed(self, video: Tensor) -> Tensor:
+    def embed(self, video: Tensor) -> Tensor:
         """Video -> (R, 1 + L, C), the class token first, through ln_pre."""
         weight = self.conv1.weight
         video = self._frames(video)
@@ -177,7 +177,7 @@ class ClipTeacher(nn.Module):
             seed: int64 (1,) on the video's device.
         """
         batch = video.shape[0]
-        x = self._embed(video)
+        x = self.embed(video)
         per_frame = x.shape[1] - 1
         frames = x.shape[0] // batch
         side = int(per_frame**0.5)
@@ -225,7 +225,7 @@ class ClipTeacher(nn.Module):
     def features(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Everything, nothing left out: projected taps (K, B, N, D), not normalised, and attention scores (R, L) fp32."""
         batch = video.shape[0]
-        x = self._embed(video)
+        x = self.embed(video)
         taps = []
         for depth, block in enumerate(self.blocks):
             if depth == len(self.blocks) - 1:

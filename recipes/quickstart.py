@@ -1,0 +1,65 @@
+"""The sample world's runs, small enough for two CPU cores: `bash recipes/quickstart.sh` chains them.
+
+| variant    | what                                                                         |
+|------------|------------------------------------------------------------------------------|
+| stage1     | pre-training of the student against the sample world's own small CLIP        |
+| motion     | fine-tuning on motion labels (8 classes), from pre-training or from scratch  |
+| scene      | linear probe on scene labels (24 classes)                                    |
+
+Expected, on average over three seeds: see the README. Each takes one to three minutes on two cores.
+"""
+
+from umt_fast.config import (
+    AlignConfig,
+    DataConfig,
+    FinetuneConfig,
+    MaskConfig,
+    OptimConfig,
+    RunConfig,
+    Stage1Config,
+    TeacherConfig,
+    VitConfig,
+)
+
+DEFAULT = "stage1"
+
+
+def _student() -> VitConfig:
+    return VitConfig(
+        width=96, depth=4, num_heads=3, patch_size=8, image_size=48, num_frames=8, tubelet_size=1, drop_path=0.0
+    )  # fmt: skip
+
+
+def stage1() -> Stage1Config:
+    """Pre-training: 8 of 36 tokens of each frame stay visible."""
+    return Stage1Config(
+        run=RunConfig(batch_size=32, epochs=24, warmup_epochs=2, dtype="fp32", log_every=25, tensorboard=False),
+        data=DataConfig(workers=2, flip=True),
+        student=_student(),
+        teacher=TeacherConfig(
+            width=96, depth=4, num_heads=3, patch_size=8, image_size=48, output_dim=64, weights="untrained"
+        ),
+        mask=MaskConfig(kind="semantic", ratio=0.8),
+        align=AlignConfig(num_layers=3),
+        optim=OptimConfig(lr=1e-3, min_lr=1e-5, lr_batch=0),
+    )
+
+
+def motion() -> FinetuneConfig:
+    """Fine-tuning of all weights; no flip, which would turn left into right."""
+    return FinetuneConfig(
+        run=RunConfig(batch_size=16, epochs=16, warmup_epochs=2, dtype="fp32", log_every=25, tensorboard=False),
+        data=DataConfig(workers=2, flip=False),
+        student=_student(),
+        optim=OptimConfig(lr=5e-4, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0, betas=(0.9, 0.999), layer_decay=0.9),
+        num_classes=8,
+    )
+
+
+def scene() -> FinetuneConfig:
+    """A probe: the encoder stays as it is."""
+    config = motion()
+    config.run.epochs = 8
+    config.optim.lr, config.optim.layer_decay = 1e-2, 1.0
+    config.num_classes, config.freeze = 24, True
+    return config

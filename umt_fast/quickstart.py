@@ -1,0 +1,191 @@
+"""The sample world from nothing to report: render, train a teacher, pre-train, compare, measure the masks.
+
+Each part leaves a file and is skipped when that file is there, so an interrupted quickstart goes on where it stopped.
+Everything is trained by the code that trains the real models; the settings are in recipes/quickstart.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from umt_fast import recipe
+from umt_fast.config import ConfigError, DataConfig, FinetuneConfig, MaskConfig, Stage1Config, TeacherConfig
+from umt_fast.data import sample_world
+from umt_fast.data.loader import ClipLoader
+from umt_fast.data.manifest import read_list
+from umt_fast.data.sampling import sparse_center
+from umt_fast.engine.checkpoint import checkpoints
+from umt_fast.engine.precision import pick_device
+from umt_fast.models.clip_teacher import ClipTeacher
+from umt_fast.models.weights import load_teacher
+from umt_fast.objectives.supervised import Supervised
+from umt_fast.tasks import small_clip
+from umt_fast.tasks.classification import accuracy
+from umt_fast.tasks.frame_teacher import FrameSupervised
+from umt_fast.train import fit_objective, train
+
+log = logging.getLogger("umt_fast")
+
+WORLD = {"train": 2400, "test": 480, "labelled": 600}
+CLIP_STEPS, CLIP_BATCH = 600, 96
+
+
+class Results:
+    """results.json: written after each part, read to know what is done."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.path = folder / "results.json"
+        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {"seed": seed}
+        if self.values["seed"] != seed:
+            raise ConfigError(f"{folder} holds a quickstart of seed {self.values['seed']}; give another --out")
+
+    def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Runs a part unless its results are there; notes its seconds."""
+        if name not in self.values:
+            log.info("== %s", name)
+            started = time.perf_counter()
+            values = make() or {}
+            self.values[name] = values | {"seconds": round(time.perf_counter() - started, 1)}
+            self.path.write_text(json.dumps(self.values, indent=1))
+            log.info("== %s: %s", name, self.values[name])
+        return self.values[name]
+
+
+def newest_weights(run: Path) -> str:
+    """The last checkpoint of a run folder."""
+    return str(checkpoints(run)[-1][1])
+
+
+def train_teacher(world: Path, teacher: TeacherConfig, path: Path, seed: int) -> dict[str, Any]:
+    """Trains the small CLIP and writes its visual tower; returns its loss and zero-shot accuracy on unseen frames."""
+    torch.manual_seed(seed)
+    clip = small_clip.build_clip(teacher)
+    groups = small_clip.frames_by_caption(world, "train", sample_world.read_scenes(world, "train"), 4)
+    loss = small_clip.train_clip(
+        clip, groups, image_size=teacher.image_size, steps=CLIP_STEPS, batch_size=CLIP_BATCH, seed=seed
+    )
+    unseen = small_clip.frames_by_caption(world, "test", sample_world.read_scenes(world, "test"), 4)
+    small_clip.save_visual(clip.eval(), path)
+    return {"loss": round(loss, 4), "zero_shot": small_clip.zero_shot_accuracy(clip, unseen), "captions": len(groups)}
+
+
+def evaluate(objective: nn.Module, config: FinetuneConfig, test_list: Path, device: torch.device) -> dict[str, Any]:
+    """Accuracy of a trained objective on unseen clips."""
+    objective = objective.to(device).eval()
+    figures = accuracy(
+        objective.logits,
+        str(test_list),
+        DataConfig(workers=config.data.workers),
+        num_frames=config.student.num_frames,
+        image_size=config.student.image_size,
+        batch_size=64,
+        device=device,
+    )
+    return {name: round(value, 4) for name, value in figures}
+
+
+def compare(out: Path, label: str, teacher: TeacherConfig, pretrained: str, seed: int) -> dict[str, Any]:
+    """Trains the same settings from pre-training, from scratch and on the per-frame teacher; accuracy of each."""
+    scores: dict[str, Any] = {}
+    for start in ("pretrained", "scratch", "teacher"):
+        config: FinetuneConfig = recipe.load(f"quickstart:{label}")
+        config.run.seed = seed
+        config.run.out = str(out / f"{label}_{start}")
+        config.data.train = str(out / "world" / f"labelled_{label}.csv")
+        config.init = pretrained if start == "pretrained" else ""
+        torch.manual_seed(seed)
+        objective = FrameSupervised(config, teacher) if start == "teacher" else Supervised(config)
+        fit_objective(config, objective)
+        device = pick_device(config.run.device)
+        scores[start] = evaluate(objective, config, out / "world" / f"test_{label}.csv", device)["top1"]
+        log.info("%s labels, %s: %.1f%% of unseen clips", label, start, 100 * scores[start])
+    return scores
+
+
+@torch.no_grad()
+def draw_masks(out: Path, config: Stage1Config, clips: int = 96) -> dict[str, np.ndarray]:
+    """Unseen clips, the pixels of their shapes, and the tokens each kind of mask keeps.
+
+    Returns video uint8 (B, T, S, S, 3), foreground (B, T, L) share of each patch that is shape, and for each mask kind
+    kept (B, n) flat indices.
+    """
+    world, vit = out / "world", config.student
+    data = DataConfig(workers=0)
+    every = read_list(world / "test_motion.csv", data)[:clips]
+    loader = ClipLoader(
+        every, data, num_frames=vit.num_frames, image_size=vit.image_size, batch_size=len(every), train=False
+    )
+    (batch,) = list(loader)
+    teacher = ClipTeacher(config.teacher, config.align.num_layers)
+    load_teacher(teacher, config.teacher)
+    frames = sparse_center(sample_world.FRAMES, vit.num_frames)
+    patch, side = vit.patch_size, vit.image_size // vit.patch_size
+    shapes = np.stack(
+        [
+            [sample_world.foreground(scene, number) for number in frames.tolist()]
+            for scene in sample_world.read_scenes(world, "test")[:clips]
+        ]
+    )
+    shares = shapes.reshape(*shapes.shape[:2], side, patch, side, patch).mean((3, 5)).reshape(*shapes.shape[:2], -1)
+    drawn = {"video": batch["video"].numpy(), "foreground": shares}
+    for kind in ("semantic", "random", "tube"):
+        mask = MaskConfig(kind=kind, ratio=config.mask.ratio)
+        drawn[kind] = teacher(batch["video"], mask, torch.tensor([1])).visible.numpy()
+    return drawn
+
+
+def foreground_shares(drawn: dict[str, np.ndarray]) -> dict[str, float]:
+    """Mean share of shape pixels among the kept patches, by mask kind, and the ratio of semantic to random."""
+    flat = drawn["foreground"].reshape(len(drawn["video"]), -1)
+    kinds = ("semantic", "random", "tube")
+    shares = {kind: float(np.take_along_axis(flat, drawn[kind], 1).mean()) for kind in kinds}
+    shares["ratio"] = shares["semantic"] / shares["random"]
+    return {name: round(value, 4) for name, value in shares.items()}
+
+
+def measure_masks(out: Path, config: Stage1Config) -> dict[str, float]:
+    """Foreground shares on unseen clips; a few of them with their kept tokens go to masks.npz for the report."""
+    drawn = draw_masks(out, config)
+    side = config.student.image_size // config.student.patch_size
+    few = {name: drawn[name][:6] for name in ("video", "semantic", "random")}
+    np.savez_compressed(out / "masks.npz", side=side, **few)
+    return foreground_shares(drawn)
+
+
+def stage1_config(out: Path, seed: int) -> Stage1Config:
+    """The page's stage-1 run, on this world and teacher."""
+    config: Stage1Config = recipe.load("quickstart:stage1")
+    config.run.seed, config.run.out = seed, str(out / "stage1")
+    config.data.train = str(out / "world" / "train_motion.csv")
+    config.teacher.weights = str(out / "teacher.safetensors")
+    return config
+
+
+def run(out: str | Path, seed: int = 0) -> Path:
+    """Runs what is missing of a quickstart and returns the report's path."""
+    from umt_fast.report import write_report
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    results, config = Results(out, seed), stage1_config(out, seed)
+    world = out / "world"
+    results.part("world", lambda: {"folder": str(sample_world.build(world, seed=seed, **WORLD))})
+    weights = Path(config.teacher.weights)
+    results.part("teacher", lambda: train_teacher(world, config.teacher, weights, seed))
+    results.part("stage1", lambda: {"run": str(train(config))})
+    pretrained = newest_weights(out / "stage1")
+    for label in ("motion", "scene"):
+        results.part(label, lambda label=label: compare(out, label, config.teacher, pretrained, seed))
+    results.part("foreground", lambda: measure_masks(out, config))
+    report = write_report(out)
+    log.info("checkpoint %s\nmetrics    %s\nreport     %s", pretrained, out / "stage1" / "metrics.jsonl", report)
+    return report
