@@ -19,3 +19,10 @@ def tiny() -> Stage1Config:
         ),
         align=AlignConfig(num_layers=2),
     )  # fmt: skip
+
+
+def long() -> Stage1Config:
+    """Twenty-four steps with a checkpoint every third."""
+    config = tiny()
+    config.run.max_steps, config.run.save_every, config.run.epochs = 24, 3, 50
+    return config

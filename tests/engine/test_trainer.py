@@ -1,0 +1,313 @@
+"""The loop: exact resume, accumulation, ranks, signals, non-finite losses, checkpoints."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from umt_fast.config import ConfigError, OptimConfig, RunConfig
+from umt_fast.engine import checkpoint
+from umt_fast.engine.optim import apex_fused_adam, parameter_groups
+from umt_fast.engine.schedule import warmup_cosine
+from umt_fast.engine.trainer import NonFiniteError, Trainer, step_seed
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Toy(nn.Module):
+    """Least squares with noise from the step's generators, so that a wrong seed shows in the loss."""
+
+    def __init__(self, noise: float = 0.1) -> None:
+        super().__init__()
+        self.trainable = nn.Linear(4, 1)
+        self.noise = noise
+
+    def forward(self, batch: dict, seed: torch.Tensor) -> dict:
+        x = batch["x"] + self.noise * torch.rand(batch["x"].shape)
+        return {"loss": (self.trainable(x).squeeze(1) - batch["y"]).square().mean()}
+
+    def flops_per_clip(self) -> float:
+        return 24.0
+
+
+class ToyLoader:
+    def __init__(self, batch: int, count: int = 24, poison: int = -1) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(count, 4, generator=generator)
+        self.y = self.x.sum(1)
+        self.batch, self.epoch, self.position = batch, 0, 0
+        if poison >= 0:
+            self.y[poison] = float("nan")
+
+    def __len__(self) -> int:
+        return len(self.x) // self.batch
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def name_of(self, index: int) -> str:
+        return f"clip{index}.mp4"
+
+    def __iter__(self):
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(self.epoch))
+        while self.position < len(self):
+            index = order[self.position * self.batch : (self.position + 1) * self.batch]
+            self.position += 1
+            yield {"x": self.x[index], "y": self.y[index], "index": index}
+
+
+def trainer(out: Path, *, batch: int = 4, noise: float = 0.1, poison: int = -1, **run: object) -> Trainer:
+    torch.manual_seed(0)
+    values = {"epochs": 3, "warmup_epochs": 1, "device": "cpu", "dtype": "fp32", "log_every": 1, "tensorboard": False}
+    config = RunConfig(out=str(out), batch_size=batch, **(values | run))
+    optim = OptimConfig(lr=0.05, lr_batch=0, **({"clip_grad": 0.0}))
+    return Trainer(config, optim, Toy(noise), ToyLoader(batch, poison=poison))
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def test_stopped_in_mid_epoch_and_resumed_is_the_same_run(tmp_path: Path) -> None:
+    trainer(tmp_path / "whole").train()
+    trainer(tmp_path / "parts", max_steps=8).train()
+    trainer(tmp_path / "parts").train()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert [step for step, _ in losses(tmp_path / "whole")] == list(range(1, 19))
+    final = [checkpoint.load_newest(tmp_path / name)[1]["model"] for name in ("whole", "parts")]
+    assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
+    trainer(tmp_path / "large", batch=4, noise=0.0).train()
+    trainer(tmp_path / "small", batch=2, accumulate=2, noise=0.0).train()
+    for (_, large), (_, small) in zip(losses(tmp_path / "large"), losses(tmp_path / "small"), strict=True):
+        assert small == pytest.approx(large, rel=1e-5)
+
+
+def test_metrics_log_keeps_each_step_once_after_a_lost_tail(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=6).train()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "loss": 99.0}\n{"step": 8, "lo')  # written after the checkpoint, then killed
+    trainer(tmp_path).train()
+    assert [step for step, _ in losses(tmp_path)] == list(range(1, 19))
+    assert all(loss != 99.0 for _, loss in losses(tmp_path))
+
+
+def test_non_finite_loss_stops_before_anything_is_written(tmp_path: Path) -> None:
+    run = trainer(tmp_path, poison=5, log_every=4)
+    with pytest.raises(NonFiniteError, match="clip5.mp4") as caught:
+        run.train()
+    step = int(str(caught.value).split("step ")[1].split(";")[0])
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
+    assert step == order.index(5) // 4 + 1
+    assert not checkpoint.checkpoints(tmp_path) or checkpoint.checkpoints(tmp_path)[-1][0] < step
+    for _, path in checkpoint.checkpoints(tmp_path):
+        assert all(torch.isfinite(value).all() for value in torch.load(path, weights_only=True)["model"].values())
+
+
+def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer(tmp_path / "whole").train()
+    trainer(tmp_path / "cut", max_steps=12).train()
+    newest = checkpoint.checkpoints(tmp_path / "cut")[-1][1]
+    newest.write_bytes(newest.read_bytes()[:500])
+    trainer(tmp_path / "cut").train()
+    assert newest.name in caplog.text and "damaged" in caplog.text
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_keep_policy(tmp_path: Path) -> None:
+    trainer(tmp_path, epochs=5, keep=2, keep_every_epochs=2).train()
+    assert [step // 6 for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 4, 5]
+
+
+def test_disk_full_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = checkpoint.save(tmp_path, 1, {"step": 1})
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left"):
+        checkpoint.save(tmp_path, 2, {"step": 2})
+    assert [path for _, path in checkpoint.checkpoints(tmp_path)] == [old]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_another_batch_size_cannot_continue(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=2).train()
+    with pytest.raises(checkpoint.CheckpointError, match="clips_per_step"):
+        trainer(tmp_path, batch=8).train()
+
+
+def test_resume_false_does_not_overwrite(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=2).train()
+    with pytest.raises(checkpoint.CheckpointError, match="holds checkpoints"):
+        trainer(tmp_path, resume=False).train()
+
+
+def test_schedule_is_the_official_one() -> None:
+    import numpy as np
+
+    optim = OptimConfig(lr=1.5e-4, min_lr=1e-5, warmup_lr=0.0)
+    rate = warmup_cosine(optim, global_batch=2048, steps_per_epoch=10, epochs=20, warmup_epochs=4)
+    i = np.arange(160)
+    rest = 8e-5 + 0.5 * (1.2e-3 - 8e-5) * (1 + np.cos(np.pi * i / 160))
+    expected = np.concatenate([np.linspace(0, 1.2e-3, 40), rest])
+    np.testing.assert_allclose([rate(step) for step in range(200)], expected, rtol=1e-12, atol=1e-18)
+
+
+def test_decay_groups_and_layer_rates() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    groups = parameter_groups(module, OptimConfig(layer_decay=0.5, weight_decay=0.1), lambda name: int(name[0]), 2)
+    seen = {(group["weight_decay"], group["lr_scale"], len(group["params"])) for group in groups}
+    assert seen == {(0.1, 0.25, 1), (0.0, 0.25, 1), (0.0, 0.5, 2), (0.1, 1.0, 1), (0.0, 1.0, 1)}
+
+
+def test_the_other_apex_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")  # the registry's package has no optimizers
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="NVIDIA/apex"):
+        apex_fused_adam()
+
+
+def test_step_seeds_differ() -> None:
+    seeds = {step_seed(0, rank, step, micro) for rank in range(4) for step in range(200) for micro in range(2)}
+    assert len(seeds) == 1600 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+# Real processes from here on: the stage-1 command on real files, killed without warning.
+
+
+def command(out: Path, clips: Path, ranks: int) -> list[str]:
+    train = ["-m", "umt_fast", "train", "tests/assets/tiny.py:long", "--data.train", str(clips), "--run.out", str(out)]
+    if ranks == 1:
+        return [sys.executable, *train]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    return [sys.executable, "-m", "torch.distributed.run", *launch, *train]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def finish(out: Path, clips: Path, ranks: int) -> None:
+    done = subprocess.run(
+        command(out, clips, ranks), cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def kill_when(process: subprocess.Popen, ready: object, limit: float = 120.0) -> None:
+    """SIGKILL to the whole process group once ready() holds."""
+    end = time.monotonic() + limit
+    while process.poll() is None and not ready() and time.monotonic() < end:
+        time.sleep(0.02)
+    time.sleep(random.Random(str(process.args)).random() * 0.3)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def clip_list(tiny_list: Path) -> Path:
+    """Sixteen entries, all readable."""
+    table = tiny_list.with_name("sixteen.csv")
+    table.write_text("".join(f"video{number % 2}.mp4,{number}\n" for number in range(16)))
+    return table
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kill_and_resume_is_bit_exact(ranks: int, tmp_path: Path, clip_list: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(whole, clip_list, ranks)
+    for wanted in (2, 7):
+        process = subprocess.Popen(
+            command(killed, clip_list, ranks), cwd=REPOSITORY, env=environment(), start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        kill_when(process, lambda: (killed / "metrics.jsonl").exists() and len(losses_so_far(killed)) >= wanted)  # noqa: B023
+        assert process.returncode != 0, "the run ended before it could be killed"
+    finish(killed, clip_list, ranks)
+    assert losses(killed) == losses(whole)
+    assert [step for step, _ in losses(whole)] == list(range(1, 25))
+
+
+def losses_so_far(out: Path) -> list[str]:
+    return [line for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+def test_sigterm_saves_and_ends(tmp_path: Path, clip_list: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        command(out, clip_list, 1), cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses_so_far(out)) >= 2):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by signal 15" in error
+    step = checkpoint.checkpoints(out)[-1][0]
+    assert step == losses(out)[-1][0] < 24
+
+
+def test_two_ranks_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
+    """Gradients of two ranks average to those of one process with both batches."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/engine']\n"
+        "import torch\n"
+        "from pathlib import Path\n"
+        "from test_trainer import ToyLoader, trainer\n"
+        "from umt_fast.config import RunConfig\n"
+        "from umt_fast.engine.distributed import distributed_run\n"
+        "class Share(ToyLoader):\n"
+        "    def __len__(self):\n"
+        "        return len(self.x) // 4\n"
+        "    def __iter__(self):\n"
+        "        self.batch = 4\n"
+        "        for batch in super().__iter__():\n"
+        "            yield {key: value[self.rank * 2 : self.rank * 2 + 2] for key, value in batch.items()}\n"
+        "with distributed_run(RunConfig(device='cpu')) as ranks:\n"
+        "    run = trainer(Path(sys.argv[1]), batch=2, noise=0.0)\n"
+        "    run.loader.__class__ = Share\n"
+        "    run.loader.rank = ranks.rank\n"
+        "    run.steps_per_epoch, run.total_steps, run.last_step = 6, 18, 18\n"
+        "    from umt_fast.engine.schedule import warmup_cosine\n"
+        "    from umt_fast.config import OptimConfig\n"
+        "    run.rate = warmup_cosine(OptimConfig(lr=0.05, lr_batch=0), global_batch=4, steps_per_epoch=6, epochs=3,\n"
+        "                             warmup_epochs=1)\n"
+        "    run.train()\n"
+    )
+    trainer(tmp_path / "one", batch=4, noise=0.0).train()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "two"), str(REPOSITORY)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
