@@ -24,6 +24,8 @@ from kernels._launch import Road, power_of_two, use_triton
 
 # Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
 _IMPOSSIBLE = tl.constexpr(-1000.0)
+# Channels of a head that semantic_mask holds at a time.
+_BLOCK_D = 32
 # The smallest step of the generator: keeps the logarithm of a drawn zero finite.
 _SMALLEST = tl.constexpr(2.0**-32)
 
@@ -57,18 +59,22 @@ def semantic_mask_kernel(
     """One program per frame: all heads' softmax rows are summed in registers, then sampled."""
     i_row = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK)
-    o_d = tl.arange(0, BLOCK_D)
-    inside_d = o_d < D
     score = tl.zeros((BLOCK,), tl.float32)
     for i_head in range(HEADS):
-        b_q = tl.load(q + i_row * q_row + i_head * q_head + o_d, mask=inside_d, other=0).to(tl.float32) * scale
         p_k = k + i_row * k_row + i_head * k_head
-        # Token 0 is the class token: loaded apart so that the vector of patch tokens starts at a power of two.
-        class_logit = tl.sum(b_q * tl.load(p_k + o_d, mask=inside_d, other=0).to(tl.float32), 0)
-        b_k = tl.load(
-            p_k + (o[:, None] + 1) * k_token + o_d[None, :], mask=(o < L)[:, None] & inside_d[None, :], other=0
-        ).to(tl.float32)
-        logit = tl.where(o < L, tl.sum(b_k * b_q[None, :], 1), float("-inf"))
+        # Token 0 is the class token: read apart, so that the patch tokens start at a power of two.
+        class_logit = 0.0
+        logit = tl.zeros((BLOCK,), tl.float32)
+        # A tile of all tokens and the whole head would spill registers; BLOCK_D channels at a time do not.
+        for i_d in range(0, D, BLOCK_D):
+            o_d = i_d + tl.arange(0, BLOCK_D)
+            inside_d = o_d < D
+            b_q = tl.load(q + i_row * q_row + i_head * q_head + o_d, mask=inside_d, other=0).to(tl.float32) * scale
+            class_logit += tl.sum(b_q * tl.load(p_k + o_d, mask=inside_d, other=0).to(tl.float32), 0)
+            inside = (o < L)[:, None] & inside_d[None, :]
+            b_k = tl.load(p_k + (o[:, None] + 1) * k_token + o_d[None, :], mask=inside, other=0).to(tl.float32)
+            logit += tl.sum(b_k * b_q[None, :], 1)
+        logit = tl.where(o < L, logit, float("-inf"))
         top = tl.maximum(tl.max(logit, 0), class_logit)
         weight = tl.exp(logit - top)
         score += weight / (tl.sum(weight, 0) + tl.exp(class_logit - top))
@@ -98,7 +104,7 @@ def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_sc
         semantic_mask_kernel[(rows,)](
             out, scores, q, k, seed, width**-0.5, tokens, num_visible,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
-            HEADS=heads, D=width, BLOCK_D=power_of_two(width), BLOCK=power_of_two(tokens), RETURN=with_scores,
+            HEADS=heads, D=width, BLOCK_D=_BLOCK_D, BLOCK=power_of_two(tokens), RETURN=with_scores,
             num_warps=8,
         )  # fmt: skip
     return out, scores

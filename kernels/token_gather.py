@@ -26,9 +26,10 @@ def token_gather_fwd_kernel(
     inside = o < C
     value = tl.load(x + (i_row // n * tokens + token) * C + o, mask=inside)
     if TABLE:
-        # Rounded to the dtype of x first, as the reference adds a cast table.
-        value += tl.load(table + token * C + o, mask=inside).to(value.dtype)
-    tl.store(out + i_row * C + o, value, mask=inside)
+        # The table is rounded to x's dtype first, as the reference casts it; the sum is fp32 and rounded once.
+        row = tl.load(table + token * C + o, mask=inside).to(value.dtype)
+        value = value.to(tl.float32) + row.to(tl.float32)
+    tl.store(out + i_row * C + o, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

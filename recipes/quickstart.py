@@ -33,7 +33,7 @@ def _student() -> VitConfig:
 def stage1() -> Stage1Config:
     """Pre-training: 8 of 36 tokens of each frame stay visible."""
     return Stage1Config(
-        run=RunConfig(batch_size=32, epochs=24, warmup_epochs=2, dtype="fp32", log_every=25, tensorboard=False),
+        run=RunConfig(batch_size=32, epochs=6, warmup_epochs=1, dtype="fp32", log_every=25, tensorboard=False),
         data=DataConfig(workers=2, flip=True),
         student=_student(),
         teacher=TeacherConfig(
@@ -48,18 +48,19 @@ def stage1() -> Stage1Config:
 def motion() -> FinetuneConfig:
     """Fine-tuning of all weights; no flip, which would turn left into right."""
     return FinetuneConfig(
-        run=RunConfig(batch_size=16, epochs=16, warmup_epochs=2, dtype="fp32", log_every=25, tensorboard=False),
+        run=RunConfig(batch_size=16, epochs=12, warmup_epochs=1, dtype="fp32", log_every=25, tensorboard=False),
         data=DataConfig(workers=2, flip=False),
         student=_student(),
-        optim=OptimConfig(lr=5e-4, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0, betas=(0.9, 0.999), layer_decay=0.9),
+        optim=OptimConfig(lr=1e-3, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0, betas=(0.9, 0.999), layer_decay=0.9),
         num_classes=8,
+        label_smoothing=0.0,
     )
 
 
 def scene() -> FinetuneConfig:
     """A probe: the encoder stays as it is."""
     config = motion()
-    config.run.epochs = 8
+    config.run.epochs = 5
     config.optim.lr, config.optim.layer_decay = 1e-2, 1.0
     config.num_classes, config.freeze = 24, True
     return config

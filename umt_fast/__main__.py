@@ -130,6 +130,12 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return (ConfigError, DataError, WeightsError, CheckpointError, NonFiniteError, OSError)
 
 
+def _stopped() -> type[Exception]:
+    from umt_fast.engine.trainer import Stopped
+
+    return Stopped
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, or 2 with one line on stderr for input that cannot work."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -144,6 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown command {name!r}{hint} Commands: {', '.join(COMMANDS)}")
         COMMANDS[name](rest)
+    except _stopped() as stop:
+        print(f"umt_fast: {stop}", file=sys.stderr)
     except _user_errors() as error:
         print(f"umt_fast: error: {error}", file=sys.stderr)
         return 2

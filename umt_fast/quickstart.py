@@ -36,7 +36,7 @@ from umt_fast.train import fit_objective, train
 log = logging.getLogger("umt_fast")
 
 WORLD = {"train": 2400, "test": 480, "labelled": 600}
-CLIP_STEPS, CLIP_BATCH = 600, 96
+CLIP_STEPS, CLIP_BATCH = 500, 96
 
 
 class Results:

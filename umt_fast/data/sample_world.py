@@ -1,10 +1,10 @@
 """The sample world: small H.264 videos whose labels are known, rendered from a seed in seconds.
 
-A coloured shape moves over a textured background with wrap-around, and swells or shrinks once on its way. What a single
-frame shows (shape, colour, background) is the scene; what it does not show is the motion: the direction, and whether the
-shape swells before it shrinks or after. Start places are uniform and the path wraps around, so position says nothing of
-direction; both orders of events go through the same sizes, so size says nothing of order. A model that looks at frames
-one by one and averages can at best tell the axis of motion, never its sign: 2 of 8 motion classes at once, 25%.
+A coloured shape moves in a straight line over a textured background, and swells or shrinks once on its way. What a
+single frame shows (shape, colour, background) is the scene; what it does not show is the motion: the direction, and
+whether the shape swells before it shrinks or after. A path is drawn by its middle, then walked one way or the other, so
+a place says nothing of the direction; both orders of events go through the same sizes. A model that looks at frames one
+by one and averages can at best tell the axis of motion, never its sign: 2 of 8 motion classes at once, 25%.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Scene:
     order: str
     speed: float
     """Pixels per frame."""
-    start_x: float
-    start_y: float
+    middle_x: float
+    middle_y: float
+    """Where the shape is half way along its path."""
     radius: float
 
     @property
@@ -72,35 +73,38 @@ NUM_MOTIONS = len(DIRECTIONS) * len(ORDERS)
 
 
 def draw_scene(seed: int, number: int) -> Scene:
-    """Scene `number` of a world; all parts independent and uniform."""
+    """Scene `number` of a world; all parts independent and uniform, the path as far inside as its axis needs."""
     rng = np.random.default_rng((seed, number))
+    direction, speed = str(rng.choice(list(DIRECTIONS))), float(rng.uniform(1.2, 1.8))
+    along, across = 4 + speed * (FRAMES - 1) / 2, 6
+    horizontal = DIRECTIONS[direction][0] != 0
+    margin_x, margin_y = (along, across) if horizontal else (across, along)
     return Scene(
         seed=int(rng.integers(2**31)),
         shape=str(rng.choice(SHAPES)),
         colour=str(rng.choice(list(COLOURS))),
         background=str(rng.choice(BACKGROUNDS)),
-        direction=str(rng.choice(list(DIRECTIONS))),
+        direction=direction,
         order=str(rng.choice(ORDERS)),
-        speed=float(rng.uniform(1.5, 2.5)),
-        start_x=float(rng.uniform(0, SIZE)),
-        start_y=float(rng.uniform(0, SIZE)),
+        speed=speed,
+        middle_x=float(rng.uniform(margin_x, SIZE - margin_x)),
+        middle_y=float(rng.uniform(margin_y, SIZE - margin_y)),
         radius=float(rng.uniform(6.5, 8.5)),
     )
 
 
 def _radius(scene: Scene, frame: int) -> float:
-    """Size over time: one full sine wave, so that both orders go through the same sizes."""
+    """Size over time: one full sine wave, odd about the middle, so that both orders go through the same sizes."""
     sign = 1 if scene.order == ORDERS[0] else -1
-    return scene.radius * (1 + sign * 0.35 * np.sin(2 * np.pi * frame / FRAMES))
+    return scene.radius * (1 + sign * 0.35 * np.sin(2 * np.pi * (frame + 0.5) / FRAMES))
 
 
 def foreground(scene: Scene, frame: int) -> np.ndarray:
     """(SIZE, SIZE) bool: the pixels of the shape in a frame."""
     dx, dy = DIRECTIONS[scene.direction]
-    centre_x, centre_y = scene.start_x + dx * scene.speed * frame, scene.start_y + dy * scene.speed * frame
-    y, x = np.mgrid[:SIZE, :SIZE]
-    x = (x - centre_x + SIZE / 2) % SIZE - SIZE / 2
-    y = (y - centre_y + SIZE / 2) % SIZE - SIZE / 2
+    way = scene.speed * (frame - (FRAMES - 1) / 2)
+    y, x = np.mgrid[:SIZE, :SIZE].astype(float)
+    x, y = x - scene.middle_x - dx * way, y - scene.middle_y - dy * way
     radius = _radius(scene, frame)
     if scene.shape == "circle":
         return x**2 + y**2 < radius**2

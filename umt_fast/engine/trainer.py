@@ -36,6 +36,10 @@ from umt_fast.engine.schedule import warmup_cosine
 log = logging.getLogger("umt_fast")
 
 
+class Stopped(Exception):
+    """The run was told to stop by a signal and has saved; running it again continues."""
+
+
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is not a number; the message names the step and the files of its batch."""
 
@@ -97,9 +101,10 @@ class Trainer:
         self.stop_signal = 0
 
     def train(self) -> None:
-        """Runs to the last step, or to a SIGTERM or SIGINT, which saves first.
+        """Runs to the last step.
 
-        Raises NonFiniteError before anything of the bad step is written; CheckpointError when saving fails.
+        Raises Stopped after a SIGTERM or SIGINT, once a checkpoint is saved; NonFiniteError before anything of the bad
+        step is written; CheckpointError when saving fails.
         """
         if self.ranks.first:
             checkpoint.prepare_folder(self.folder)
@@ -113,7 +118,7 @@ class Trainer:
                 while self.step < self.last_step and not self.stop_signal:
                     self._epoch(run_step, metrics)
             if self.stop_signal:
-                log.warning("stopped by signal %d at step %d; run again to continue", self.stop_signal, self.step)
+                raise Stopped(f"stopped by signal {self.stop_signal} at step {self.step}; run again to continue")
         finally:
             if metrics is not None:
                 metrics.close()

@@ -1,0 +1,351 @@
+"""Every operation against float64 truth, on the reference and on the Triton road (interpreted without a GPU).
+
+The limit is relative to plain PyTorch in the same dtype: the kernel's error against float64 may be at most twice the
+reference's own error, plus a floor of four units in the last place of the dtype at the size of the result.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty gives NaN (or a large integer), so that an element never written shows."""
+    plain_empty, plain_like = torch.empty, torch.empty_like
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(plain_empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(plain_like(*args, **kwargs)))
+    torch.manual_seed(0)
+
+
+def as_good_as_reference(ours: Tensor, reference: Tensor, truth: Tensor) -> None:
+    assert ours.shape == truth.shape and not ours.isnan().any()
+    if truth.numel() == 0:
+        return
+    scale = truth.abs().max().item()
+    # A few units: sums over a row are ordered differently on the two roads.
+    floor = 4 * torch.finfo(reference.dtype).eps * max(scale, 1e-3)
+    error = (ours.double() - truth).abs().max().item()
+    allowed = 2 * (reference.double() - truth).abs().max().item() + floor
+    assert error <= allowed, f"error {error:.3e} exceeds {allowed:.3e}"
+
+
+def some_visible(batch: int, tokens: int, n: int) -> Tensor:
+    rows = [torch.randperm(tokens)[:n].sort().values for _ in range(batch)]
+    return (
+        torch.stack(rows).to(torch.int32).to(DEVICE) if batch else torch.zeros(0, n, dtype=torch.int32, device=DEVICE)
+    )
+
+
+# patch_gather
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("frames", "rows", "columns", "patch", "tubelet", "n"),
+    [(2, 3, 3, 16, 1, 7), (4, 2, 5, 14, 2, 1), (3, 4, 2, 5, 3, 8), (1, 1, 1, 16, 1, 1), (2, 2, 2, 8, 1, 0)],
+)
+def test_patch_gather_uint8(frames, rows, columns, patch, tubelet, n, dtype) -> None:
+    video = torch.randint(256, (2, frames, rows * patch, columns * patch, 3), dtype=torch.uint8, device=DEVICE)
+    visible = some_visible(2, frames // tubelet * rows * columns, n)
+    options = {"patch_size": patch, "tubelet_size": tubelet, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
+    ours, reference = (
+        kernels.patch_gather(video, visible, dtype=dtype, road=road, **options) for road in ("triton", "reference")
+    )
+    pixels = (video.double() / 255 - video.new_tensor((0.4, 0.5, 0.6), dtype=torch.float64)) / video.new_tensor(
+        (0.2, 0.3, 0.4), dtype=torch.float64
+    )
+    truth = kernels.patch_gather(
+        pixels.permute(0, 4, 1, 2, 3), visible, patch_size=patch, tubelet_size=tubelet, dtype=torch.float64
+    )
+    as_good_as_reference(ours, reference, truth)
+
+
+@pytest.mark.parametrize("road", ["reference", "triton"])
+def test_patch_gather_equals_a_convolution(road: str) -> None:
+    video = torch.randn(2, 3, 4, 32, 48, device=DEVICE)
+    weight = torch.randn(8, 3, 2, 16, 16, device=DEVICE)
+    dense = torch.nn.functional.conv3d(video.double(), weight.double(), stride=(2, 16, 16)).flatten(2).transpose(1, 2)
+    visible = some_visible(2, 12, 5)
+    rows = kernels.patch_gather(video, visible, patch_size=16, tubelet_size=2, road=road)
+    picked = dense.gather(1, visible.long()[..., None].expand(-1, -1, 8))
+    torch.testing.assert_close(rows.double() @ weight.double().flatten(1).T, picked, rtol=1e-6, atol=1e-4)
+
+
+def test_patch_gather_of_a_view() -> None:
+    large = torch.randint(256, (2, 6, 40, 50, 3), dtype=torch.uint8, device=DEVICE)
+    window = large[:, ::2, 4:36, 1:49]
+    visible = some_visible(2, 18, 4)
+    ours = kernels.patch_gather(window, visible, patch_size=16, road="triton")
+    assert torch.equal(ours, kernels.patch_gather(window.clone(), visible, patch_size=16, road="reference"))
+
+
+# token_gather
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "tokens", "n", "width"), [(2, 9, 4, 20), (1, 5, 5, 64), (3, 7, 1, 1), (0, 4, 2, 8)])
+def test_token_gather_value_and_gradient(batch, tokens, n, width, dtype) -> None:
+    x, table = torch.randn(batch, tokens, width, device=DEVICE), torch.randn(tokens, width, device=DEVICE)
+    visible, upstream = some_visible(batch, tokens, n), torch.randn(batch, n, width, device=DEVICE)
+    results = {}
+    for road, kind in (("triton", dtype), ("reference", dtype), ("truth", torch.float64)):
+        leaf = x.to(dtype).to(kind).requires_grad_()
+        rows = table.to(dtype).to(kind)
+        out = kernels.token_gather(leaf, visible, rows, road="reference" if road == "truth" else road)
+        (gradient,) = torch.autograd.grad(out, leaf, upstream.to(dtype).to(kind))
+        results[road] = (out.detach(), gradient)
+    for part in range(2):
+        as_good_as_reference(results["triton"][part], results["reference"][part], results["truth"][part])
+
+
+# semantic_mask and sample_visible
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "heads", "tokens", "width", "n"), [(3, 2, 17, 20, 5), (2, 3, 64, 32, 64), (1, 1, 1, 64, 1)]
+)
+def test_semantic_mask_scores(rows, heads, tokens, width, n, dtype) -> None:
+    q = torch.randn(rows, heads, width, device=DEVICE).to(dtype)
+    # As the teacher gives them: a transposed view of a fused projection.
+    k = torch.randn(rows, 1 + tokens, 2, heads, width, device=DEVICE).to(dtype)[:, :, 0].transpose(1, 2)
+    seed = torch.tensor([11], device=DEVICE)
+    ours = kernels.semantic_mask(q, k, n, seed, return_scores=True, road="triton")
+    reference = kernels.semantic_mask(q, k, n, seed, return_scores=True, road="reference")
+    truth = (torch.einsum("rhd,rhjd->rhj", q.double(), k.double()) * width**-0.5).softmax(-1)[..., 1:].mean(1)
+    as_good_as_reference(ours[1], reference[1], truth)
+    for visible, _ in (ours, reference):
+        assert visible.dtype == torch.int32 and visible.shape == (rows, n)
+        assert (visible[:, 1:] > visible[:, :-1]).all() and visible.min() >= 0 and visible.max() < tokens
+
+
+def test_both_roads_draw_the_same_tokens() -> None:
+    scores = torch.rand(64, 49, device=DEVICE)
+    for number in (0, 7, 2**40 + 3):
+        seed = torch.tensor([number], device=DEVICE)
+        drawn = [kernels.sample_visible(scores, 10, seed, road=road) for road in ("triton", "reference")]
+        # Logarithms may differ in the last bit, which can swap a near tie.
+        assert (drawn[0] == drawn[1]).float().mean() > 0.99
+    assert not torch.equal(drawn[0], kernels.sample_visible(scores, 10, seed + 1))
+
+
+@pytest.mark.parametrize("road", ["reference", "triton"])
+def test_impossible_tokens_come_last(road: str) -> None:
+    scores = torch.zeros(50, 12, device=DEVICE)
+    scores[:, 3] = 1e-38
+    scores[:, 8] = 1.0
+    scores[:, 9] = float("nan")
+    seed = torch.tensor([1], device=DEVICE)
+    two = kernels.sample_visible(scores, 2, seed, road=road)
+    assert (two == torch.tensor([3, 8], device=DEVICE)).all()
+    four = kernels.sample_visible(scores, 4, seed, road=road)
+    assert all({3, 8} <= set(row) for row in four.tolist()) and len({tuple(row) for row in four.tolist()}) > 10
+
+
+def exact_inclusion(weights: list[float], n: int) -> list[float]:
+    """P(token among n successive draws without replacement), by enumeration of all draw orders."""
+    from itertools import permutations
+
+    inclusion = [0.0] * len(weights)
+    for order in permutations(range(len(weights)), n):
+        probability, rest = 1.0, sum(weights)
+        for token in order:
+            probability *= weights[token] / rest
+            rest -= weights[token]
+        for token in order:
+            inclusion[token] += probability
+    return inclusion
+
+
+def chi_square(draws: Tensor, weights: list[float], n: int) -> float:
+    """Sum over tokens of squared standardised counts; about one per token when the sampler is right."""
+    expected = torch.tensor(exact_inclusion(weights, n), dtype=torch.float64)
+    counts = torch.bincount(draws.flatten().long().cpu(), minlength=len(weights)).double()
+    return ((counts - len(draws) * expected) ** 2 / (len(draws) * expected * (1 - expected))).sum().item()
+
+
+WEIGHTS = [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]
+
+
+@pytest.mark.parametrize("road", ["reference", "triton"])
+def test_draws_follow_successive_sampling(road: str) -> None:
+    count = 20000 if road == "reference" or DEVICE == "cuda" else 1500
+    scores = torch.tensor(WEIGHTS, device=DEVICE).repeat(count, 1)
+    draws = kernels.sample_visible(scores, 3, torch.tensor([5], device=DEVICE), road=road)
+    # 6 tokens, 5 degrees of freedom; 25 is passed once in ten thousand.
+    assert chi_square(draws, WEIGHTS, 3) < 25
+    pairs = (draws == 0).any(1) & (draws == 1).any(1)
+    both = torch.multinomial(torch.tensor(WEIGHTS).repeat(40000, 1), 3)
+    expected = ((both == 0).any(1) & (both == 1).any(1)).double().mean().item()
+    deviation = (expected * (1 - expected) / count) ** 0.5 + (expected * (1 - expected) / 40000) ** 0.5
+    assert abs(pairs.double().mean().item() - expected) < 4 * deviation
+
+
+def test_a_biased_sampler_would_be_caught() -> None:
+    """The same statistic on draws with replacement-like bias: independent inclusion by top-n of weight * uniform."""
+    biased = (torch.tensor(WEIGHTS) * torch.rand(20000, 6)).topk(3).indices
+    assert chi_square(biased, WEIGHTS, 3) > 100
+
+
+# align_loss
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss", ["l2", "mse", "smooth_l1"])
+@pytest.mark.parametrize("normalize", ["l2", "none"])
+@pytest.mark.parametrize(("layers", "batch", "n", "tokens", "width"), [(3, 2, 5, 9, 20), (1, 3, 13, 13, 64)])
+def test_align_loss_value_and_gradients(layers, batch, n, tokens, width, normalize, loss, dtype) -> None:
+    student = torch.randn(layers, batch, n, width, device=DEVICE).to(dtype)
+    target = torch.randn(layers, batch, tokens, width, device=DEVICE).to(dtype)
+    weight, bias = torch.rand(layers, width, device=DEVICE) + 0.5, torch.randn(layers, width, device=DEVICE)
+    visible = some_visible(batch, tokens, n)
+    results = {}
+    for road, kind in (("triton", None), ("reference", None), ("truth", torch.float64)):
+        leaves = [tensor.to(kind or tensor.dtype).requires_grad_() for tensor in (student, weight, bias)]
+        value = kernels.align_loss(
+            leaves[0], target.to(kind or dtype), leaves[1], leaves[2], visible=visible, normalize=normalize, loss=loss,
+            per_layer=True, road="reference" if road == "truth" else road,
+        )  # fmt: skip
+        upstream = torch.arange(1, layers + 1, device=DEVICE, dtype=value.dtype)
+        results[road] = (value.detach(), *torch.autograd.grad(value, leaves, upstream))
+    for ours, reference, truth in zip(*results.values(), strict=True):
+        as_good_as_reference(ours, reference, truth)
+
+
+@pytest.mark.parametrize("road", ["reference", "triton"])
+def test_rows_of_zeros_have_a_zero_gradient(road: str) -> None:
+    student = torch.randn(1, 1, 3, 8, device=DEVICE)
+    student[0, 0, 1] = 0
+    student.requires_grad_()
+    weight, bias = torch.ones(1, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
+    target = torch.randn(1, 1, 3, 8, device=DEVICE)
+    target[0, 0, 2] = 0
+    loss = kernels.align_loss(student, target, weight, bias, road=road)
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all() and not student.grad[0, 0, 1].any()
+
+
+# attention
+
+
+@pytest.mark.parametrize("road", ["sdpa", "math", "flash_attn", "xformers"])
+@pytest.mark.parametrize(("queries", "keys", "heads", "width"), [(7, 7, 2, 16), (1, 9, 3, 32), (33, 5, 1, 64)])
+def test_attention_roads(road, queries, keys, heads, width) -> None:
+    library = road in ("flash_attn", "xformers")
+    dtype = torch.bfloat16 if library else torch.float32
+    tensors = [torch.randn(2, n, heads, width, device=DEVICE).to(dtype) for n in (queries, keys, keys)]
+    if library:
+        try:
+            kernels.attention(*tensors, road=road)
+        except ValueError as error:
+            pytest.skip(str(error))
+    results = {}
+    for name, kind in ((road, dtype), ("math", dtype), ("truth", torch.float64)):
+        leaves = [tensor.to(kind).requires_grad_() for tensor in tensors]
+        out = kernels.attention(*leaves, road="math" if name == "truth" else name)
+        results["ours" if name == road and "ours" not in results else name] = (
+            out.detach(),
+            *torch.autograd.grad(out.square().sum(), leaves),
+        )
+    results.setdefault("math", results["ours"])
+    for ours, reference, truth in zip(results["ours"], results["math"], results["truth"], strict=True):
+        assert (ours.double() - truth).abs().max() <= 2 * (reference.double() - truth).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("road", ["sdpa", "math"])
+def test_packed_attention_keeps_sequences_apart(road: str) -> None:
+    lengths_q, lengths_k = [3, 1, 5], [2, 4, 1]
+    packed_q, packed_k, packed_v = (
+        torch.randn(sum(n), 2, 16, device=DEVICE) for n in (lengths_q, lengths_k, lengths_k)
+    )
+    cu_q, cu_k = (
+        torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+        for n in (lengths_q, lengths_k)
+    )
+    ours = kernels.attention_varlen(packed_q, packed_k, packed_v, cu_q, cu_k, 5, 4, road=road)
+    parts = zip(packed_q.split(lengths_q), packed_k.split(lengths_k), packed_v.split(lengths_k), strict=True)
+    alone = torch.cat([kernels.attention(q[None], k[None], v[None], road="math")[0] for q, k, v in parts])
+    torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-5)
+
+
+# errors, and torch.compile
+
+
+def test_errors_name_value_and_limit() -> None:
+    x, visible = torch.randn(1, 4, 8), torch.tensor([[1, 4]], dtype=torch.int32)
+    with pytest.raises(IndexError, match=r"\[0, 4\)"):
+        kernels.token_gather(x, visible)
+    with pytest.raises(ValueError, match="road is 'fast'"):
+        kernels.token_gather(x, visible[:, :1], road="fast")
+    with pytest.raises(ValueError, match="not divisible"):
+        kernels.patch_gather(torch.zeros(1, 1, 20, 16, 3, dtype=torch.uint8), visible, patch_size=16)
+    with pytest.raises(ValueError, match=r"\[0, 4\]"):
+        kernels.sample_visible(torch.ones(1, 4), 5, torch.tensor([0]))
+    with pytest.raises(ValueError, match="must be int64"):
+        kernels.sample_visible(torch.ones(1, 4), 2, torch.tensor([0], dtype=torch.int32))
+
+
+def test_triton_on_a_cpu_tensor_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="needs a CUDA tensor"):
+        kernels.token_gather(torch.randn(1, 4, 8), torch.zeros(1, 1, dtype=torch.int32), road="triton")
+
+
+def everything(x: Tensor, video: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, road: str) -> Tensor:
+    q = x[:, 0].view(2, 2, 16)
+    k = x.view(2, 9, 2, 16).transpose(1, 2)
+    visible = kernels.semantic_mask(q.detach(), k.detach(), 3, seed, road=road)
+    rows = kernels.patch_gather(video, visible, patch_size=8, mean=(0.5,) * 3, std=(0.5,) * 3, road=road)
+    tokens = kernels.token_gather(x[:, 1:], visible, x.new_ones(8, 32), road=road) + rows.mean()
+    tokens = kernels.attention(*(tokens.view(2, 3, 2, 16),) * 3).flatten(2)
+    return kernels.align_loss(tokens[None], x.detach()[None, :, 1:], weight, bias, visible=visible, road=road)
+
+
+@pytest.mark.parametrize("road", ["reference", "triton"])
+def test_compiles_without_graph_breaks(road: str) -> None:
+    x = torch.randn(2, 9, 32, device=DEVICE, requires_grad=True)
+    video = torch.randint(256, (2, 2, 16, 16, 3), dtype=torch.uint8, device=DEVICE)
+    weight = torch.ones(1, 32, device=DEVICE, requires_grad=True)
+    bias = torch.zeros(1, 32, device=DEVICE, requires_grad=True)
+    seed = torch.tensor([3], device=DEVICE)
+    eager = everything(x, video, weight, bias, seed, road)
+    expected = torch.autograd.grad(eager, (x, weight, bias))
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    value = compiled(x, video, weight, bias, seed, road)
+    for ours, theirs in zip(torch.autograd.grad(value, (x, weight, bias)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(value, eager)
+
+
+def test_operators_are_registered_soundly() -> None:
+    ops = torch.ops.umt_kernels
+    visible = some_visible(2, 6, 3)
+    seed = torch.tensor([3], device=DEVICE)
+    x = torch.randn(2, 6, 8, device=DEVICE, requires_grad=True)
+    student = torch.randn(2, 2, 3, 8, device=DEVICE, requires_grad=True)
+    target = torch.randn(2, 2, 6, 8, device=DEVICE)
+    affine = [torch.randn(2, 8, device=DEVICE, requires_grad=True) for _ in range(2)]
+    video = torch.randint(256, (2, 1, 16, 24, 3), dtype=torch.uint8, device=DEVICE)
+    cases = [
+        (ops.token_gather, (x, visible, torch.randn(6, 8, device=DEVICE))),
+        (ops.align_loss, (student, target, visible, *affine, 1e-6, True, 0)),
+        (ops.patch_gather, (video, visible, None, None, 8, 1, torch.float32)),
+        (ops.semantic_mask, (torch.randn(2, 2, 4), torch.randn(2, 2, 7, 4), 3, seed, True)),
+        (ops.sample_visible, (torch.rand(2, 6), 3, seed)),
+    ]
+    for op, arguments in cases:
+        arguments = [
+            value.to(DEVICE) if isinstance(value, Tensor) and not value.requires_grad else value for value in arguments
+        ]
+        report = torch.library.opcheck(op.default, tuple(arguments))
+        assert set(report.values()) == {"SUCCESS"}, report
