@@ -33,7 +33,7 @@ def _student() -> VitConfig:
 def stage1() -> Stage1Config:
     """Pre-training: 8 of 36 tokens of each frame stay visible."""
     return Stage1Config(
-        run=RunConfig(batch_size=32, epochs=6, warmup_epochs=1, dtype="fp32", log_every=25, tensorboard=False),
+        run=RunConfig(batch_size=32, epochs=5, warmup_epochs=1, dtype="fp32", log_every=25, tensorboard=False),
         data=DataConfig(workers=2, flip=True),
         student=_student(),
         teacher=TeacherConfig(
@@ -48,10 +48,10 @@ def stage1() -> Stage1Config:
 def motion() -> FinetuneConfig:
     """Fine-tuning of all weights; no flip, which would turn left into right."""
     return FinetuneConfig(
-        run=RunConfig(batch_size=16, epochs=12, warmup_epochs=1, dtype="fp32", log_every=25, tensorboard=False),
+        run=RunConfig(batch_size=16, epochs=8, warmup_epochs=1, dtype="fp32", log_every=25, tensorboard=False),
         data=DataConfig(workers=2, flip=False),
         student=_student(),
-        optim=OptimConfig(lr=1e-3, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0, betas=(0.9, 0.999), layer_decay=0.9),
+        optim=OptimConfig(lr=3e-4, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0, betas=(0.9, 0.999), layer_decay=0.9),
         num_classes=8,
         label_smoothing=0.0,
     )

@@ -35,8 +35,8 @@ from umt_fast.train import fit_objective, train
 
 log = logging.getLogger("umt_fast")
 
-WORLD = {"train": 2400, "test": 480, "labelled": 600}
-CLIP_STEPS, CLIP_BATCH = 500, 96
+WORLD = {"train": 2400, "test": 480, "labelled": 480}
+CLIP_STEPS, CLIP_BATCH = 400, 96
 
 
 class Results:

@@ -75,7 +75,7 @@ NUM_MOTIONS = len(DIRECTIONS) * len(ORDERS)
 def draw_scene(seed: int, number: int) -> Scene:
     """Scene `number` of a world; all parts independent and uniform, the path as far inside as its axis needs."""
     rng = np.random.default_rng((seed, number))
-    direction, speed = str(rng.choice(list(DIRECTIONS))), float(rng.uniform(1.2, 1.8))
+    direction, speed = str(rng.choice(list(DIRECTIONS))), float(rng.uniform(1.4, 2.0))
     along, across = 4 + speed * (FRAMES - 1) / 2, 6
     horizontal = DIRECTIONS[direction][0] != 0
     margin_x, margin_y = (along, across) if horizontal else (across, along)
@@ -89,7 +89,7 @@ def draw_scene(seed: int, number: int) -> Scene:
         speed=speed,
         middle_x=float(rng.uniform(margin_x, SIZE - margin_x)),
         middle_y=float(rng.uniform(margin_y, SIZE - margin_y)),
-        radius=float(rng.uniform(6.5, 8.5)),
+        radius=float(rng.uniform(9, 11)),
     )
 
 

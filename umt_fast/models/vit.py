@@ -117,7 +117,7 @@ class VisionTransformer(nn.Module):
             patch_size=config.patch_size,
         )
         self.patch_embed = PatchEmbed(config)
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = [config.drop_path * depth / max(1, config.depth - 1) for depth in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.width, eps=1e-6) if with_norm else None
         self.register_buffer("position", sinusoid_table(self.grid.size, config.width), persistent=False)

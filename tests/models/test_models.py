@@ -1,0 +1,246 @@
+"""Official sizes and layouts, masks, the lean teacher, weights in and out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from umt_fast.config import AlignConfig, MaskConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
+from umt_fast.models.classifier import Classifier
+from umt_fast.models.clip_teacher import ClipTeacher
+from umt_fast.models.sizes import student_size, teacher_size
+from umt_fast.models.student import Student
+from umt_fast.models.vit import VisionTransformer, drop_path
+from umt_fast.models.weights import WeightsError, load_encoder, load_student, load_teacher, save_state
+from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tokens import TokenGrid, draw_uniform, num_visible, visible_per_clip
+
+SMALL = VitConfig(width=32, depth=3, num_heads=2, image_size=32, num_frames=4, drop_path=0.0)
+TEACHER = TeacherConfig(
+    width=32, depth=3, num_heads=2, patch_size=16, image_size=32, output_dim=16, weights="untrained"
+)  # fmt: skip
+
+
+def counts(module: torch.nn.Module) -> tuple[int, int]:
+    state = module.state_dict()
+    return len(state), sum(tensor.numel() for tensor in state.values())
+
+
+def test_official_tensor_and_parameter_counts() -> None:
+    with torch.device("meta"):
+        assert counts(Student(student_size("b16"), 6, 512)) == (184, 88_005_888)
+        assert counts(Student(student_size("l16"), 6, 768)) == (340, 307_806_720)
+        assert counts(ClipTeacher(teacher_size("clip_b16"), 6)) == (152, 86_192_640)
+        assert counts(ClipTeacher(teacher_size("clip_l14"), 6)) == (296, 303_904_768)
+        assert counts(Classifier(student_size("b16"), 400)) == (162, 85_944_976)
+        assert counts(Classifier(student_size("l16"), 400)) == (318, 303_484_304)
+
+
+def test_work_of_a_clip_is_the_known_one() -> None:
+    """455 and 1590 GFLOP a clip: teacher forward, student forward and backward."""
+    base = Stage1Config()
+    assert UnmaskedAlignment.flops_of(base) == pytest.approx(455e9, rel=0.03)
+    large = Stage1Config(student=student_size("l16"), teacher=teacher_size("clip_l14"))
+    assert UnmaskedAlignment.flops_of(large) == pytest.approx(1590e9, rel=0.03)
+
+
+def test_visible_counts_round_as_the_official_code() -> None:
+    grid = TokenGrid(8, 14, 14)
+    assert num_visible(196, 0.8) == 40 and num_visible(196, 0.5) == 98
+    assert visible_per_clip("semantic", grid, 0.8) == visible_per_clip("tube", grid, 0.8) == 320
+    assert visible_per_clip("random", grid, 0.8) == 1568 - int(1568 * 0.8) == 314
+
+
+def test_uniform_masks() -> None:
+    grid, seed = TokenGrid(4, 5, 5), torch.tensor([2])
+    random = draw_uniform("random", 3, grid, 0.8, seed)
+    assert random.shape == (3, 20) and (random.diff(dim=1) > 0).all() and random.max() < 100
+    assert not torch.equal(random[0], random[1])
+    tube = draw_uniform("tube", 3, grid, 0.8, seed).view(3, 4, 5) % 25
+    assert (tube == tube[:, :1]).all() and not torch.equal(tube[0], tube[1])
+
+
+@pytest.mark.parametrize("kind", ["semantic", "random", "tube"])
+@pytest.mark.parametrize("num_taps", [1, 3])
+def test_lean_teacher_equals_the_full_one_where_it_looks(kind: str, num_taps: int) -> None:
+    torch.manual_seed(0)
+    teacher = ClipTeacher(TEACHER, num_taps)
+    video = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
+    out = teacher(video, MaskConfig(kind=kind, ratio=0.5), torch.tensor([1]))
+    full, _ = teacher.features(video)
+    picked = full.gather(2, out.visible.long()[None, :, :, None].expand(num_taps, -1, -1, 16))
+    torch.testing.assert_close(out.targets, picked, rtol=1e-4, atol=1e-5)
+
+
+def test_spatial_attention_keeps_frames_apart() -> None:
+    torch.manual_seed(0)
+    video = torch.randn(1, 3, 4, 32, 32)
+    changed = video.clone()
+    changed[:, :, 2] += 1
+    for attention, mixes in (("spatial", False), ("joint", True)):
+        config = VitConfig(width=32, depth=2, num_heads=2, image_size=32, num_frames=4, attention=attention)
+        model = VisionTransformer(config).eval()
+        before, after = (model(clip)[0].view(4, 4, 32) for clip in (video, changed))
+        assert torch.equal(before[0], after[0]) != mixes
+        assert not torch.equal(before[2], after[2])
+
+
+def test_visible_tokens_are_those_of_the_whole_embedding() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(VitConfig(width=32, depth=1, num_heads=2, image_size=32, num_frames=4)).eval()
+    model.blocks = torch.nn.ModuleList([torch.nn.Identity()])
+    video = torch.randint(256, (1, 4, 32, 32, 3), dtype=torch.uint8)
+    visible = torch.tensor([[1, 6, 15]], dtype=torch.int32)
+    (every,), (some,) = model(video), model(video, visible)
+    torch.testing.assert_close(some, every[:, [1, 6, 15]])
+
+
+def test_drop_path_drops_whole_samples_at_its_rate() -> None:
+    torch.manual_seed(0)
+    out = drop_path(torch.ones(20000, 2, 3), 0.3, True)
+    assert set(out.unique().tolist()) == {0.0, 1 / 0.7000000000000001} or len(out.unique()) == 2
+    kept = (out[:, 0, 0] > 0).float().mean().item()
+    assert abs(kept - 0.7) < 4 * (0.21 / 20000) ** 0.5
+    assert (out == out[:, :1, :1]).all() and out.mean().item() == pytest.approx(1, abs=0.03)
+    assert torch.equal(drop_path(out, 0.3, False), out)
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    video = torch.randint(256, (1, 4, 32, 32, 3), dtype=torch.uint8)
+    gradients = []
+    for blocks in (0, 2):
+        torch.manual_seed(0)
+        config = VitConfig(width=32, depth=3, num_heads=2, image_size=32, num_frames=4, checkpoint_blocks=blocks)
+        model = VisionTransformer(config).train()
+        torch.manual_seed(1)
+        model(video)[0].square().mean().backward()
+        gradients.append(model.patch_embed.proj.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_student_compiles_as_one_graph() -> None:
+    torch.manual_seed(0)
+    student = Student(SMALL, 2, 16).eval()
+    video = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
+    visible = torch.arange(8, dtype=torch.int32).expand(2, -1).contiguous()
+    compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(video, visible), student(video, visible))
+
+
+def test_bf16_stays_close_to_fp32() -> None:
+    video = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
+    losses = []
+    for dtype in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        config = Stage1Config(
+            run=RunConfig(dtype=dtype), student=SMALL, teacher=TEACHER, align=AlignConfig(num_layers=2),
+            mask=MaskConfig(kind="tube", ratio=0.5),
+        )  # fmt: skip
+        losses.append(UnmaskedAlignment(config)({"video": video}, torch.tensor([1]))["loss"].item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
+
+
+# Weights
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_student_round_trip(suffix: str, tmp_path: Path) -> None:
+    first, second = Student(SMALL, 2, 16), Student(SMALL, 2, 16)
+    save_state(first.state_dict(), tmp_path / f"student{suffix}")
+    load_student(second, tmp_path / f"student{suffix}")
+    assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module"])
+def test_wrapped_and_prefixed_files(wrapper: str, tmp_path: Path) -> None:
+    import argparse
+
+    student = Student(SMALL, 2, 16)
+    prefixed = {f"module.{key}": value for key, value in student.state_dict().items()}
+    torch.save({wrapper: prefixed, "epoch": 3, "args": argparse.Namespace(lr=1)}, tmp_path / "official.pth")
+    other = Student(SMALL, 2, 16)
+    load_student(other, tmp_path / "official.pth")
+    assert torch.equal(other.encoder.blocks[0].mlp.fc1.weight, student.encoder.blocks[0].mlp.fc1.weight)
+
+
+def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
+    state = Student(SMALL, 2, 16).state_dict()
+    del state["encoder.norm.weight"]
+    state["encoder.extra"] = torch.ones(1)
+    state["encoder.norm.bias"] = torch.ones(5)
+    save_state(state, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError) as caught:
+        load_student(Student(SMALL, 2, 16), tmp_path / "odd.pth")
+    text = str(caught.value)
+    assert "missing: encoder.norm.weight" in text and "not known to the model: encoder.extra" in text
+    assert "other size: encoder.norm.bias is (5,) in the file and (32,)" in text
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    for name, content in (("cut.pth", None), ("text.safetensors", b"hello"), ("list.pth", [1])):
+        path = tmp_path / name
+        if content is None:
+            torch.save(Student(SMALL, 2, 16).state_dict(), path)
+            path.write_bytes(path.read_bytes()[:1000])
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        with pytest.raises(WeightsError, match=name):
+            load_student(Student(SMALL, 2, 16), path)
+    with pytest.raises(WeightsError, match="no weights file"):
+        load_student(Student(SMALL, 2, 16), tmp_path / "absent.pth")
+
+
+def test_encoder_goes_into_a_classifier(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    student, classifier = Student(SMALL, 2, 16), Classifier(SMALL, 5)
+    save_state(student.state_dict(), tmp_path / "stage1.pth")
+    load_encoder(classifier, tmp_path / "stage1.pth")
+    assert torch.equal(classifier.blocks[1].attn.qkv.weight, student.encoder.blocks[1].attn.qkv.weight)
+    assert "starting fresh" in caplog.text and "fc_norm.weight" in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["", "visual."])
+def test_teacher_takes_clip_layouts_and_resizes_its_grid(prefix: str, tmp_path: Path) -> None:
+    large = ClipTeacher(TeacherConfig(**(_fields(TEACHER) | {"image_size": 64})), 1).state_dict()
+    large["conv1.weight"] = large["conv1.weight"].squeeze(2)  # CLIP's own is 2-D
+    save_state({prefix + key: value for key, value in large.items()}, tmp_path / "clip.pth")
+    config = TeacherConfig(**(_fields(TEACHER) | {"weights": str(tmp_path / "clip.pth")}))
+    teacher = ClipTeacher(config, 1)
+    load_teacher(teacher, config)
+    assert torch.equal(teacher.conv1.weight.squeeze(2), large["conv1.weight"])
+    assert torch.equal(teacher.positional_embedding[0], large["positional_embedding"][0])
+    assert teacher.positional_embedding.shape == (5, 32)
+
+
+def test_teacher_equals_open_clip() -> None:
+    """The same weights in open_clip's own tower give the same image embedding (class token, pooled by us)."""
+    from umt_fast.tasks.small_clip import build_clip
+
+    torch.manual_seed(0)
+    clip = build_clip(TEACHER).eval()
+    teacher = ClipTeacher(TEACHER, 1)
+    state = {key: value for key, value in clip.visual.state_dict().items()}
+    state["conv1.weight"] = state["conv1.weight"].unsqueeze(2)
+    teacher.load_state_dict(state)
+    pixels = torch.randn(2, 3, 1, 32, 32)
+    x = teacher.embed(pixels)
+    for block in teacher.blocks:
+        x = block(x)
+    ours = teacher.ln_post(x[:, 0]) @ teacher.proj
+    torch.testing.assert_close(ours, clip.visual(pixels[:, :, 0]), rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_open_clip_names(tmp_path: Path) -> None:
+    for weights, expected in (("ViT-B-99:openai", "knows no model"), ("ViT-B-16:nobody", "it has:")):
+        config = TeacherConfig(weights=weights)
+        with torch.device("meta"):
+            teacher = ClipTeacher(config, 1)
+        with pytest.raises(WeightsError, match=expected):
+            load_teacher(teacher, config)
+
+
+def _fields(config: TeacherConfig) -> dict:
+    import dataclasses
+
+    return dataclasses.asdict(config)

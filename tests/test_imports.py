@@ -1,0 +1,79 @@
+"""Who may import whom, and our `kernels` beside the libraries that probe for another one."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# What each part of umt_fast may import of umt_fast, besides itself.
+ALLOWED = {
+    "config": set(),
+    "tokens": {"config"},
+    "data": {"config", "tokens"},
+    "models": {"config", "tokens"},
+    "engine": {"config"},
+    "objectives": {"config", "tokens", "models"},
+    "tasks": {"config", "tokens", "data", "models", "objectives", "engine"},
+}
+FILES = sorted((REPOSITORY / "umt_fast").rglob("*.py")) + sorted((REPOSITORY / "kernels").rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_import_directions(path: Path) -> None:
+    names = imported(path)
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    roots = {name.split(".")[0] for name in names}
+    if parts[0] == "kernels":
+        assert "umt_fast" not in roots
+    else:
+        assert "triton" not in roots
+        own = {name.split(".")[1] for name in names if name.startswith("umt_fast.")}
+        if len(parts) > 1 and parts[1] in ALLOWED:
+            assert own <= ALLOWED[parts[1]] | {parts[1]}, f"imports {own - ALLOWED[parts[1]] - {parts[1]}}"
+    if parts != ("kernels", "attention"):
+        assert not roots & {"flash_attn", "xformers"}
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_kernels_stand_alone() -> None:
+    program = (
+        "import sys; sys.modules['umt_fast'] = None\n"
+        "import torch, kernels\n"
+        "print(kernels.token_gather(torch.arange(6.).view(1, 3, 2), torch.tensor([[2]])).tolist())"
+    )
+    assert run(program).strip() == "[[[4.0, 5.0]]]"
+
+
+def test_transformers_and_open_clip_import_beside_kernels() -> None:
+    program = (
+        "import kernels, transformers, open_clip\n"
+        "from transformers import BertConfig, BertModel\n"
+        "BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))\n"
+        "import umt_fast, sys; print(sys.modules['kernels'].token_gather.__module__)"
+    )
+    assert run(program).strip() == "kernels.token_gather"
+
+
+def test_another_kernels_package_is_named(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\ntry:\n    import umt_fast\nexcept ImportError as e:\n    print(e)"
+    assert "shadows" in run(program)

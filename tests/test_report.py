@@ -1,0 +1,66 @@
+"""The report: self-contained, complete, and only about what is there."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from umt_fast.report import mask_picture, write_report
+
+
+def rows(count: int) -> str:
+    shared = {
+        "clips_per_s": 2.0,
+        "data_wait": 0.1,
+        "mfu": 0.3,
+        "memory_gib": 1.5,
+        "bad_files": 1,
+        "lr": 1e-3,
+        "epoch": 0,
+    }
+    return "".join(
+        json.dumps({"step": step, "loss": 2 / step, "loss_layer_0": 1 / step, **shared}) + "\n"
+        for step in range(1, count)
+    )
+
+
+def test_a_plain_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(rows(40) + '{"step": 40, "lo')
+    page = write_report(tmp_path).read_text()
+    HTMLParser().feed(page)
+    assert page.count("<svg") == 2 and "Throughput" in page and "Kept tokens" not in page and "motion" not in page
+    points = re.search(r'points="([^"]+)"', page)[1].split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert len(points) == 39 and heights == sorted(heights), "a falling loss must go down the page"
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_quickstart(tmp_path: Path) -> None:
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "metrics.jsonl").write_text(rows(5))
+    scores = {"pretrained": 0.61, "scratch": 0.42, "teacher": 0.25, "seconds": 3.0}
+    shares = {"semantic": 0.2, "random": 0.1, "tube": 0.1, "ratio": 2.0, "seconds": 1.0}
+    (tmp_path / "results.json").write_text(
+        json.dumps({"seed": 0, "motion": scores, "scene": scores, "foreground": shares})
+    )
+    kept = np.tile(np.array([0, 5]), (2, 1))
+    np.savez(tmp_path / "masks.npz", side=2, video=np.zeros((2, 2, 8, 8, 3), np.uint8), semantic=kept, random=kept)
+    page = write_report(tmp_path).read_text()
+    assert "61" in page and "2.00 times the foreground" in page
+    assert page.count("data:image/png;base64,") == 4
+
+
+def test_kept_patches_are_the_ones_left_bright() -> None:
+    video = np.full((2, 8, 8, 3), 60, np.uint8)
+    picture = np.asarray(mask_picture(video, np.array([0, 7]), 2, scale=1))
+    below = picture[10:]
+    assert (below[:4, :4] == 60).all() and (below[:4, 4:8] != 60).all()
+    assert (below[4:8, 14:18] == 60).all() and (below[:4, 10:14] != 60).all()
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing to report"):
+        write_report(tmp_path)
