@@ -51,9 +51,10 @@ def motion() -> FinetuneConfig:
         run=RunConfig(batch_size=16, epochs=8, warmup_epochs=1, dtype="fp32", log_every=25, tensorboard=False),
         data=DataConfig(workers=2, flip=False),
         student=_student(),
-        optim=OptimConfig(lr=3e-4, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0, betas=(0.9, 0.999), layer_decay=0.9),
+        optim=OptimConfig(lr=1e-3, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0, betas=(0.9, 0.999), layer_decay=0.9),
         num_classes=8,
         label_smoothing=0.0,
+        head_scale=5.0,  # .001, the official value, spends half of so short a run on a plateau
     )
 
 

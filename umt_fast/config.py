@@ -276,6 +276,8 @@ class FinetuneConfig:
     freeze: bool = False
     """Train the final norm and head alone (a linear probe)."""
     label_smoothing: float = 0.1
+    head_scale: float = 0.001
+    """Factor on the head's initial weights (normal, .02). The official value makes a short run start on a plateau."""
 
     def __post_init__(self) -> None:
         require(self.num_classes >= 2, f"num_classes is {self.num_classes}; it must be at least 2")

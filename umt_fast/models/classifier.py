@@ -12,17 +12,15 @@ from umt_fast.models.vit import VisionTransformer
 class Classifier(VisionTransformer):
     """Clip -> logits. The pre-training norm is absent: mean pooling is followed by `fc_norm` instead."""
 
-    def __init__(self, config: VitConfig, num_classes: int) -> None:
+    def __init__(self, config: VitConfig, num_classes: int, head_scale: float = 0.001) -> None:
         super().__init__(config, with_norm=False)
         self.fc_norm = nn.LayerNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
-        # Near-zero logits at the start: official init_scale.
-        with torch.no_grad():
-            self.head.weight.mul_(0.001)
-            self.head.bias.mul_(0.001)
+        with torch.no_grad():  # biases are zero already
+            self.head.weight.mul_(head_scale)
 
     def pooled(self, video: Tensor) -> Tensor:
         """(B, C) normed mean of all tokens of the last block."""

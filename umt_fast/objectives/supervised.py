@@ -17,7 +17,7 @@ class Supervised(nn.Module):
     def __init__(self, config: FinetuneConfig) -> None:
         super().__init__()
         self.config = config
-        self.classifier = Classifier(config.student, config.num_classes)
+        self.classifier = Classifier(config.student, config.num_classes, config.head_scale)
         if config.init:
             load_encoder(self.classifier, config.init)
         if config.freeze:

@@ -13,7 +13,7 @@ from umt_fast.models.weights import load_teacher
 class FrameClassifier(nn.Module):
     """Mean over frames of CLIP's class embedding -> logits; all weights are trained unless frozen."""
 
-    def __init__(self, teacher: TeacherConfig, num_classes: int, freeze: bool) -> None:
+    def __init__(self, teacher: TeacherConfig, num_classes: int, freeze: bool, head_scale: float) -> None:
         super().__init__()
         self.tower = ClipTeacher(teacher, 1)
         load_teacher(self.tower, teacher)
@@ -23,7 +23,8 @@ class FrameClassifier(nn.Module):
         self.tower.proj.requires_grad_(False)
         self.norm = nn.LayerNorm(teacher.width)
         self.head = nn.Linear(teacher.width, num_classes)
-        nn.init.zeros_(self.head.weight)
+        # As the student's head begins.
+        nn.init.trunc_normal_(self.head.weight, std=0.02 * head_scale)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, video: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ class FrameSupervised(nn.Module):
     def __init__(self, config: FinetuneConfig, teacher: TeacherConfig) -> None:
         super().__init__()
         self.config = config
-        self.classifier = FrameClassifier(teacher, config.num_classes, config.freeze)
+        self.classifier = FrameClassifier(teacher, config.num_classes, config.freeze, config.head_scale)
         self.teacher = teacher
 
     @property
