@@ -110,3 +110,18 @@ def test_train_leaves_checkpoint_and_metrics(tmp_path: Path, tiny_list: Path) ->
     assert list(out.glob("checkpoint-*.pt"))
     lines = (out / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3 and '"loss"' in lines[-1]
+
+
+def test_stage1_recipe_script_reaches_the_trainer_without_a_gpu(tmp_path: Path) -> None:
+    """The launcher itself must not stop at a missing nvidia-smi; the list's absence is then the trainer's to report."""
+    import os
+
+    environment = {**os.environ, "UMT_PYTHON": sys.executable, "DATA": str(tmp_path / "no.csv"), "OUT": str(tmp_path)}
+    environment.pop("NGPU", None)
+    done = subprocess.run(
+        ["bash", "recipes/stage1_k710.sh", "--run.device", "cpu"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "no list at" in done.stderr, (done.returncode, done.stderr)
+    del environment["DATA"]
+    done = subprocess.run(["bash", "recipes/stage1_k710.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "set DATA" in done.stderr

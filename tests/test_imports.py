@@ -75,5 +75,8 @@ def test_transformers_and_open_clip_import_beside_kernels() -> None:
 def test_another_kernels_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")
-    program = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\ntry:\n    import umt_fast\nexcept ImportError as e:\n    print(e)"
+    program = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\n"
+        "try:\n    import umt_fast\nexcept ImportError as error:\n    print(error)"
+    )
     assert "shadows" in run(program)
