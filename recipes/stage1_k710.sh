@@ -15,7 +15,7 @@ source "$(dirname "$0")/environment.sh"
 
 MODEL=${MODEL:-b16}
 if [ -z "${NGPU:-}" ]; then
-    NGPU=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+    NGPU=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)
     [ "$NGPU" -gt 0 ] || NGPU=1
 fi
 NNODES=${NNODES:-${SLURM_NNODES:-1}}
