@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,16 @@ class _Places(Dataset):
 def _one_thread(worker: int) -> None:
     # Decoding processes are the parallelism; torch threads inside them would only compete.
     torch.set_num_threads(1)
+
+
+def _fork_server() -> multiprocessing.context.BaseContext:
+    """Workers forked from a small server process: a plain fork would inherit the locks of CUDA and of thread pools.
+
+    The server imports this module once, so that the workers of each epoch start without importing torch again.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 class ClipLoader:
@@ -120,8 +131,7 @@ class ClipLoader:
             prefetch_factor=self.data.prefetch if workers else None,
             collate_fn=_keep,
             worker_init_fn=_one_thread,
-            # Forked workers would inherit the locks of a process that already runs CUDA and thread pools.
-            multiprocessing_context="forkserver" if workers else None,
+            multiprocessing_context=_fork_server() if workers else None,
         )
         try:
             for samples in loader:
