@@ -59,8 +59,8 @@ class Scene:
 
     @property
     def still_caption(self) -> str:
-        """What a single frame shows, in words."""
-        return f"a {self.colour} {self.shape} over {self.background}"
+        """The thing a single frame shows, in words. Without the background: a teacher that must name it attends to it."""
+        return f"a {self.colour} {self.shape}"
 
     @property
     def caption(self) -> str:
