@@ -36,7 +36,7 @@ from umt_fast.train import fit_objective, train
 log = logging.getLogger("umt_fast")
 
 WORLD = {"train": 2400, "test": 480, "labelled": 480}
-CLIP_STEPS, CLIP_BATCH = 1200, 24
+CLIP_STEPS, CLIP_BATCH = 900, 24
 
 
 class Results:

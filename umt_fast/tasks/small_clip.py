@@ -32,7 +32,10 @@ def build_clip(teacher: TeacherConfig) -> open_clip.CLIP:
         image_size=teacher.image_size,
     )
     text = CLIPTextCfg(context_length=16, vocab_size=49408, width=64, heads=2, layers=2)
-    return open_clip.CLIP(embed_dim=teacher.output_dim, vision_cfg=vision, text_cfg=text, quick_gelu=True)
+    clip = open_clip.CLIP(embed_dim=teacher.output_dim, vision_cfg=vision, text_cfg=text, quick_gelu=True)
+    # A dozen words need no learned embeddings, and updating all 49408 would cost more than the rest of a step.
+    clip.token_embedding.requires_grad_(False)
+    return clip
 
 
 def pixels(frames: np.ndarray) -> Tensor:
@@ -61,7 +64,9 @@ def train_clip(
     tokens = tokenizer(captions)
     rng = np.random.default_rng(seed)
     loss_of = open_clip.ClipLoss()
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in clip.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05, fused=True
+    )
     rate = warmup_cosine(
         OptimConfig(lr=1e-3, min_lr=1e-5, lr_batch=0), global_batch=1, steps_per_epoch=1, epochs=steps,
         warmup_epochs=steps // 10,
