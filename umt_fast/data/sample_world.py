@@ -2,9 +2,12 @@
 
 A coloured shape moves in a straight line over a textured background, and swells or shrinks once on its way. What a
 single frame shows (shape, colour, background) is the scene; what it does not show is the motion: the direction, and
-whether the shape swells before it shrinks or after. A path is drawn by its middle, then walked one way or the other, so
-a place says nothing of the direction; both orders of events go through the same sizes. A model that looks at frames one
-by one and averages can at best tell the axis of motion, never its sign: 2 of 8 motion classes at once, 25%.
+whether the shape swells before it shrinks or after. A path is drawn by its middle, then walked one way or the other, and
+both orders of events go through the same sizes.
+
+Place and size together do say something: "right, swelling first" and "left, shrinking first" pass through the same
+frames, the other two pairs through other ones. A model that looks at frames one by one can therefore tell the axis and
+the pair, 4 groups of 2 among the 8 motion classes: 50% at best. The sign of time it cannot see.
 """
 
 from __future__ import annotations
