@@ -27,7 +27,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
 
 
-def as_good_as_reference(ours: Tensor, reference: Tensor, truth: Tensor) -> None:
+def assert_as_good_as_reference(ours: Tensor, reference: Tensor, truth: Tensor) -> None:
     assert ours.shape == truth.shape and not ours.isnan().any()
     if truth.numel() == 0:
         return
@@ -67,7 +67,7 @@ def test_patch_gather_uint8(frames, rows, columns, patch, tubelet, n, dtype) -> 
     truth = kernels.patch_gather(
         pixels.permute(0, 4, 1, 2, 3), visible, patch_size=patch, tubelet_size=tubelet, dtype=torch.float64
     )
-    as_good_as_reference(ours, reference, truth)
+    assert_as_good_as_reference(ours, reference, truth)
 
 
 @pytest.mark.parametrize("road", ["reference", "triton"])
@@ -105,7 +105,7 @@ def test_token_gather_value_and_gradient(batch, tokens, n, width, dtype) -> None
         (gradient,) = torch.autograd.grad(out, leaf, upstream.to(dtype).to(kind))
         results[road] = (out.detach(), gradient)
     for part in range(2):
-        as_good_as_reference(results["triton"][part], results["reference"][part], results["truth"][part])
+        assert_as_good_as_reference(results["triton"][part], results["reference"][part], results["truth"][part])
 
 
 # semantic_mask and sample_visible
@@ -123,7 +123,7 @@ def test_semantic_mask_scores(rows, heads, tokens, width, n, dtype) -> None:
     ours = kernels.semantic_mask(q, k, n, seed, return_scores=True, road="triton")
     reference = kernels.semantic_mask(q, k, n, seed, return_scores=True, road="reference")
     truth = (torch.einsum("rhd,rhjd->rhj", q.double(), k.double()) * width**-0.5).softmax(-1)[..., 1:].mean(1)
-    as_good_as_reference(ours[1], reference[1], truth)
+    assert_as_good_as_reference(ours[1], reference[1], truth)
     for visible, _ in (ours, reference):
         assert visible.dtype == torch.int32 and visible.shape == (rows, n)
         assert (visible[:, 1:] > visible[:, :-1]).all() and visible.min() >= 0 and visible.max() < tokens
@@ -219,7 +219,7 @@ def test_align_loss_value_and_gradients(layers, batch, n, tokens, width, normali
         upstream = torch.arange(1, layers + 1, device=DEVICE, dtype=value.dtype)
         results[road] = (value.detach(), *torch.autograd.grad(value, leaves, upstream))
     for ours, reference, truth in zip(*results.values(), strict=True):
-        as_good_as_reference(ours, reference, truth)
+        assert_as_good_as_reference(ours, reference, truth)
 
 
 @pytest.mark.parametrize("road", ["reference", "triton"])
