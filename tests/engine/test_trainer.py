@@ -133,6 +133,13 @@ def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_a_damaged_later_file_does_not_cost_sound_ones(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=6).train()
+    (tmp_path / "checkpoint-00000015.pt").write_bytes(b"cut")
+    trainer(tmp_path, max_steps=12, keep=1).train()
+    assert checkpoint.load_newest(tmp_path)[1]["trainer"]["step"] == 12
+
+
 def test_keep_policy(tmp_path: Path) -> None:
     trainer(tmp_path, epochs=5, keep=2, keep_every_epochs=2).train()
     assert [step // 6 for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 4, 5]

@@ -67,9 +67,12 @@ def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
     return path
 
 
-def prune(folder: Path, keep: int, permanent_steps: int) -> None:
-    """Deletes all but the newest `keep` checkpoints; those of every permanent_steps-th step stay (0: none)."""
-    for step, path in checkpoints(folder)[:-keep]:
+def prune(folder: Path, step_saved: int, keep: int, permanent_steps: int) -> None:
+    """Deletes all but the newest `keep` checkpoints up to the one just saved; every permanent_steps-th stays (0: none).
+
+    Files of later steps do not count: after a resume from an earlier step they are the damaged ones passed over.
+    """
+    for step, path in [entry for entry in checkpoints(folder) if entry[0] <= step_saved][:-keep]:
         if not (permanent_steps and step % permanent_steps == 0):
             path.unlink(missing_ok=True)
 

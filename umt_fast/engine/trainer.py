@@ -98,7 +98,7 @@ class Trainer:
         )
         self.step = 0
         self.pending: list[dict[str, Any]] = []
-        self.stop_signal = 0
+        self.stop_signal = self.stop_agreed = 0
 
     def train(self) -> None:
         """Runs to the last step.
@@ -115,10 +115,10 @@ class Trainer:
         self.window_start, self.window_wait = time.perf_counter(), 0.0
         try:
             with self._signals():
-                while self.step < self.last_step and not self.stop_signal:
+                while self.step < self.last_step and not self.stop_agreed:
                     self._epoch(run_step, metrics)
-            if self.stop_signal:
-                raise Stopped(f"stopped by signal {self.stop_signal} at step {self.step}; run again to continue")
+            if self.stop_agreed:
+                raise Stopped(f"stopped by signal {self.stop_agreed} at step {self.step}; run again to continue")
         finally:
             if metrics is not None:
                 metrics.close()
@@ -136,10 +136,11 @@ class Trainer:
             if save or alone_and_told or self.step % self.run.log_every == 0:
                 self._flush(metrics)
                 # Ranks agree here, where they wait for each other anyway: a rank that stopped alone would hang the rest.
-                self.stop_signal = max(gather(self.stop_signal))
-                if save or self.stop_signal:
+                # The agreed value is kept apart: a signal that arrives later must wait for the next agreement.
+                self.stop_agreed = max(gather(self.stop_signal))
+                if save or self.stop_agreed:
                     self._save()
-            if end_of_epoch or self.stop_signal:
+            if end_of_epoch or self.stop_agreed:
                 break
         batches.close()
 
@@ -248,7 +249,7 @@ class Trainer:
                 "config": self.config_record,
             }
             path = checkpoint.save(self.folder, self.step, content)
-            checkpoint.prune(self.folder, self.run.keep, self.steps_per_epoch * self.run.keep_every_epochs)
+            checkpoint.prune(self.folder, self.step, self.run.keep, self.steps_per_epoch * self.run.keep_every_epochs)
             log.info("saved %s", path)
         # Time spent saving is not the step's.
         self.window_start = time.perf_counter()
