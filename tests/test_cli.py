@@ -1,5 +1,6 @@
 """The command line: what it accepts, and one clear error for each thing it cannot work with."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def at_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("train", "scan", "bench", "report", "quickstart"):
+    for command in ("train", "scan", "bench", "eval", "convert", "report", "quickstart"):
         assert f"\n  {command} " in text
 
 
@@ -60,6 +61,10 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
         (["bench", "stage3"], "unknown benchmark 'stage3'"),
         (["bench", "stage1", "--steps", "0"], "steps is 0"),
         (["report", "no/such/run"], "no run folder"),
+        (["eval", "no/such/checkpoint.pt", "list.csv"], "no checkpoint at no/such/checkpoint.pt"),
+        (["eval", "pyproject.toml", "list.csv"], "not a checkpoint"),
+        (["convert", "no/such/file.pt", "out.safetensors"], "no weights file at no/such/file.pt"),
+        (["convert", "pyproject.toml", "out.safetensors"], "not a readable weights file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -110,6 +115,40 @@ def test_train_leaves_checkpoint_and_metrics(tmp_path: Path, tiny_list: Path) ->
     assert list(out.glob("checkpoint-*.pt"))
     lines = (out / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3 and '"loss"' in lines[-1]
+
+
+def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, capsys: pytest.CaptureFixture) -> None:
+    """The chain a user goes through, each command taking what the one before it left."""
+    import torch
+    from safetensors.torch import load_file
+
+    stage1, tuned, weights = tmp_path / "stage1", tmp_path / "tuned", tmp_path / "student.safetensors"
+    data = ["--data.train", str(tiny_list)]
+    assert main(["train", TINY, *data, "--run.out", str(stage1)]) == 0
+    (newest,) = stage1.glob("checkpoint-*3.pt")
+    assert main(["convert", str(newest), str(weights)]) == 0
+    saved = torch.load(newest, weights_only=True)["model"]
+    converted = load_file(weights)
+    assert saved.keys() == converted.keys() and all(torch.equal(saved[key], converted[key]) for key in saved)
+    assert "does not" not in capsys.readouterr().err
+    arguments = ["train", f"{TINY}:classes", *data, "--run.out", str(tuned), "--init", str(weights)]
+    assert main(arguments) == 0
+    (newest_tuned,) = tuned.glob("checkpoint-*3.pt")
+    capsys.readouterr()
+    figures = tmp_path / "figures.json"
+    arguments = ["eval", str(newest_tuned), str(tiny_list), "--workers", "0", "--out", str(figures)]
+    assert main(arguments) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(figures.read_text()) and printed["clips"] == 2 and printed["top5"] == 1.0
+    assert "pre-training run" in fails(capsys, "eval", newest, tiny_list)
+
+
+def test_convert_to_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import torch
+
+    torch.save({"model": {"weight": torch.ones(2)}}, tmp_path / "a.pt")
+    for name in ("b.safetensors", "b.pth"):
+        assert "cannot be written" in fails(capsys, "convert", tmp_path / "a.pt", tmp_path / "none" / name)
 
 
 def test_stage1_recipe_script_reaches_the_trainer_without_a_gpu(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ Commands:
   train RECIPE [--section.key value ...]   one training run; `train RECIPE --help` lists every key
   scan LIST --out MANIFEST                 decode every clip once, write a manifest and a list of bad files
   bench stage1 [...]                       time a whole training step on random clips, one JSON line
+  eval CHECKPOINT LIST [--key value ...]    accuracy of a fine-tuned classifier on a list of clips
+  convert FILE OUT                         the weights of a checkpoint, in the official layout, as safetensors or .pth
   report RUN                               write RUN/report.html from a run's metrics and results
   quickstart [--out DIR] [--seed N]        the sample world from nothing to report
 
@@ -13,6 +15,7 @@ Commands:
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import sys
 from pathlib import Path
@@ -86,6 +89,59 @@ def _bench(arguments: list[str]) -> None:
     _cli(stage1.main, arguments[1:], "bench stage1")
 
 
+def _eval(arguments: list[str]) -> None:
+    from umt_fast.config import DataConfig
+    from umt_fast.tasks.classification import evaluate_checkpoint
+
+    def command(
+        checkpoint: Annotated[Path, tyro.conf.Positional],
+        list_path: Annotated[Path, tyro.conf.Positional],
+        /,
+        out: Path | None = None,
+        batch_size: int = 16,
+        workers: int = 4,
+        separator: str = ",",
+        root: str = "",
+        device: str = "auto",
+    ) -> None:
+        """Top-1 and top-5 accuracy of a fine-tuning run's checkpoint: one centred view per clip.
+
+        Args:
+            checkpoint: A checkpoint-*.pt of a fine-tuning run; it says which model and clips it was trained with.
+            list_path: The list or manifest to evaluate.
+            out: JSON file to write the figures to, besides printing them.
+            batch_size: Clips per step.
+            workers: Decoding processes.
+            separator: Field separator of the list.
+            root: Folder put before relative paths; empty: the list's own folder.
+            device: auto, cpu or cuda.
+        """
+        data = DataConfig(workers=workers, separator=separator, root=root)
+        figures = evaluate_checkpoint(checkpoint, list_path, data, batch_size=batch_size, device=device)
+        print(json.dumps(figures))
+        if out is not None:
+            out.write_text(json.dumps(figures) + "\n")
+
+    _cli(command, arguments, "eval")
+
+
+def _convert(arguments: list[str]) -> None:
+    from umt_fast.models.weights import load_state, save_state
+
+    def command(file: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional], /) -> None:
+        """Write the weights of a file alone, flat, under the official names.
+
+        Args:
+            file: A checkpoint of a run, or any weights file umt_fast reads (wrappers and prefixes are taken off).
+            out: .safetensors, or any other suffix for a PyTorch file.
+        """
+        state = load_state(file)
+        save_state(state, out)
+        print(f"{out}: {len(state)} tensors, {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} M values")
+
+    _cli(command, arguments, "convert")
+
+
 def _report(arguments: list[str]) -> None:
     from umt_fast.report import write_report
 
@@ -117,7 +173,10 @@ def _quickstart(arguments: list[str]) -> None:
     _cli(command, arguments, "quickstart")
 
 
-COMMANDS = {"train": _train, "scan": _scan, "bench": _bench, "report": _report, "quickstart": _quickstart}
+COMMANDS = {
+    "train": _train, "scan": _scan, "bench": _bench, "eval": _eval, "convert": _convert, "report": _report,
+    "quickstart": _quickstart,
+}  # fmt: skip
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

@@ -7,6 +7,7 @@ and the rule in the message. Shapes and defaults follow Unmasked Teacher (arXiv 
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,11 @@ class VitConfig:
     """Stochastic depth rate of the last block; it grows linearly from 0 at the first."""
     attention: Literal["joint", "spatial"] = "joint"
     """`joint` space-time attention, or `spatial`: within each frame only (paper Table 3)."""
+    table_frames: int = 0
+    """Token frames the sinusoid table is made for before it is resized to this clip; 0: this clip's own. Fine-tuning
+    with more frames than pre-training had sets what pre-training had: 8."""
+    table_side: int = 0
+    """The same for token rows and columns; fine-tuning at 384 pixels from 224 sets 14."""
     checkpoint_blocks: int = 0
     """Recompute the activations of the first so many blocks in the backward pass."""
 
@@ -63,6 +69,8 @@ class VitConfig:
             self.num_frames % self.tubelet_size == 0,
             f"student.num_frames {self.num_frames} is not a multiple of student.tubelet_size {self.tubelet_size}",
         )
+        for name in ("table_frames", "table_side"):
+            require(getattr(self, name) >= 0, f"student.{name} is {getattr(self, name)}; it must not be negative")
         require(0 <= self.drop_path < 1, f"student.drop_path is {self.drop_path}; it must lie in [0, 1)")
         require(
             0 <= self.checkpoint_blocks <= self.depth,
@@ -295,3 +303,19 @@ def to_dict(config: Any) -> dict[str, Any]:
         return str(value) if isinstance(value, Path) else value
 
     return plain(dataclasses.asdict(config))
+
+
+def from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
+    """The inverse of to_dict. Raises ConfigError: an entry this version's configuration does not have."""
+    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    require(not unknown, f"{kind.__name__} has no {', '.join(unknown)}; it was written by another version")
+    hints = typing.get_type_hints(kind)
+
+    def value_of(name: str) -> Any:
+        value = values[name]
+        if dataclasses.is_dataclass(hints[name]):
+            return from_dict(hints[name], value)
+        return tuple(value) if typing.get_origin(hints[name]) is tuple else value
+
+    return kind(**{name: value_of(name) for name in values})

@@ -1,6 +1,6 @@
 """A stage-1 run of seconds, for tests of the command line."""
 
-from umt_fast.config import AlignConfig, DataConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
+from umt_fast.config import AlignConfig, DataConfig, FinetuneConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
 
 DEFAULT = "tiny"
 
@@ -26,3 +26,12 @@ def long() -> Stage1Config:
     config = tiny()
     config.run.max_steps, config.run.save_every, config.run.epochs = 24, 3, 50
     return config
+
+
+def classes() -> FinetuneConfig:
+    """Three steps of fine-tuning the same student on two classes."""
+    pretraining = tiny()
+    pretraining.run.epochs = 30
+    return FinetuneConfig(
+        run=pretraining.run, data=pretraining.data, student=pretraining.student, num_classes=2, head_scale=1.0
+    )

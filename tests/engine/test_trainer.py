@@ -121,6 +121,24 @@ def test_non_finite_loss_stops_before_anything_is_written(tmp_path: Path) -> Non
     assert not checkpoint.checkpoints(tmp_path) or checkpoint.checkpoints(tmp_path)[-1][0] < step
     for _, path in checkpoint.checkpoints(tmp_path):
         assert all(torch.isfinite(value).all() for value in torch.load(path, weights_only=True)["model"].values())
+    # The sound steps of the window are on record, and the bad update did not reach the weights in memory.
+    assert [row for row, _ in losses(tmp_path)] == list(range(1, step))
+    assert all(torch.isfinite(value).all() for value in run.objective.trainable.state_dict().values())
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    """Gradients scaled to norm 1e-6: Adam's first steps hardly change, its second moments show the clipped size."""
+    free, clipped = trainer(tmp_path / "free", max_steps=1), trainer(tmp_path / "clipped", max_steps=1)
+    clipped.clip_grad = 1e-6
+    free.train(), clipped.train()
+
+    def norm(run: Trainer) -> float:
+        moments = [state["exp_avg_sq"] for state in run.optimizer.state.values()]
+        return torch.cat([moment.flatten() for moment in moments]).sum().sqrt().item() / (1 - 0.95) ** 0.5
+
+    (row,) = [json.loads(line) for line in (tmp_path / "clipped" / "metrics.jsonl").read_text().splitlines()]
+    assert norm(free) == pytest.approx(row["grad_norm"], rel=1e-4)  # what is logged is the norm before clipping
+    assert norm(clipped) == pytest.approx(1e-6, rel=1e-3)
 
 
 def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,6 +176,45 @@ def test_disk_full_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_write_that_really_fails(tmp_path: Path) -> None:
+    """The system refuses to let the file grow, as on a full disk; the run ends in one line, older files whole."""
+    script = (
+        "import resource, sys; from pathlib import Path; import torch\n"
+        "from umt_fast.engine import checkpoint\n"
+        "folder = Path(sys.argv[1]); checkpoint.save(folder, 1, {'model': torch.zeros(10)})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try:\n    checkpoint.save(folder, 2, {'model': torch.zeros(1_000_000)})\n"
+        "except checkpoint.CheckpointError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "cannot be written" in done.stdout, done.stderr[-2000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000001.pt"]
+    assert checkpoint.load_newest(tmp_path)[1]["model"].shape == (10,)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(tmp_path, max_steps=2).train()
+
+    def refuse(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(checkpoint.CheckpointError, match="may not be read: Permission denied"):
+        trainer(tmp_path).train()
+
+
+def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer(tmp_path, max_steps=3, tensorboard=True).train()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")] == losses(tmp_path)
+
+
 def test_another_batch_size_cannot_continue(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2).train()
     with pytest.raises(checkpoint.CheckpointError, match="clips_per_step"):
@@ -186,6 +243,14 @@ def test_decay_groups_and_layer_rates() -> None:
     groups = parameter_groups(module, OptimConfig(layer_decay=0.5, weight_decay=0.1), lambda name: int(name[0]), 2)
     seen = {(group["weight_decay"], group["lr_scale"], len(group["params"])) for group in groups}
     assert seen == {(0.1, 0.25, 1), (0.0, 0.25, 1), (0.0, 0.5, 2), (0.1, 1.0, 1), (0.0, 1.0, 1)}
+
+
+def test_position_tables_are_not_decayed() -> None:
+    module = nn.Module()
+    module.pos_embed, module.weight = nn.Parameter(torch.zeros(1, 4, 3)), nn.Parameter(torch.zeros(4, 3))
+    groups = parameter_groups(module, OptimConfig(weight_decay=0.1))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert (decay[id(module.pos_embed)], decay[id(module.weight)]) == (0.0, 0.1)
 
 
 def test_the_other_apex_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,16 +330,20 @@ def losses_so_far(out: Path) -> list[str]:
     return [line for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
-def test_sigterm_saves_and_ends(tmp_path: Path, clip_list: Path) -> None:
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_ends(number: signal.Signals, ranks: int, tmp_path: Path, clip_list: Path) -> None:
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(out, clip_list, 1), cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses_so_far(out)) >= 2):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped by signal 15" in error
+    with subprocess.Popen(
+        command(out, clip_list, ranks), cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses_so_far(out)) >= 2):
+            time.sleep(0.02)
+        # Slurm and torchrun pass SIGTERM on to every rank; here it goes to torchrun, which does.
+        process.send_signal(number)
+        _, error = process.communicate(timeout=90)
+    assert f"stopped by signal {int(number)}" in error
+    if ranks == 1:
+        assert process.returncode == 0
     step = checkpoint.checkpoints(out)[-1][0]
     assert step == losses(out)[-1][0] < 24
 

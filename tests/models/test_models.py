@@ -10,7 +10,7 @@ from umt_fast.models.classifier import Classifier
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.models.student import Student
-from umt_fast.models.vit import VisionTransformer, drop_path
+from umt_fast.models.vit import VisionTransformer, drop_path, resized_table, sinusoid_table
 from umt_fast.models.weights import WeightsError, load_encoder, load_student, load_teacher, save_state
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 from umt_fast.tokens import TokenGrid, draw_uniform, num_visible, visible_per_clip
@@ -42,6 +42,29 @@ def test_work_of_a_clip_is_the_known_one() -> None:
     assert UnmaskedAlignment.flops_of(base) == pytest.approx(455e9, rel=0.03)
     large = Stage1Config(student=student_size("l16"), teacher=teacher_size("clip_l14"))
     assert UnmaskedAlignment.flops_of(large) == pytest.approx(1590e9, rel=0.03)
+
+
+def test_a_table_for_more_frames_and_pixels() -> None:
+    """Time is linear with half-pixel centres; space is PyTorch's bicubic (a = -0.75), which bends ramps by 0.05."""
+    x = torch.arange(14.0)
+    table = torch.stack([x.repeat(14), x.repeat_interleave(14)], 1).repeat(2, 1)
+    table[196:] += 100
+    wide = resized_table(table, TokenGrid(2, 14, 14), TokenGrid(4, 28, 28)).view(4, 28, 28, 2)
+    inside = wide[:, 6:-6, 6:-6]
+    expected = (torch.arange(6, 22) + 0.5) / 2 - 0.5
+    torch.testing.assert_close(inside[0, 0, :, 0], expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(inside[0, :, 3, 1], expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(inside[:, 4, 4, 0] - inside[0, 4, 4, 0], torch.tensor([0.0, 25.0, 75.0, 100.0]))
+
+
+def test_the_classifier_uses_the_table_of_pre_training_when_told() -> None:
+    longer = VitConfig(width=32, depth=1, num_heads=2, image_size=64, num_frames=8)
+    own = Classifier(longer, 3).position
+    longer.table_frames, longer.table_side = 4, 2
+    resized = Classifier(longer, 3).position
+    assert torch.equal(own, sinusoid_table(128, 32))
+    expected = resized_table(sinusoid_table(16, 32), TokenGrid(4, 2, 2), TokenGrid(8, 4, 4))
+    assert torch.equal(resized, expected) and not torch.equal(resized, own)
 
 
 def test_visible_counts_round_as_the_official_code() -> None:

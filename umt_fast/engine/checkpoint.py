@@ -80,12 +80,15 @@ def prune(folder: Path, step_saved: int, keep: int, permanent_steps: int) -> Non
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be read, or None where there is none.
 
-    A damaged file is named in a warning and passed over. Raises CheckpointError when all are damaged.
+    A damaged file is named in a warning and passed over. Raises CheckpointError when all are damaged, or one may not be
+    read: going on from an older one would throw sound work away.
     """
     found = checkpoints(folder)
     for _, path in reversed(found):
         try:
             return path, torch.load(path, map_location="cpu", weights_only=True)
+        except PermissionError as error:
+            raise CheckpointError(f"{path} may not be read: {error.strerror}; give this user access to it") from error
         except Exception as error:  # a cut file fails in many ways: zip, pickle, storage
             log.warning("WARNING: %s is damaged (%s); trying the one before it", path, type(error).__name__)
     if found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ class MetricsLog:
     def __init__(self, folder: Path, start_step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in self._lines() if json.loads(line)["step"] <= start_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        # Replaced, not rewritten in place: a kill between the two would lose the record of all steps.
+        shortened = self.path.with_name(self.path.name + ".partial")
+        shortened.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(shortened, self.path)
         self.file = open(self.path, "a")
         self.writer = None
         if tensorboard:

@@ -12,19 +12,22 @@ from umt_fast.config import ConfigError, OptimConfig
 
 LayerOf = Callable[[str], int]
 
+# Position tables and class tokens: offsets, not matrices, though some are stored with two dimensions.
+_NEVER_DECAYED = ("pos_embed", "positional_embedding", "temporal_embedding", "cls_token", "class_embedding")
+
 
 def parameter_groups(
     module: nn.Module, optim: OptimConfig, layer_of: LayerOf | None = None, num_layers: int = 0
 ) -> list[dict]:
     """Groups of trainable parameters with their weight_decay and lr_scale = layer_decay ** (num_layers - layer).
 
-    One-dimensional parameters and those named *.bias are not decayed.
+    One-dimensional parameters, biases, position tables and class tokens are not decayed (official rule).
     """
     groups: dict[tuple[bool, int], dict] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim <= 1 or name.endswith(".bias")
+        plain = parameter.ndim <= 1 or name.endswith((".bias", *_NEVER_DECAYED))
         layer = layer_of(name) if layer_of is not None and optim.layer_decay < 1 else num_layers
         group = groups.setdefault(
             (plain, layer),

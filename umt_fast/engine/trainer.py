@@ -169,6 +169,8 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        # The fused optimizer leaves everything as it is where this is 1; the host learns of it at the next log step.
+        self.optimizer.found_inf = torch.isfinite(norm).logical_not().float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -199,9 +201,7 @@ class Trainer:
         )
         own = table
         table = mean_over_ranks(table.clone()).tolist()
-        for entry, row, mine in zip(self.pending, table, own.tolist(), strict=True):
-            if not all(map(math.isfinite, row)):
-                self._stop_non_finite(entry, dict(zip(["gradient norm", *names], row, strict=True)), mine)
+        bad = next((n for n, row in enumerate(table) if not all(map(math.isfinite, row))), None)
         elapsed = time.perf_counter() - self.window_start
         clips_per_s = self.clips_per_step * len(self.pending) / elapsed
         shared = {
@@ -212,11 +212,15 @@ class Trainer:
             "bad_files": len(getattr(self.loader, "bad_files", ())),
         }
         rows = []
-        for entry, (norm, *values) in zip(self.pending, table, strict=True):
+        for entry, (norm, *values) in zip(self.pending[:bad], table[:bad], strict=True):
             row = {"step": entry["step"], "epoch": entry["epoch"], "lr": entry["lr"], "grad_norm": norm}
             rows.append(row | dict(zip(names, values, strict=True)) | shared)
         if metrics is not None:
             metrics.write(rows)
+        if bad is not None:
+            values = dict(zip(["gradient norm", *names], table[bad], strict=True))
+            self._stop_non_finite(self.pending[bad], values, own[bad].tolist())
+        if metrics is not None:
             left = (self.last_step - self.step) * elapsed / len(self.pending)
             log.info(progress_line(rows[-1], self.last_step, left))
         self.pending.clear()
@@ -226,10 +230,12 @@ class Trainer:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         numbers = sorted(set(torch.cat(entry["at"]).tolist()))
         name_of = getattr(self.loader, "name_of", str)
+        newest = checkpoint.checkpoints(self.folder)
+        saved = f"{newest[-1][1]} is sound" if newest else "no checkpoint was due yet"
         where = "on this rank" if not all(map(math.isfinite, mine)) else "on another rank; this rank's were"
         raise NonFiniteError(
-            f"{', '.join(bad)} is not finite at step {entry['step']}; nothing of it was saved, the newest checkpoint in "
-            f"{self.folder} is sound. Files of the batch {where}: {', '.join(name_of(n) for n in numbers)}"
+            f"{', '.join(bad)} is not finite at step {entry['step']}; nothing of it was saved ({saved}). "
+            f"Files of the batch {where}: {', '.join(name_of(n) for n in numbers)}"
         )
 
     def _save(self) -> None:

@@ -27,6 +27,21 @@ def sinusoid_table(positions: int, width: int) -> Tensor:
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
 
 
+def resized_table(table: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
+    """A position table (old.size, C) for another grid (new.size, C): bicubic within a frame, linear over time.
+
+    The official rule for more frames or pixels than pre-training had (half-pixel centres, no antialiasing).
+    """
+    if old == new:
+        return table
+    width = table.shape[1]
+    maps = table.view(old.frames, old.rows, old.columns, width).permute(0, 3, 1, 2)
+    maps = F.interpolate(maps, (new.rows, new.columns), mode="bicubic", align_corners=False)
+    lines = maps.permute(2, 3, 1, 0).flatten(0, 1)
+    lines = F.interpolate(lines, new.frames, mode="linear", align_corners=False)
+    return lines.permute(2, 0, 1).reshape(new.size, width)
+
+
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     """Zeroes whole samples of x (B, ...) with probability `rate` and scales the others by 1 / (1 - rate)."""
     if not training or rate == 0:
@@ -120,7 +135,10 @@ class VisionTransformer(nn.Module):
         rates = [config.drop_path * depth / max(1, config.depth - 1) for depth in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.width, eps=1e-6) if with_norm else None
-        self.register_buffer("position", sinusoid_table(self.grid.size, config.width), persistent=False)
+        side = config.table_side or self.grid.rows
+        made_for = TokenGrid(config.table_frames or self.grid.frames, side, side)
+        table = resized_table(sinusoid_table(made_for.size, config.width), made_for, self.grid)
+        self.register_buffer("position", table, persistent=False)
         self.register_buffer("every", torch.arange(self.grid.size, dtype=torch.int32), persistent=False)
         self.apply(_initialise)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -204,10 +205,17 @@ def _adapt(state: dict[str, Tensor], teacher: ClipTeacher) -> dict[str, Tensor]:
 
 
 def save_state(state: dict[str, Tensor], path: str | Path) -> None:
-    """Writes tensors by name as safetensors or, for any other suffix, as a flat PyTorch file."""
+    """Writes tensors by name as safetensors or, for any other suffix, as a flat PyTorch file; whole or not at all."""
     path = Path(path)
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        if path.suffix == ".safetensors":
+            save_file(state, partial)
+        else:
+            torch.save(state, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise WeightsError(f"{path} cannot be written: {reason}") from error

@@ -29,10 +29,6 @@ class Supervised(nn.Module):
         """The module that checkpoints hold, in the official classifier layout."""
         return self.classifier
 
-    @property
-    def no_decay(self) -> tuple[str, ...]:
-        return ()
-
     def layer_id(self, name: str) -> int:
         """0 for the patch embedding, i + 1 for block i, depth + 1 for what follows the blocks."""
         if name.startswith("patch_embed."):

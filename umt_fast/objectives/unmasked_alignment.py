@@ -38,11 +38,6 @@ class UnmaskedAlignment(nn.Module):
         """The module that checkpoints hold, in the official stage-1 layout."""
         return self.student
 
-    @property
-    def no_decay(self) -> tuple[str, ...]:
-        """Parameters without weight decay besides biases and vectors: none; the position tables are not parameters."""
-        return ()
-
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
         """One step's loss.
 
