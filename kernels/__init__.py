@@ -4,7 +4,7 @@ Tensors in, tensors out: this package needs torch and triton alone. The device o
 function's docstring for shapes, formula and bytes moved.
 """
 
-from kernels._launch import force_road
+from kernels._launch import checked, force_road
 from kernels.align_loss import align_features, align_loss
 from kernels.attention import attention, attention_road, attention_varlen
 from kernels.patch_gather import patch_gather
@@ -17,6 +17,7 @@ __all__ = [
     "attention",
     "attention_road",
     "attention_varlen",
+    "checked",
     "class_attention",
     "force_road",
     "patch_gather",

@@ -19,6 +19,7 @@ Road = Literal["auto", "reference", "triton"]
 ROADS = ("auto", "reference", "triton")
 
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("kernels_road", default="auto")
+_checked: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels_checked", default=False)
 
 
 def interpreted() -> bool:
@@ -59,15 +60,34 @@ def use_triton(road: str, tensor: Tensor) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def checked() -> Iterator[None]:
+    """Within the block, index values are checked on the GPU too, as they always are on the CPU.
+
+    Each check makes the host wait for the device: for finding a mistake, not for training.
+    """
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def values_can_be_checked(tensor: Tensor) -> bool:
+    """Whether reading this tensor's values on the host is possible and free, or asked for by checked()."""
+    # Fake tensors, of another type, have no values.
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or not tensor.numel():
+        return False
+    return tensor.device.type == "cpu" or _checked.get()
+
+
 def check_visible(visible: Tensor, batch: int, tokens: int) -> None:
-    """Refuses indices of the wrong shape or type and, on the CPU, out of range (a GPU check would wait for the device)."""
+    """Refuses indices of the wrong shape or type and, on the CPU or within checked(), out of range."""
     if visible.ndim != 2 or visible.shape[0] != batch or visible.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"visible is {visible.dtype} {tuple(visible.shape)}; it must be int32 or int64 of shape ({batch}, n)"
         )
-    if visible.device.type == "cpu" and not torch.compiler.is_compiling() and visible.numel():
-        if type(visible) is not Tensor:  # fake tensors have no values
-            return
+    if values_can_be_checked(visible):
         low, high = visible.aminmax()
         if low < 0 or high >= tokens:
             raise IndexError(f"visible holds indices in [{low}, {high}]; they must lie in [0, {tokens})")

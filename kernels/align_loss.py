@@ -24,8 +24,19 @@ from kernels._launch import Road, check_visible, power_of_two, use_triton
 Normalize = Literal["l2", "none"]
 Loss = Literal["l2", "mse", "smooth_l1"]
 _LOSSES = {"l2": 0, "mse": 1, "smooth_l1": 2}
-# Rows of one layer that a backward program sums the LayerNorm gradients over before writing a partial result.
-_ROWS_PER_PROGRAM = 16
+
+
+def warps_for(width: int) -> int:
+    """One warp for each 512 channels: a row's five sums then need few or no exchanges between warps."""
+    return min(8, max(1, power_of_two(width) // 512))
+
+
+def rows_per_program(rows: int) -> int:
+    """Rows of one layer that a backward program sums the LayerNorm gradients over before writing a partial result.
+
+    Some 4000 programs keep every SM busy; more of them would only write more partial results.
+    """
+    return min(64, max(4, power_of_two(rows // 4096)))
 
 
 @triton.jit
@@ -142,7 +153,8 @@ def _align_loss(
     if out.numel():
         align_loss_fwd_kernel[(out.numel(),)](
             out, *_arguments(student, target, visible, weight, bias), eps,
-            D=width, BLOCK=power_of_two(width), NORMALIZE=normalize, LOSS=loss, GATHER=visible is not None, num_warps=4,
+            D=width, BLOCK=power_of_two(width), NORMALIZE=normalize, LOSS=loss, GATHER=visible is not None,
+            num_warps=warps_for(width),
         )  # fmt: skip
     return out
 
@@ -158,14 +170,15 @@ def _align_loss_backward(
     normalize: bool, loss: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     layers, batch, n, width = student.shape
-    parts = -(-batch * n // _ROWS_PER_PROGRAM)
+    per_program = rows_per_program(layers * batch * n)
+    parts = -(-batch * n // per_program)
     dstudent = torch.empty_like(student, memory_format=torch.contiguous_format)
     partial = torch.empty(2, layers, parts, width, dtype=torch.float32, device=student.device)
     if dstudent.numel():
         align_loss_bwd_kernel[(parts, layers)](
             dstudent, partial[0], partial[1], dout.contiguous(), *_arguments(student, target, visible, weight, bias), eps,
             D=width, BLOCK=power_of_two(width), NORMALIZE=normalize, LOSS=loss, GATHER=visible is not None,
-            ROWS=_ROWS_PER_PROGRAM, num_warps=4,
+            ROWS=per_program, num_warps=warps_for(width),
         )  # fmt: skip
     # Summed apart: an operator's results must not share memory.
     return dstudent, partial[0].sum(1).to(weight.dtype), partial[1].sum(1).to(bias.dtype)

@@ -17,14 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, power_of_two, use_triton
+from kernels._launch import Road, check_visible, power_of_two, use_triton, values_can_be_checked
 
 
 @triton.jit
 def patch_gather_kernel(
-    out, video, visible, scale, shift,
+    out, video, visible, scale, shift, origin,
     n, rows, columns, stride_b, stride_t, stride_y, stride_x, stride_c,
-    TUBELET: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
+    TUBELET: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program per visible token; offsets in int64 because a batch of videos exceeds 2^31 bytes."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -33,6 +33,9 @@ def patch_gather_kernel(
     frame = cell // (rows * columns) * TUBELET
     top = cell // columns % rows * PATCH
     left = cell % columns * PATCH
+    if WINDOW:
+        top += tl.load(origin + i_batch * 2)
+        left += tl.load(origin + i_batch * 2 + 1)
     o = tl.arange(0, BLOCK)
     inside = o < 3 * TUBELET * PATCH * PATCH
     dx = o % PATCH
@@ -57,6 +60,9 @@ def _patch_gather(
     visible: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    origin: Tensor | None,
+    rows: int,
+    columns: int,
     patch: int,
     tubelet: int,
     dtype: torch.dtype,
@@ -67,16 +73,16 @@ def _patch_gather(
     out = torch.empty(batch, n, width, dtype=dtype, device=video.device)
     if out.numel():
         patch_gather_kernel[(batch * n,)](
-            out, view, visible, scale, shift,
-            n, view.shape[2] // patch, view.shape[3] // patch, *view.stride(),
+            out, view, visible, scale, shift, None if origin is None else origin.contiguous(),
+            n, rows, columns, *view.stride(),
             TUBELET=tubelet, PATCH=patch, BLOCK=power_of_two(width), SCALED=scale is not None,
-            num_warps=4,
+            WINDOW=origin is not None, num_warps=4,
         )  # fmt: skip
     return out
 
 
 @_patch_gather.register_fake
-def _(video, visible, scale, shift, patch, tubelet, dtype):
+def _(video, visible, scale, shift, origin, rows, columns, patch, tubelet, dtype):
     return video.new_empty(*visible.shape, 3 * tubelet * patch * patch, dtype=dtype)
 
 
@@ -92,18 +98,29 @@ def _reference(
     visible: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    origin: Tensor | None,
+    rows: int,
+    columns: int,
     patch: int,
     tubelet: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    view = _channel_last(video)
-    batch, frames, height, width, _ = view.shape
-    rows, columns = height // patch, width // patch
-    cells = view.view(batch, frames // tubelet, tubelet, rows, patch, columns, patch, 3).permute(0, 1, 3, 5, 7, 2, 4, 6)
-    index = visible.long()
-    first = torch.arange(batch, device=index.device)[:, None]
-    # Indexing the strided view copies the visible patches alone; pixels are converted after that.
-    picked = cells[first, index // (rows * columns), index // columns % rows, index % columns]
+    view, index = _channel_last(video), visible.long()
+    frame, row, column = index // (rows * columns), index // columns % rows, index % columns
+    if origin is None:
+        batch, frames = view.shape[:2]
+        view = view[:, :, : rows * patch, : columns * patch]
+        cells = view.unflatten(3, (columns, patch)).unflatten(2, (rows, patch)).unflatten(1, (-1, tubelet))
+        # Indexing the strided view copies the visible patches alone; pixels are converted after that.
+        cells = cells.permute(0, 1, 3, 5, 7, 2, 4, 6)
+        picked = cells[torch.arange(batch, device=index.device)[:, None], frame, row, column]
+    else:
+        step = torch.arange(patch, device=index.device)
+        clip = torch.arange(len(index), device=index.device)[:, None, None, None, None]
+        t = (frame * tubelet)[..., None] + torch.arange(tubelet, device=index.device)
+        y = (row * patch + origin[:, :1])[..., None] + step
+        x = (column * patch + origin[:, 1:])[..., None] + step
+        picked = view[clip, t[..., None, None], y[:, :, None, :, None], x[:, :, None, None, :]].movedim(-1, 2)
     picked = picked.to(torch.float64 if picked.dtype == torch.float64 else torch.float32)
     if scale is not None:
         picked = picked * scale.view(3, 1, 1, 1) + shift.view(3, 1, 1, 1)
@@ -119,42 +136,66 @@ def patch_gather(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float32,
+    origin: Tensor | None = None,
+    crop_size: tuple[int, int] | None = None,
     road: Road = "auto",
 ) -> Tensor:
-    """Rows of the visible patches of a video.
+    """Rows of the visible patches of a video, or of a window of each clip.
 
     Args:
         video: uint8 (B, T, H, W, 3), scaled to [0, 1] and normalised with mean and std when these are given; or floating
-            (B, 3, T, H, W), taken as it is. H and W are multiples of patch_size, T of tubelet_size. Any strides.
+            (B, 3, T, H, W), taken as it is. T is a multiple of tubelet_size, and H and W, or crop_size, of patch_size.
+            Any strides.
         visible: int32 or int64 (B, n), flat cells of the (T / tubelet, H / p, W / p) grid.
         mean, std: three numbers each on the [0, 1] scale, or both None (uint8 then stays 0..255).
         dtype: of the result.
+        origin: int32 or int64 (B, 2), the top and left pixel of each clip's window of crop_size; the window is cut on the
+            way, so that frames larger than the crop need no copy. None: the whole frame.
+        crop_size: (height, width) of the windows; takes the place of (H, W) above.
         road: "auto", "reference" or "triton".
 
     Returns:
         (B, n, 3 * tubelet * p * p) in dtype. There is no gradient to the video.
 
     Raises:
-        ValueError: shapes, dtypes or sizes that do not fit. IndexError: an index out of range (CPU only; on a GPU such a
-            check would stall the stream, so run the same call on the CPU to check).
+        ValueError: shapes, dtypes or sizes that do not fit. IndexError: an index or a window out of range (on the CPU; on
+            a GPU within kernels.checked() only, because such a check stalls the stream).
     """
     view = _channel_last(video)
     if video.ndim != 5 or view.shape[-1] != 3 or not (video.dtype == torch.uint8 or video.is_floating_point()):
         raise ValueError(
             f"video is {video.dtype} {tuple(video.shape)}; it must be uint8 (B, T, H, W, 3) or floating (B, 3, T, H, W)"
         )
-    batch, frames, height, width, _ = view.shape
+    batch, frames, *size, _ = view.shape
+    if (origin is None) != (crop_size is None):
+        raise ValueError("give origin and crop_size together, or neither")
+    height, width = crop_size or size
     if height % patch_size or width % patch_size or frames % tubelet_size:
         raise ValueError(
             f"a video of {frames} x {height} x {width} is not divisible into tubelets of "
             f"{tubelet_size} x {patch_size} x {patch_size}"
         )
+    if origin is not None:
+        _check_windows(origin, batch, size, (height, width))
     if (mean is None) != (std is None) or (mean is not None and video.dtype != torch.uint8):
         raise ValueError("give mean and std together, and only for uint8 video: floating video is taken as it is")
-    check_visible(visible, batch, frames // tubelet_size * (height // patch_size) * (width // patch_size))
+    rows, columns = height // patch_size, width // patch_size
+    check_visible(visible, batch, frames // tubelet_size * rows * columns)
     scale = shift = None
     if mean is not None:
         scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32, device=video.device)
         shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32, device=video.device)
     run = _patch_gather if use_triton(road, video) else _reference
-    return run(video, visible, scale, shift, patch_size, tubelet_size, dtype)
+    return run(video, visible, scale, shift, origin, rows, columns, patch_size, tubelet_size, dtype)
+
+
+def _check_windows(origin: Tensor, batch: int, size: Sequence[int], crop: tuple[int, int]) -> None:
+    if origin.shape != (batch, 2) or origin.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"origin is {origin.dtype} {tuple(origin.shape)}; it must be int32 or int64 ({batch}, 2)")
+    if values_can_be_checked(origin):
+        (top, left), (bottom, right) = origin.amin(0).tolist(), (origin.amax(0) + origin.new_tensor(crop)).tolist()
+        if min(top, left) < 0 or bottom > size[0] or right > size[1]:
+            raise IndexError(
+                f"windows of {crop[0]} x {crop[1]} reach from ({top}, {left}) to ({bottom}, {right}), "
+                f"outside frames of {size[0]} x {size[1]}"
+            )

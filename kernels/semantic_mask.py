@@ -20,12 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _philox
-from kernels._launch import Road, power_of_two, use_triton
+from kernels._launch import Road, interpreted, power_of_two, use_triton
 
 # Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
 _IMPOSSIBLE = tl.constexpr(-1000.0)
-# Channels of a head that semantic_mask holds at a time.
-_BLOCK_D = 32
+# Bytes of keys that semantic_mask keeps on the way at a time; two programs of twice this fit an SM of an A100.
+_TILE_BYTES = 32768
+_STAGES, _WARPS = 3, 8
 # The smallest step of the generator: keeps the logarithm of a drawn zero finite.
 _SMALLEST = tl.constexpr(2.0**-32)
 
@@ -55,26 +56,38 @@ def semantic_mask_kernel(
     out, score_out, q, k, seed, scale, L, n,
     q_row, q_head, k_row, k_head, k_token,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, RETURN: tl.constexpr,
+    STAGES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One program per frame: all heads' softmax rows are summed in registers, then sampled."""
+    """One program per frame: all heads' softmax rows are summed in registers, then sampled.
+
+    The logits are a matrix product with one useful row of 16. The wasted products are free (the tensor cores idle anyway);
+    what they buy is that the next heads' keys travel to shared memory while this head is reduced.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK)
+    first = tl.arange(0, 16) == 0
     score = tl.zeros((BLOCK,), tl.float32)
-    for i_head in range(HEADS):
+    for i_head in tl.range(HEADS, num_stages=STAGES):
+        p_q = q + i_row * q_row + i_head * q_head
         p_k = k + i_row * k_row + i_head * k_head
         # Token 0 is the class token: read apart, so that the patch tokens start at a power of two.
         class_logit = 0.0
-        logit = tl.zeros((BLOCK,), tl.float32)
-        # A tile of all tokens and the whole head would spill registers; BLOCK_D channels at a time do not.
-        for i_d in range(0, D, BLOCK_D):
+        product = tl.zeros((16, BLOCK), tl.float32)
+        for i_d in tl.static_range(0, D, BLOCK_D):
             o_d = i_d + tl.arange(0, BLOCK_D)
             inside_d = o_d < D
-            b_q = tl.load(q + i_row * q_row + i_head * q_head + o_d, mask=inside_d, other=0).to(tl.float32) * scale
-            class_logit += tl.sum(b_q * tl.load(p_k + o_d, mask=inside_d, other=0).to(tl.float32), 0)
-            inside = (o < L)[:, None] & inside_d[None, :]
-            b_k = tl.load(p_k + (o[:, None] + 1) * k_token + o_d[None, :], mask=inside, other=0).to(tl.float32)
-            logit += tl.sum(b_k * b_q[None, :], 1)
+            b_q = tl.load(p_q + o_d, mask=inside_d, other=0)
+            b_class = tl.load(p_k + o_d, mask=inside_d, other=0)
+            class_logit += tl.sum(b_q.to(tl.float32) * b_class.to(tl.float32), 0)
+            inside = inside_d[:, None] & (o < L)[None, :]
+            b_k = tl.load(p_k + (o[None, :] + 1) * k_token + o_d[:, None], mask=inside, other=0)
+            if UPCAST:  # the interpreter cannot multiply bf16 matrices; in fp32 the products are the same
+                b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
+            rows = tl.where(first[:, None], b_q[None, :], tl.zeros((16, BLOCK_D), b_q.dtype))
+            product = tl.dot(rows, b_k, product, input_precision="ieee")
+        logit = tl.sum(tl.where(first[:, None], product, 0.0), 0) * scale
         logit = tl.where(o < L, logit, float("-inf"))
+        class_logit *= scale
         top = tl.maximum(tl.max(logit, 0), class_logit)
         weight = tl.exp(logit - top)
         score += weight / (tl.sum(weight, 0) + tl.exp(class_logit - top))
@@ -92,6 +105,15 @@ def sample_visible_kernel(out, score, seed, L, n, BLOCK: tl.constexpr):
     _keep_largest(out, b_score, seed, i_row, L, n, BLOCK)
 
 
+def tiling(tokens: int, width: int, element_bytes: int) -> dict[str, int]:
+    """Block sizes, pipeline stages and warps of semantic_mask for L tokens and heads of `width` channels."""
+    block = max(16, power_of_two(tokens))
+    channels = min(max(16, power_of_two(width)), max(16, _TILE_BYTES // (block * element_bytes)))
+    # More tokens than a tile holds 16 channels of: fewer tiles on the way.
+    stages = _STAGES if block * channels * element_bytes <= _TILE_BYTES else 1
+    return {"BLOCK": block, "BLOCK_D": channels, "STAGES": stages, "num_warps": _WARPS if block <= 256 else 8}
+
+
 @torch.library.custom_op("umt_kernels::semantic_mask", mutates_args=())
 def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_scores: bool) -> tuple[Tensor, Tensor]:
     rows, heads, width = q.shape
@@ -104,8 +126,7 @@ def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_sc
         semantic_mask_kernel[(rows,)](
             out, scores, q, k, seed, width**-0.5, tokens, num_visible,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
-            HEADS=heads, D=width, BLOCK_D=_BLOCK_D, BLOCK=power_of_two(tokens), RETURN=with_scores,
-            num_warps=8,
+            HEADS=heads, D=width, RETURN=with_scores, UPCAST=interpreted(), **tiling(tokens, width, k.element_size()),
         )  # fmt: skip
     return out, scores
 

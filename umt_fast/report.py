@@ -130,8 +130,8 @@ def _results_section(results: dict[str, Any]) -> str:
         rows = [[text, 100 * results["motion"][key], 100 * results["scene"][key]] for key, text in names.items()]
         parts.append(_table(rows, ["after the same short training", "motion labels, %", "scene labels (probe), %"]))
         parts.append(
-            '<p class="note">Accuracy on unseen clips. Motion (8 classes, chance 12.5%) is what single frames do not show; '
-            "frames looked at one by one can reach 50% at best. Scene has 24 classes, chance 4.2%.</p>"
+            '<p class="note">Accuracy on unseen clips. Motion (4 classes, chance 25%) is what single frames do not show; '
+            "frames without their order can reach 50% at best. Scene has 24 classes, chance 4.2%.</p>"
         )
     if "foreground" in results:
         shares = results["foreground"]

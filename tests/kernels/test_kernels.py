@@ -89,6 +89,27 @@ def test_patch_gather_of_a_view() -> None:
     assert torch.equal(ours, kernels.patch_gather(window.clone(), visible, patch_size=16, road="reference"))
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("road", ["reference", "triton"])
+def test_patch_gather_of_windows_equals_cutting_them_first(road: str, kind: torch.dtype) -> None:
+    video = torch.randint(256, (3, 4, 37, 45, 3), device=DEVICE).to(torch.uint8)
+    origin = torch.tensor([[0, 0], [5, 13], [3, 2]], dtype=torch.int32, device=DEVICE)
+    cut = torch.stack([v[:, y : y + 32, x : x + 32] for v, (y, x) in zip(video, origin.tolist(), strict=True)])
+    if kind == torch.float32:
+        video, cut = (tensor.permute(0, 4, 1, 2, 3).float() for tensor in (video, cut))
+    visible = some_visible(3, 8, 5)
+    options = {"patch_size": 16, "tubelet_size": 2, "road": road}
+    ours = kernels.patch_gather(video, visible, origin=origin, crop_size=(32, 32), **options)
+    assert torch.equal(ours, kernels.patch_gather(cut, visible, **options))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="on the CPU indices are always checked")
+def test_checked_looks_at_indices_on_the_gpu() -> None:
+    x, visible = torch.randn(1, 4, 8, device=DEVICE), torch.tensor([[1, 4]], dtype=torch.int32, device=DEVICE)
+    with kernels.checked(), pytest.raises(IndexError, match=r"\[0, 4\)"):
+        kernels.token_gather(x, visible)
+
+
 # token_gather
 
 
@@ -289,6 +310,11 @@ def test_errors_name_value_and_limit() -> None:
         kernels.token_gather(x, visible[:, :1], road="fast")
     with pytest.raises(ValueError, match="not divisible"):
         kernels.patch_gather(torch.zeros(1, 1, 20, 16, 3, dtype=torch.uint8), visible, patch_size=16)
+    frames, corner = torch.zeros(1, 1, 20, 40, 3, dtype=torch.uint8), torch.tensor([[5, 8]])
+    with pytest.raises(IndexError, match=r"to \(21, 24\), outside frames of 20 x 40"):
+        kernels.patch_gather(frames, visible[:, :0], patch_size=16, origin=corner, crop_size=(16, 16))
+    with pytest.raises(ValueError, match="origin and crop_size together"):
+        kernels.patch_gather(frames, visible[:, :0], patch_size=16, origin=corner)
     with pytest.raises(ValueError, match=r"\[0, 4\]"):
         kernels.sample_visible(torch.ones(1, 4), 5, torch.tensor([0]))
     with pytest.raises(ValueError, match="must be int64"):
@@ -339,7 +365,7 @@ def test_operators_are_registered_soundly() -> None:
     cases = [
         (ops.token_gather, (x, visible, torch.randn(6, 8, device=DEVICE))),
         (ops.align_loss, (student, target, visible, *affine, 1e-6, True, 0)),
-        (ops.patch_gather, (video, visible, None, None, 8, 1, torch.float32)),
+        (ops.patch_gather, (video, visible, None, None, None, 2, 3, 8, 1, torch.float32)),
         (ops.semantic_mask, (torch.randn(2, 2, 4), torch.randn(2, 2, 7, 4), 3, seed, True)),
         (ops.sample_visible, (torch.rand(2, 6), 3, seed)),
     ]

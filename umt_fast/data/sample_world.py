@@ -1,13 +1,12 @@
 """The sample world: small H.264 videos whose labels are known, rendered from a seed in seconds.
 
-A coloured shape moves in a straight line over a textured background, and swells or shrinks once on its way. What a
-single frame shows (shape, colour, background) is the scene; what it does not show is the motion: the direction, and
-whether the shape swells before it shrinks or after. A path is drawn by its middle, then walked one way or the other, and
-both orders of events go through the same sizes.
+A thing with a fine pattern (stripes, bars, checks, dots) moves in a straight line over a textured background, among plain
+things of the same shapes and colours that move in other directions. What a single frame shows, the colour and pattern of
+the patterned thing, is the scene, and the captions of single frames name it. What no single frame shows is the motion: the
+direction in which the patterned thing goes.
 
-Place and size together do say something: "right, swelling first" and "left, shrinking first" pass through the same
-frames, the other two pairs through other ones. A model that looks at frames one by one can therefore tell the axis and
-the pair, 4 groups of 2 among the 8 motion classes: 50% at best. The sign of time it cannot see.
+Both directions of an axis pass through the same places, so the frames of a clip out of order tell the axis and not the
+sign: 2 of 4 classes, 50% at best. To do better a model must find the thing that matters and put its places in order.
 """
 
 from __future__ import annotations
@@ -27,10 +26,44 @@ COLOURS = {
     "red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
     "yellow": (230, 210, 40), "purple": (160, 60, 200), "white": (240, 240, 240),
 }  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "ring")
+PATTERNS = ("striped", "barred", "checked", "dotted")
+SHAPES = ("circle", "square", "triangle")
 BACKGROUNDS = ("stripes", "checks", "dots", "sand", "waves")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-ORDERS = ("swells then shrinks", "shrinks then swells")
+PERIOD = 5.0
+"""Pixels of one period of a pattern: finer than a patch, coarser than the compression."""
+PLAIN_THINGS = 2
+SPEED = (2.0, 2.6)
+RADIUS, PLAIN_RADIUS = (7.5, 9.0), (6.0, 9.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """A shape on a straight path, half way along it at (x, y) in mid-clip."""
+
+    shape: str
+    colour: str
+    direction: str
+    speed: float
+    """Pixels per frame."""
+    x: float
+    y: float
+    radius: float
+
+    def centre(self, frame: int) -> tuple[float, float]:
+        """Pixel coordinates (x, y) of the thing in a frame."""
+        way = self.speed * (frame - (FRAMES - 1) / 2)
+        dx, dy = DIRECTIONS[self.direction]
+        return self.x + dx * way, self.y + dy * way
+
+    def covers(self, frame: int) -> np.ndarray:
+        """(SIZE, SIZE) bool: its pixels in a frame."""
+        x, y = _coordinates(self.centre(frame))
+        if self.shape == "circle":
+            return x**2 + y**2 < self.radius**2
+        if self.shape == "square":
+            return np.maximum(abs(x), abs(y)) < 0.85 * self.radius
+        return (y < 0.8 * self.radius) & (abs(x) < (y + self.radius) * 0.6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,84 +71,84 @@ class Scene:
     """Everything that decides one video."""
 
     seed: int
-    shape: str
-    colour: str
+    thing: Thing
+    pattern: str
     background: str
-    direction: str
-    order: str
-    speed: float
-    """Pixels per frame."""
-    middle_x: float
-    middle_y: float
-    """Where the shape is half way along its path."""
-    radius: float
+    plain: tuple[Thing, ...]
+    """The things that do not matter, painted first."""
 
     @property
     def scene_label(self) -> int:
-        """Shape and colour together: what a single frame tells."""
-        return SHAPES.index(self.shape) * len(COLOURS) + list(COLOURS).index(self.colour)
+        """Pattern and colour together: what a single frame tells."""
+        return PATTERNS.index(self.pattern) * len(COLOURS) + list(COLOURS).index(self.thing.colour)
 
     @property
     def motion_label(self) -> int:
-        """Direction and order of events together: what no single frame tells."""
-        return list(DIRECTIONS).index(self.direction) * len(ORDERS) + ORDERS.index(self.order)
+        """The direction: what no single frame tells."""
+        return list(DIRECTIONS).index(self.thing.direction)
 
     @property
     def still_caption(self) -> str:
-        """The thing a single frame shows, in words. Without the background: a teacher that must name it attends to it."""
-        return f"a {self.colour} {self.shape}"
+        """What a single frame shows, in words: the thing that matters, and not where it is or goes."""
+        return f"a {self.thing.colour} {self.pattern} thing"
 
     @property
     def caption(self) -> str:
         """The whole clip in words."""
-        return f"a {self.colour} {self.shape} moves {self.direction} over {self.background} and {self.order}"
+        return f"a {self.thing.colour} {self.pattern} thing moves {self.thing.direction} over {self.background}"
 
 
-NUM_SCENES = len(SHAPES) * len(COLOURS)
-NUM_MOTIONS = len(DIRECTIONS) * len(ORDERS)
+NUM_SCENES = len(PATTERNS) * len(COLOURS)
+NUM_MOTIONS = len(DIRECTIONS)
 
 
-def draw_scene(seed: int, number: int) -> Scene:
-    """Scene `number` of a world; all parts independent and uniform, the path as far inside as its axis needs."""
-    rng = np.random.default_rng((seed, number))
-    direction, speed = str(rng.choice(list(DIRECTIONS))), float(rng.uniform(1.4, 2.0))
-    along, across = 4 + speed * (FRAMES - 1) / 2, 6
-    horizontal = DIRECTIONS[direction][0] != 0
-    margin_x, margin_y = (along, across) if horizontal else (across, along)
-    return Scene(
-        seed=int(rng.integers(2**31)),
+def _draw_thing(rng: np.random.Generator, radius: tuple[float, float], spread: float) -> Thing:
+    middle = rng.uniform(SIZE / 2 - spread, SIZE / 2 + spread, 2)
+    return Thing(
         shape=str(rng.choice(SHAPES)),
         colour=str(rng.choice(list(COLOURS))),
-        background=str(rng.choice(BACKGROUNDS)),
-        direction=direction,
-        order=str(rng.choice(ORDERS)),
-        speed=speed,
-        middle_x=float(rng.uniform(margin_x, SIZE - margin_x)),
-        middle_y=float(rng.uniform(margin_y, SIZE - margin_y)),
-        radius=float(rng.uniform(9, 11)),
+        direction=str(rng.choice(list(DIRECTIONS))),
+        speed=float(rng.uniform(*SPEED)),
+        x=float(middle[0]),
+        y=float(middle[1]),
+        radius=float(rng.uniform(*radius)),
     )
 
 
-def _radius(scene: Scene, frame: int) -> float:
-    """Size over time: one full sine wave, odd about the middle, so that both orders go through the same sizes."""
-    sign = 1 if scene.order == ORDERS[0] else -1
-    return scene.radius * (1 + sign * 0.35 * np.sin(2 * np.pi * (frame + 0.5) / FRAMES))
+def draw_scene(seed: int, number: int) -> Scene:
+    """Scene `number` of a world; all parts independent and uniform."""
+    rng = np.random.default_rng((seed, number))
+    return Scene(
+        seed=int(rng.integers(2**31)),
+        thing=_draw_thing(rng, RADIUS, 2.0),
+        pattern=str(rng.choice(PATTERNS)),
+        background=str(rng.choice(BACKGROUNDS)),
+        plain=tuple(_draw_thing(rng, PLAIN_RADIUS, 12.0) for _ in range(PLAIN_THINGS)),
+    )
+
+
+def _coordinates(centre: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of every pixel relative to a centre, each (SIZE, SIZE)."""
+    y, x = np.mgrid[:SIZE, :SIZE].astype(float)
+    return x - centre[0], y - centre[1]
 
 
 def foreground(scene: Scene, frame: int) -> np.ndarray:
-    """(SIZE, SIZE) bool: the pixels of the shape in a frame."""
-    dx, dy = DIRECTIONS[scene.direction]
-    way = scene.speed * (frame - (FRAMES - 1) / 2)
-    y, x = np.mgrid[:SIZE, :SIZE].astype(float)
-    x, y = x - scene.middle_x - dx * way, y - scene.middle_y - dy * way
-    radius = _radius(scene, frame)
-    if scene.shape == "circle":
-        return x**2 + y**2 < radius**2
-    if scene.shape == "ring":
-        return (x**2 + y**2 < radius**2) & (x**2 + y**2 > (0.55 * radius) ** 2)
-    if scene.shape == "square":
-        return np.maximum(abs(x), abs(y)) < 0.85 * radius
-    return (y < 0.8 * radius) & (abs(x) < (y + radius) * 0.6)
+    """(SIZE, SIZE) bool: the pixels of the patterned thing in a frame."""
+    return scene.thing.covers(frame)
+
+
+def _pattern(scene: Scene, frame: int, phase: np.ndarray) -> np.ndarray:
+    """(SIZE, SIZE) bool: where the pattern, which moves with its thing, is bright."""
+    x, y = _coordinates(scene.thing.centre(frame))
+    x, y = (x + phase[0]) / PERIOD % 1, (y + phase[1]) / PERIOD % 1
+    if scene.pattern == "striped":
+        return y < 0.5
+    if scene.pattern == "barred":
+        return x < 0.5
+    if scene.pattern == "checked":
+        return (x < 0.5) == (y < 0.5)
+    return (x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.16
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -141,8 +174,17 @@ def render(scene: Scene) -> np.ndarray:
     """uint8 (FRAMES, SIZE, SIZE, 3)."""
     rng = np.random.default_rng(scene.seed)
     background = _background(scene, rng)
-    colour = np.clip(np.array(COLOURS[scene.colour]) + rng.uniform(-20, 20, 3), 0, 255)
-    frames = [np.where(foreground(scene, number)[..., None], colour, background) for number in range(FRAMES)]
+    bright = np.clip(np.array(COLOURS[scene.thing.colour]) + rng.uniform(-20, 20, 3), 0, 255)
+    phase = rng.uniform(0, PERIOD, 2)
+    # As bright on average as a pattern of bright and dark halves: only the pattern tells the things apart.
+    plain = [np.clip(np.array(COLOURS[t.colour]) * 0.65 + rng.uniform(-30, 30), 0, 255) for t in scene.plain]
+    frames = []
+    for number in range(FRAMES):
+        picture = background
+        for thing, colour in zip(scene.plain, plain, strict=True):
+            picture = np.where(thing.covers(number)[..., None], colour, picture)
+        painted = np.where(_pattern(scene, number, phase)[..., None], bright, 0.3 * bright)
+        frames.append(np.where(foreground(scene, number)[..., None], painted, picture))
     noise = rng.normal(0, 4, (FRAMES, SIZE, SIZE, 3))
     return np.clip(np.stack(frames) + noise, 0, 255).astype(np.uint8)
 
@@ -167,7 +209,8 @@ def build(folder: str | Path, *, seed: int, train: int, test: int, labelled: int
     left as it is.
     """
     folder = Path(folder)
-    marker, numbers = folder / "world.json", {"seed": seed, "train": train, "test": test, "labelled": labelled}
+    marker = folder / "world.json"
+    numbers = {"version": 2, "seed": seed, "train": train, "test": test, "labelled": labelled}
     if marker.exists() and json.loads(marker.read_text()) == numbers:
         return folder
     splits = {"train": range(train), "test": range(train, train + test)}
@@ -193,4 +236,9 @@ def build(folder: str | Path, *, seed: int, train: int, test: int, labelled: int
 
 def read_scenes(folder: str | Path, split: str) -> list[Scene]:
     """The scenes of a rendered split, in the order of its lists."""
-    return [Scene(**entry) for entry in json.loads((Path(folder) / f"{split}.json").read_text())]
+
+    def scene(entry: dict) -> Scene:
+        things = {"thing": Thing(**entry["thing"]), "plain": tuple(Thing(**plain) for plain in entry["plain"])}
+        return Scene(**(entry | things))
+
+    return [scene(entry) for entry in json.loads((Path(folder) / f"{split}.json").read_text())]
