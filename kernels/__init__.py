@@ -9,7 +9,7 @@ from kernels.align_loss import align_features, align_loss
 from kernels.attention import attention, attention_road, attention_varlen
 from kernels.patch_gather import patch_gather
 from kernels.semantic_mask import class_attention, sample_visible, semantic_mask
-from kernels.token_gather import token_gather
+from kernels.token_gather import gather_norm, token_gather
 
 __all__ = [
     "align_features",
@@ -20,6 +20,7 @@ __all__ = [
     "checked",
     "class_attention",
     "force_road",
+    "gather_norm",
     "patch_gather",
     "sample_visible",
     "semantic_mask",

@@ -96,3 +96,8 @@ def check_visible(visible: Tensor, batch: int, tokens: int) -> None:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def warps_for(width: int) -> int:
+    """Warps for a kernel that reduces over a row: one for each 512 channels, so that sums need few exchanges or none."""
+    return min(8, max(1, power_of_two(width) // 512))

@@ -19,16 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, power_of_two, use_triton
+from kernels._launch import Road, check_visible, power_of_two, use_triton, warps_for
 
 Normalize = Literal["l2", "none"]
 Loss = Literal["l2", "mse", "smooth_l1"]
 _LOSSES = {"l2": 0, "mse": 1, "smooth_l1": 2}
-
-
-def warps_for(width: int) -> int:
-    """One warp for each 512 channels: a row's five sums then need few or no exchanges between warps."""
-    return min(8, max(1, power_of_two(width) // 512))
 
 
 def rows_per_program(rows: int) -> int:

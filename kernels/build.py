@@ -1,7 +1,8 @@
 """Builds every kernel ahead of time, without a GPU, at the shapes of B/16 and L/16: `python -m kernels.build [80 90]`.
 
-Prints registers, spilled bytes and shared memory of each as one JSON line per kernel and architecture, read from the
-cubin by the cuobjdump that Triton carries.
+Prints registers, spilled bytes and shared memory of each, read from the cubin by the cuobjdump that Triton carries, and the
+time its bytes alone would take at a GPU's peak bandwidth: one JSON line per kernel and architecture, or with --table the
+table of kernels/README.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,73 +21,104 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.align_loss import align_loss_bwd_kernel, align_loss_fwd_kernel, rows_per_program, warps_for
+from kernels._launch import power_of_two, warps_for
+from kernels.align_loss import align_loss_bwd_kernel, align_loss_fwd_kernel, rows_per_program
 from kernels.patch_gather import patch_gather_kernel
 from kernels.semantic_mask import sample_visible_kernel, semantic_mask_kernel, tiling
-from kernels.token_gather import token_gather_bwd_kernel, token_gather_fwd_kernel
+from kernels.token_gather import gather_norm_kernel, token_gather_bwd_kernel, token_gather_fwd_kernel
 
 # (width, heads, patch tokens per teacher frame, output width) of the two official sizes.
 SIZES = {"b16": (768, 12, 196, 512), "l16": (1024, 16, 196, 768)}
 
 
+# Clips, frames and visible tokens a frame of a step.
 BATCH, FRAMES, KEPT = 64, 8, 40
+# Peak memory bandwidth in bytes per second, by architecture.
+BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12}
 
 
-def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, float], dict[str, Any], int]]:
-    """(name, kernel, pointer types, numbers, compile-time constants, warps) as the launchers would give them."""
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A kernel as its launcher would launch it at one of the official sizes."""
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]
+    numbers: dict[str, float]
+    constants: dict[str, Any]
+    warps: int
+    bytes_moved: float
+    """Read and written by the operation's definition, each tensor once."""
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel at B/16 and L/16."""
     p8, p16, p32, i32 = "*u8", "*bf16", "*fp32", "*i32"
     n = FRAMES * KEPT
+    rows, frames = BATCH * n, BATCH * FRAMES
     for size, (width, heads, tokens, out) in SIZES.items():
-        block, out_block, token_block = (1 << (n - 1).bit_length() for n in (width, out, tokens))
         every = FRAMES * tokens
-        yield (
+        yield Case(
             f"patch_gather {size}", patch_gather_kernel,
             {"out": p16, "video": p8, "visible": i32, "scale": p32, "shift": p32, "origin": i32},
             {"n": n, "rows": 14, "columns": 14, "stride_b": FRAMES * 224 * 224 * 3, "stride_t": 224 * 224 * 3,
              "stride_y": 224 * 3, "stride_x": 3, "stride_c": 1},
-            {"TUBELET": 1, "PATCH": 16, "BLOCK": 1024, "SCALED": True, "WINDOW": False}, 4,
+            {"TUBELET": 1, "PATCH": 16, "BLOCK": 1024, "SCALED": True, "WINDOW": False},
+            warps=4, bytes_moved=rows * (768 * 3 + 4),
         )  # fmt: skip
-        yield (
+        gather = {"C": width, "BLOCK": power_of_two(width)}
+        yield Case(
             f"token_gather forward {size}", token_gather_fwd_kernel,
-            {"out": p16, "x": p16, "visible": i32, "table": p32}, {"n": n, "tokens": every},
-            {"C": width, "BLOCK": block, "TABLE": True}, 4,
+            {"out": p16, "x": p16, "visible": i32, "table": p32}, {"n": n, "tokens": every}, gather | {"TABLE": True},
+            warps=4, bytes_moved=rows * (width * 4 + 4) + every * width * 4,
         )  # fmt: skip
-        yield (
+        yield Case(
             f"token_gather backward {size}", token_gather_bwd_kernel,
-            {"dx": p16, "dout": p16, "visible": i32}, {"n": n, "tokens": every}, {"C": width, "BLOCK": block}, 4,
+            {"dx": p16, "dout": p16, "visible": i32}, {"n": n, "tokens": every}, gather,
+            warps=4, bytes_moved=rows * (width * 4 + 4) + BATCH * every * width * 2,
+        )  # fmt: skip
+        yield Case(
+            f"gather_norm {size}", gather_norm_kernel,
+            {"out": p16, "x": p16, "visible": i32, "weight": p32, "bias": p32},
+            {"n": n, "tokens": every, "eps": 1e-5}, gather,
+            warps=warps_for(width), bytes_moved=rows * (width * 4 + 4),
         )  # fmt: skip
         tiles = tiling(tokens, 64, 2)
         warps = tiles.pop("num_warps")
-        yield (
+        yield Case(
             f"semantic_mask {size}", semantic_mask_kernel,
             {"out": i32, "score_out": p32, "q": p16, "k": p16, "seed": "*i64"},
             # Keys as the teacher gives them: a view of the fused product of keys and values.
             {"scale": 0.125, "L": tokens, "n": KEPT, "q_row": width, "q_head": 64,
              "k_row": (1 + tokens) * 2 * width, "k_head": 64, "k_token": 2 * width},
-            {"HEADS": heads, "D": 64, "RETURN": False, "UPCAST": False} | tiles, warps,
+            {"HEADS": heads, "D": 64, "RETURN": False, "UPCAST": False} | tiles,
+            warps=warps, bytes_moved=frames * ((2 + tokens) * width * 2 + KEPT * 4),
         )  # fmt: skip
-        yield (
+        yield Case(
             f"sample_visible {size}", sample_visible_kernel,
-            {"out": i32, "score": p32, "seed": "*i64"}, {"L": tokens, "n": KEPT}, {"BLOCK": token_block}, 4,
+            {"out": i32, "score": p32, "seed": "*i64"}, {"L": tokens, "n": KEPT}, {"BLOCK": power_of_two(tokens)},
+            warps=4, bytes_moved=frames * (tokens + KEPT) * 4,
         )  # fmt: skip
         pointers = {"student": p16, "target": p16, "visible": i32, "weight": p32, "bias": p32}
-        numbers = {"rows_per_layer": BATCH * n, "n": n, "tokens": every, "eps": 1e-6}
-        options = {"D": out, "BLOCK": out_block, "NORMALIZE": True, "LOSS": 0, "GATHER": True}
-        yield (
+        numbers = {"rows_per_layer": rows, "n": n, "tokens": every, "eps": 1e-6}
+        options = {"D": out, "BLOCK": power_of_two(out), "NORMALIZE": True, "LOSS": 0, "GATHER": True}
+        yield Case(
             f"align_loss forward {size}", align_loss_fwd_kernel, {"out": p32} | pointers, numbers, options,
-            warps_for(out),
+            warps=warps_for(out), bytes_moved=6 * rows * (out * 4 + 8),
         )  # fmt: skip
-        yield (
+        yield Case(
             f"align_loss backward {size}", align_loss_bwd_kernel,
             {"dstudent": p16, "dweight": p32, "dbias": p32, "dout": p32} | pointers, numbers,
-            options | {"ROWS": rows_per_program(6 * BATCH * n)}, warps_for(out),
+            options | {"ROWS": rows_per_program(6 * rows)},
+            warps=warps_for(out), bytes_moved=6 * rows * (out * 6 + 8),
         )  # fmt: skip
 
 
-def source_of(kernel: Any, pointers: dict[str, str], numbers: dict[str, float], constants: dict[str, Any]) -> ASTSource:
+def source_of(case: Case) -> ASTSource:
     """A kernel with the specialisations a launch would make: ones become constants, multiples of 16 are known as such."""
+    kernel, pointers, numbers = case.kernel, case.pointers, case.numbers
     signature, attributes = {}, {}
-    constants = constants | {name: 1 for name, value in numbers.items() if value == 1}
+    constants = case.constants | {name: 1 for name, value in numbers.items() if value == 1}
     for position, name in enumerate(kernel.arg_names):
         value = numbers.get(name)
         if name in constants:
@@ -117,14 +150,37 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def build(architecture: int) -> Iterator[dict[str, Any]]:
     """Compiles every case for one architecture (80: A100, 90: H100 and H200) and yields its resources."""
-    for name, kernel, pointers, numbers, constants, warps in cases():
-        source = source_of(kernel, pointers, numbers, constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
-        shared = {"dynamic_shared_bytes": compiled.metadata.shared}
-        yield {"kernel": name, "sm": architecture, "warps": warps} | resources(compiled.asm["cubin"]) | shared
+    for case in cases():
+        compiled = triton.compile(
+            source_of(case), target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps}
+        )
+        found = resources(compiled.asm["cubin"])
+        found["shared_bytes"] += compiled.metadata.shared
+        microseconds = {name: round(case.bytes_moved / rate * 1e6, 1) for name, rate in BANDWIDTH.items()}
+        yield {
+            "kernel": case.name, "sm": architecture, "warps": case.warps, "bytes": int(case.bytes_moved),
+            "floor_us": microseconds,
+        } | found  # fmt: skip
+
+
+def table(architectures: list[int]) -> str:
+    """The resources of all kernels and the times their bytes alone would take, as a Markdown table."""
+    found = {number: list(build(number)) for number in architectures}
+    head = ["kernel", "MB moved", *(f"µs {name}" for name in BANDWIDTH), "warps"]
+    head += [f"{what} sm_{number}" for number in architectures for what in ("registers", "shared")]
+    lines = [head, ["---"] * len(head)]
+    for rows in zip(*found.values(), strict=True):
+        first = rows[0]
+        line = [first["kernel"], f"{first['bytes'] / 1e6:.1f}", *map(str, first["floor_us"].values()), first["warps"]]
+        lines.append(line + [row[what] for row in rows for what in ("registers", "shared_bytes")])
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 if __name__ == "__main__":
-    for number in map(int, sys.argv[1:] or ["80", "90"]):
-        for row in build(number):
-            print(json.dumps(row))
+    chosen = [int(text) for text in sys.argv[1:] if text.isdigit()] or [80, 90]
+    if "--table" in sys.argv:
+        print(table(chosen))
+    else:
+        for number in chosen:
+            for row in build(number):
+                print(json.dumps(row))

@@ -4,16 +4,23 @@
 
 Forward moves 2 * B*n*C elements (and n*C of the table, which stays in cache); backward writes each of the B*N*C gradient
 elements once and reads B*n*C. Indices within a row are unique, so backward scatters without atomics.
+
+gather_norm: the visible tokens through a LayerNorm in the same pass, for the taps of a frozen teacher.
+
+    out[b, i] = (x[b, j] - mean) / sqrt(variance + eps) * weight + bias,   j = visible[b, i]
+
+2 * B*n*C elements moved, where gathering and normalising apart move three times that.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, power_of_two, use_triton
+from kernels._launch import Road, check_visible, power_of_two, use_triton, warps_for
 
 
 @triton.jit
@@ -39,6 +46,23 @@ def token_gather_bwd_kernel(dx, dout, visible, n, tokens, C: tl.constexpr, BLOCK
     o = tl.arange(0, BLOCK)
     value = tl.load(dout + i_row * C + o, mask=o < C)
     tl.store(dx + (i_row // n * tokens + token) * C + o, value, mask=o < C)
+
+
+@triton.jit
+def gather_norm_kernel(
+    out, x, visible, weight, bias, n, tokens, eps, C: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program per row; statistics in fp32, as the two-pass formula that does not cancel."""
+    i_row = tl.program_id(0).to(tl.int64)
+    token = tl.load(visible + i_row).to(tl.int64)
+    o = tl.arange(0, BLOCK)
+    inside = o < C
+    value = tl.load(x + (i_row // n * tokens + token) * C + o, mask=inside, other=0).to(tl.float32)
+    centred = tl.where(inside, value - tl.sum(value, 0) / C, 0.0)
+    standard = centred / tl.sqrt(tl.sum(centred * centred, 0) / C + eps)
+    b_weight = tl.load(weight + o, mask=inside, other=0).to(tl.float32)
+    b_bias = tl.load(bias + o, mask=inside, other=0).to(tl.float32)
+    tl.store(out + i_row * C + o, (standard * b_weight + b_bias).to(out.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("umt_kernels::token_gather", mutates_args=())
@@ -91,6 +115,25 @@ def _backward(ctx, dout):
 _token_gather.register_autograd(_backward, setup_context=_setup)
 
 
+@torch.library.custom_op("umt_kernels::gather_norm", mutates_args=())
+def _gather_norm(x: Tensor, visible: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    x, visible = x.contiguous(), visible.contiguous()
+    batch, tokens, width = x.shape
+    n = visible.shape[1]
+    out = torch.empty(batch, n, width, dtype=x.dtype, device=x.device)
+    if out.numel():
+        gather_norm_kernel[(batch * n,)](
+            out, x, visible, weight.contiguous(), bias.contiguous(), n, tokens, eps,
+            C=width, BLOCK=power_of_two(width), num_warps=warps_for(width),
+        )  # fmt: skip
+    return out
+
+
+@_gather_norm.register_fake
+def _(x, visible, weight, bias, eps):
+    return x.new_empty(*visible.shape, x.shape[2])
+
+
 def _reference(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
     index = visible.long()
     out = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
@@ -119,3 +162,34 @@ def token_gather(x: Tensor, visible: Tensor, table: Tensor | None = None, road: 
     check_visible(visible, x.shape[0], x.shape[1])
     table = None if table is None else table.detach()
     return _token_gather(x, visible, table) if use_triton(road, x) else _reference(x, visible, table)
+
+
+def gather_norm(
+    x: Tensor, visible: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, road: Road = "auto"
+) -> Tensor:
+    """Rows of x at visible, through a LayerNorm; for frozen towers, so nothing gets a gradient.
+
+    Args:
+        x: (B, N, C), floating.
+        visible: int32 or int64 (B, n).
+        weight, bias: (C,) of the LayerNorm. Statistics and affine are fp32 whatever x is.
+        eps: of the LayerNorm.
+        road: "auto", "reference" or "triton".
+
+    Returns:
+        (B, n, C) in x's dtype, detached.
+
+    Raises:
+        ValueError: shapes that do not fit. IndexError: an index out of range (see token_gather).
+    """
+    if x.ndim != 3 or weight.shape != x.shape[2:] or bias.shape != x.shape[2:]:
+        raise ValueError(
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be (B, N, C), (C,), (C,)"
+        )
+    check_visible(visible, x.shape[0], x.shape[1])
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    if use_triton(road, x):
+        return _gather_norm(x, visible, weight, bias, eps)
+    rows = _reference(x, visible, None)
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return F.layer_norm(rows.to(kind), x.shape[2:], weight.to(kind), bias.to(kind), eps).to(x.dtype)

@@ -48,7 +48,7 @@ def stage1() -> Stage1Config:
 def motion() -> FinetuneConfig:
     """Fine-tuning of all weights; no flip, which would turn left into right."""
     return FinetuneConfig(
-        run=RunConfig(batch_size=16, epochs=12, warmup_epochs=1, dtype="fp32", log_every=25, tensorboard=False),
+        run=RunConfig(batch_size=16, epochs=20, warmup_epochs=2, dtype="fp32", log_every=25, tensorboard=False),
         data=DataConfig(workers=2, flip=False, augment="center"),
         student=_student(),
         optim=OptimConfig(lr=1e-3, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0),
@@ -61,7 +61,7 @@ def motion() -> FinetuneConfig:
 def scene() -> FinetuneConfig:
     """A probe: the encoder stays as it is."""
     config = motion()
-    config.run.epochs = 5
+    config.run.epochs, config.run.warmup_epochs = 5, 1
     config.optim.lr = 1e-2
     config.num_classes, config.freeze = 24, True
     return config

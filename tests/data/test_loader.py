@@ -1,5 +1,6 @@
 """Order, shards, state, sampling and crops."""
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,19 @@ def test_restored_state_gives_the_rest_of_the_epoch(clips: list[Clip]) -> None:
     second = loader(clips)
     second.load_state_dict(first.state_dict())
     assert same(list(second), whole[2:])
+
+
+def test_workers_outlive_epochs_also_when_one_is_left_early(clips: list[Clip]) -> None:
+    """What was prefetched of an epoch that was left must not turn up in the next one."""
+    here, there = loader(clips), loader(clips, workers=2)
+    left = iter(there)
+    next(left)
+    left.close()
+    workers = {process.pid for process in multiprocessing.active_children()}
+    for epoch in (1, 2):
+        here.set_epoch(epoch), there.set_epoch(epoch)
+        assert same(list(there), list(here))
+    assert workers and {process.pid for process in multiprocessing.active_children()} == workers
 
 
 def test_epochs_differ_and_cover_the_list(clips: list[Clip]) -> None:

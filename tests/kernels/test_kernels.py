@@ -129,6 +129,23 @@ def test_token_gather_value_and_gradient(batch, tokens, n, width, dtype) -> None
         assert_as_good_as_reference(results["triton"][part], results["reference"][part], results["truth"][part])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "tokens", "n", "width"), [(2, 9, 4, 20), (1, 5, 5, 64), (3, 7, 1, 1), (0, 4, 2, 8)])
+def test_gather_norm(batch, tokens, n, width, dtype) -> None:
+    # Far from zero mean: a one-pass variance would cancel.
+    x = (torch.randn(batch, tokens, width, device=DEVICE) + 30).to(dtype)
+    visible = some_visible(batch, tokens, n)
+    weight, bias = torch.randn(width, device=DEVICE), torch.randn(width, device=DEVICE)
+    ours, reference = (kernels.gather_norm(x, visible, weight, bias, road=road) for road in ("triton", "reference"))
+    truth = kernels.gather_norm(x.double(), visible, weight.double(), bias.double(), road="reference")
+    picked = x.double().gather(1, visible.long()[..., None].expand(-1, -1, width))
+    centred = picked - picked.mean(2, keepdim=True)
+    by_hand = centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt() * weight.double() + bias.double()
+    torch.testing.assert_close(truth, by_hand)
+    assert_as_good_as_reference(ours, reference, truth)
+    assert not kernels.gather_norm(x.requires_grad_(), visible, weight, bias).requires_grad
+
+
 # semantic_mask and sample_visible
 
 
@@ -364,6 +381,20 @@ def test_operators_are_registered_soundly() -> None:
     video = torch.randint(256, (2, 1, 16, 24, 3), dtype=torch.uint8, device=DEVICE)
     cases = [
         (ops.token_gather, (x, visible, torch.randn(6, 8, device=DEVICE))),
+        (ops.gather_norm, (x.detach(), visible, torch.randn(8), torch.randn(8), 1e-5)),
+        (ops.token_gather_backward, (torch.randn(2, 3, 8), visible, 6)),
+        (
+            ops.align_loss_backward,
+            (
+                torch.randn(2, 6),
+                *(t.detach() for t in (student, target)),
+                visible,
+                *(t.detach() for t in affine),
+                1e-6,
+                True,
+                0,
+            ),
+        ),
         (ops.align_loss, (student, target, visible, *affine, 1e-6, True, 0)),
         (ops.patch_gather, (video, visible, None, None, None, 2, 3, 8, 1, torch.float32)),
         (ops.semantic_mask, (torch.randn(2, 2, 4), torch.randn(2, 2, 7, 4), 3, seed, True)),

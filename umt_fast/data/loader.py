@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,41 @@ class _Places(Dataset):
             return error
 
 
+class _Batches:
+    """The places of the batches still to come; set anew before each epoch, so that workers outlive epochs."""
+
+    def __init__(self) -> None:
+        self.places: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class _Read(NamedTuple):
+    """A batch as a worker hands it over; torch tensors travel in shared memory, not through a pipe."""
+
+    video: Tensor
+    index: Tensor
+    label: Tensor
+    bad: dict[int, str]
+
+
+def _stack(samples: list[Sample | VideoError]) -> _Read | VideoError:
+    for sample in samples:
+        if isinstance(sample, VideoError):
+            return sample
+    repeats = samples[0].video.shape[0]
+    return _Read(
+        video=torch.from_numpy(np.concatenate([sample.video for sample in samples])),
+        index=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
+        label=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
+        bad={number: reason for sample in samples for number, reason in sample.bad.items()},
+    )
+
+
 def _one_thread(worker: int) -> None:
     # Decoding processes are the parallelism; torch threads inside them would only compete.
     torch.set_num_threads(1)
@@ -41,7 +77,7 @@ def _one_thread(worker: int) -> None:
 def _fork_server() -> multiprocessing.context.BaseContext:
     """Workers forked from a small server process: a plain fork would inherit the locks of CUDA and of thread pools.
 
-    The server imports this module once, so that the workers of each epoch start without importing torch again.
+    The server imports this module once, so that workers start without importing torch again.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -83,6 +119,7 @@ class ClipLoader:
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch, self.position = 0, 0
         self.bad_files: dict[str, str] = {}
+        self._batches = _Batches()
         self._reader = ClipReader(
             clips, data, num_frames=num_frames, image_size=image_size, seed=seed, train=train
         )  # fmt: skip
@@ -122,41 +159,39 @@ class ClipLoader:
         return mine.tolist()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        batches = self.order(self.epoch)[self.position :]
-        workers = min(self.data.workers, len(batches))
-        loader = DataLoader(
-            _Places(self._reader),
-            batch_sampler=[[(self.epoch, clip) for clip in batch] for batch in batches],
-            num_workers=workers,
-            prefetch_factor=self.data.prefetch if workers else None,
-            collate_fn=_keep,
-            worker_init_fn=_one_thread,
-            multiprocessing_context=_fork_server() if workers else None,
-        )
+        self._batches.places = [
+            [(self.epoch, clip) for clip in batch] for batch in self.order(self.epoch)[self.position :]
+        ]
         try:
-            for samples in loader:
-                batch = self._collate(samples)
+            for read in self._loader:
+                if isinstance(read, VideoError):
+                    raise DataError(str(read))
+                for number, reason in read.bad.items():
+                    self._note_bad(number, reason)
                 self.position += 1
-                yield batch
+                yield {"video": read.video, "index": read.index, "label": read.label}
         except RuntimeError as error:
             if "DataLoader worker" in str(error):
                 raise DataError(
-                    f"a decoding process died ({error}); out of memory is the usual cause: lower data.workers"
+                    f"a decoding process died ({error}); out of memory or of /dev/shm is the usual cause: "
+                    "lower data.workers, or give the container more (docker: --shm-size)"
                 ) from error
             raise
 
-    def _collate(self, samples: list[Sample | VideoError]) -> dict[str, Tensor]:
-        for sample in samples:
-            if isinstance(sample, VideoError):
-                raise DataError(str(sample))
-            for number, reason in sample.bad.items():
-                self._note_bad(number, reason)
-        repeats = samples[0].video.shape[0]
-        return {
-            "video": torch.from_numpy(np.concatenate([sample.video for sample in samples])),
-            "index": torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
-            "label": torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
-        }
+    @functools.cached_property
+    def _loader(self) -> DataLoader:
+        """Made at the first epoch; its workers, and their copies of the list, stay for all later ones."""
+        workers = min(self.data.workers, len(self._batches))
+        return DataLoader(
+            _Places(self._reader),
+            batch_sampler=self._batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=self.data.prefetch if workers else None,
+            collate_fn=_stack,
+            worker_init_fn=_one_thread,
+            multiprocessing_context=_fork_server() if workers else None,
+        )
 
     def _note_bad(self, number: int, reason: str) -> None:
         path = self.clips[number].path
@@ -170,7 +205,3 @@ class ClipLoader:
                 f"{len(self.bad_files)} of {len(self.clips)} clips are unreadable, more than data.max_bad_share "
                 f"{self.data.max_bad_share} allows; the last: {reason}. `scan` the list to find them all"
             )
-
-
-def _keep(samples: list[Sample | VideoError]) -> list[Sample | VideoError]:
-    return samples

@@ -162,10 +162,6 @@ class ClipTeacher(nn.Module):
         first = self.class_embedding.expand(x.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
 
-    def _project(self, taps: list[Tensor]) -> Tensor:
-        """K tensors (..., C) -> (K, ..., D) through ln_post and the visual projection."""
-        return self.ln_post(torch.stack(taps)) @ self.proj
-
     @torch.no_grad()
     def forward(self, video: Tensor, mask: MaskConfig, seed: Tensor) -> TeacherOutput:
         """Draws the mask and computes the targets at its visible tokens.
@@ -211,15 +207,20 @@ class ClipTeacher(nn.Module):
         if rectangular:
             kept = visible.view(x.shape[0], -1) % per_frame + 1
             (q,) = last.attn.project(kernels.token_gather(y, kept), slice(0, 1))
-            rows = [kernels.token_gather(tap, kept) for tap in taps]
-            rows.append(last.finish(kernels.token_gather(x, kept), q, k, v))
+            rows = [self._normed(tap, kept) for tap in taps]
+            rows.append(self.ln_post(last.finish(kernels.token_gather(x, kept), q, k, v)))
         else:
             (q,) = last.attn.project(y, slice(0, 1))
             # Past one class token per frame, flat indices move on by the frame's number plus one.
             kept = visible + visible // per_frame + 1
             whole = [*taps, last.finish(x, q, k, v)]
-            rows = [kernels.token_gather(tap.view(batch, frames * (per_frame + 1), -1), kept) for tap in whole]
-        return self._project([row.reshape(batch, n, -1) for row in rows])
+            rows = [self._normed(tap.view(batch, frames * (per_frame + 1), -1), kept) for tap in whole]
+        return torch.stack([row.reshape(batch, n, -1) for row in rows]) @ self.proj
+
+    def _normed(self, tap: Tensor, kept: Tensor) -> Tensor:
+        """ln_post of the kept rows of a tap."""
+        norm = self.ln_post
+        return kernels.gather_norm(tap, kept, norm.weight, norm.bias, eps=norm.eps)
 
     @torch.no_grad()
     def features(self, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,4 +235,4 @@ class ClipTeacher(nn.Module):
             x = block(x)
             if depth >= len(self.blocks) - self.num_taps:
                 taps.append(x[:, 1:].reshape(batch, -1, x.shape[-1]))
-        return self._project(taps), scores
+        return self.ln_post(torch.stack(taps)) @ self.proj, scores
