@@ -1,0 +1,169 @@
+"""What bench_kernels.py times: each operation at the shapes of a training step, by several providers.
+
+`ours` is the public function on the tensor's own road (Triton on a GPU, the reference on a CPU), `plain` the reference
+forced, `compiled` the reference under torch.compile (GPU only), `textbook` what the official implementation does for the
+same result.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+# (student width, heads, output width, clips, pixels per side)
+SIZES = {"tiny": (192, 3, 128, 2, 112), "b16": (768, 12, 512, 64, 224), "l16": (1024, 16, 768, 64, 224)}
+SIZE = os.environ.get("UMT_BENCH", "b16" if DEVICE.type == "cuda" else "tiny")
+FRAMES, PATCH = 8, 16
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: its providers, and the bytes and FLOPs its definition needs."""
+
+    name: str
+    providers: dict[str, Call]
+    bytes_moved: float = 0.0
+    flops: float = 0.0
+
+
+def _providers(ours: Callable[[str], object], textbook: Call | None = None) -> dict[str, Call]:
+    """ours takes a road."""
+    calls: dict[str, Call] = {"ours": lambda: ours("auto"), "plain": lambda: ours("reference")}
+    if DEVICE.type == "cuda":
+        compiled = torch.compile(lambda: ours("reference"), dynamic=False)
+        calls["compiled"] = compiled
+    if textbook is not None:
+        calls["textbook"] = textbook
+    return calls
+
+
+def _backward(forward: Callable[[str], Tensor], leaves: list[Tensor]) -> dict[str, Call]:
+    """The backward pass alone, over a graph recorded once for each provider."""
+    roads = {"ours": "auto", "plain": "reference"}
+    outs = {name: forward(road) for name, road in roads.items()}
+    if DEVICE.type == "cuda":
+        outs["compiled"] = torch.compile(lambda: forward("reference"), dynamic=False)()
+    upstream = torch.randn_like(outs["ours"])
+    return {
+        name: lambda out=out: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        for name, out in outs.items()
+    }
+
+
+def cases() -> Iterator[Case]:
+    """Every case at the size UMT_BENCH names."""
+    torch.manual_seed(0)
+    width, heads, out, batch, pixels = SIZES[SIZE]
+    tokens = (pixels // PATCH) ** 2
+    kept = tokens - int(tokens * 0.8)
+    rows, every, element = batch * FRAMES * kept, FRAMES * tokens, DTYPE.itemsize
+    seed = torch.tensor([1], device=DEVICE)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
+
+    scores = torch.rand(batch * FRAMES, tokens, device=DEVICE)
+    frame = kernels.sample_visible(scores, kept, seed)
+    shift = torch.arange(FRAMES, device=DEVICE, dtype=torch.int32)[None, :, None] * tokens
+    visible = (frame.view(batch, FRAMES, kept) + shift).flatten(1)
+
+    video = torch.randint(256, (batch, FRAMES, pixels, pixels, 3), dtype=torch.uint8, device=DEVICE)
+    options = {"patch_size": PATCH, "mean": MEAN, "std": STD, "dtype": DTYPE}
+    mean, std = (torch.tensor(values, device=DEVICE) for values in (MEAN, STD))
+    hidden = torch.ones(batch, every, dtype=torch.bool, device=DEVICE).scatter_(1, visible.long(), False)
+
+    def dense_patches() -> Tensor:
+        normal = ((video / 255 - mean) / std).to(DTYPE)
+        side = pixels // PATCH
+        patches = normal.view(batch, FRAMES, side, PATCH, side, PATCH, 3).permute(0, 1, 2, 4, 6, 3, 5)
+        return patches.reshape(batch, every, -1)[~hidden].view(batch, -1, 3 * PATCH**2)
+
+    yield Case(
+        "patch_gather",
+        _providers(lambda road: kernels.patch_gather(video, visible, road=road, **options), dense_patches),
+        rows * 3 * PATCH**2 * (1 + element),
+    )
+
+    x, table = floats(batch, every, width).requires_grad_(), torch.randn(every, width, device=DEVICE)
+    plain_x = x.detach()
+
+    def boolean_gather() -> Tensor:
+        return (plain_x + table.to(DTYPE))[~hidden].view(batch, -1, width)
+
+    yield Case(
+        "token_gather forward",
+        _providers(lambda road: kernels.token_gather(plain_x, visible, table, road=road), boolean_gather),
+        rows * width * 2 * element + every * width * 4,
+    )
+    yield Case(
+        "token_gather backward",
+        _backward(lambda road: kernels.token_gather(x, visible, table, road=road), [x]),
+        (rows + batch * every) * width * element,
+    )
+    affine = [torch.rand(width, device=DEVICE) for _ in range(2)]
+    yield Case(
+        "gather_norm",
+        _providers(lambda road: kernels.gather_norm(plain_x, visible, *affine, road=road)),
+        rows * width * 2 * element,
+    )
+
+    q, k = floats(batch * FRAMES, heads, 64), floats(batch * FRAMES, 1 + tokens, 2, heads, 64)[:, :, 0].transpose(1, 2)
+
+    def full_map() -> Tensor:
+        whole = torch.cat([q[:, :, None], k[:, :, 1:]], 2)
+        attention = ((whole * 64**-0.5) @ k.transpose(2, 3)).softmax(-1).mean(1)[:, 0, 1:]
+        drawn = torch.multinomial(attention.float(), tokens)[:, :kept]
+        mask = torch.ones(batch * FRAMES, tokens, dtype=torch.bool, device=DEVICE).scatter_(1, drawn, False)
+        return (~mask).nonzero()
+
+    yield Case(
+        "semantic_mask",
+        _providers(lambda road: kernels.semantic_mask(q, k, kept, seed, road=road), full_map),
+        batch * FRAMES * (2 + tokens) * heads * 64 * element,
+    )
+
+    student = floats(6, batch, FRAMES * kept, out).requires_grad_()
+    target = floats(6, batch, FRAMES * kept, out)
+    weight, bias = (torch.rand(6, out, device=DEVICE).requires_grad_() for _ in range(2))
+    yield Case(
+        "align_loss forward",
+        _providers(lambda road: kernels.align_loss(student.detach(), target, weight, bias, road=road)),
+        6 * rows * out * 2 * element,
+    )
+    yield Case(
+        "align_loss backward",
+        _backward(lambda road: kernels.align_loss(student, target, weight, bias, road=road), [student, weight, bias]),
+        6 * rows * out * 3 * element,
+    )
+    yield Case("attention", dict(_attention_roads(floats(3, batch, FRAMES * kept, heads, 64))),
+               flops=4 * batch * heads * (FRAMES * kept) ** 2 * 64)  # fmt: skip
+
+
+def _attention_roads(qkv: Tensor) -> Iterator[tuple[str, Call]]:
+    q, k, v = qkv.unbind(0)
+    yield "ours", lambda: kernels.attention(q, k, v)
+    for road in ("flash_attn", "xformers", "sdpa"):
+        try:
+            kernels.attention(q[:1], k[:1], v[:1], road=road)
+        except ValueError:
+            continue  # not installed, or not for this device: the table shows what is there
+        yield road, lambda road=road: kernels.attention(q, k, v, road=road)
+    if DEVICE.type == "cuda":
+        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+
+            def one(backend: SDPBackend = backend) -> Tensor:
+                with sdpa_kernel(backend):
+                    return kernels.attention(q, k, v, road="sdpa")
+
+            yield f"sdpa {backend.name.split('_')[0].lower()}", one
