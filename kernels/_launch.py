@@ -101,3 +101,11 @@ def power_of_two(n: int) -> int:
 def warps_for(width: int) -> int:
     """Warps for a kernel that reduces over a row: one for each 512 channels, so that sums need few exchanges or none."""
     return min(8, max(1, power_of_two(width) // 512))
+
+
+def no_second_gradient(ctx: object, *gradients: Tensor) -> None:
+    """The gradient of a backward operator: there is none, and saying so beats a wrong number."""
+    raise RuntimeError(
+        "this operation has no second derivative on the Triton road; call it with road='reference' where gradients of "
+        "gradients are needed"
+    )

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, power_of_two, use_triton, warps_for
+from kernels._launch import Road, check_visible, no_second_gradient, power_of_two, use_triton, warps_for
 
 Normalize = Literal["l2", "none"]
 Loss = Literal["l2", "mse", "smooth_l1"]
@@ -182,6 +182,9 @@ def _align_loss_backward(
 @_align_loss_backward.register_fake
 def _(dout, student, target, visible, weight, bias, eps, normalize, loss):
     return student.new_empty(student.shape), torch.empty_like(weight), torch.empty_like(bias)
+
+
+_align_loss_backward.register_autograd(no_second_gradient)
 
 
 def _setup(ctx, inputs, output):

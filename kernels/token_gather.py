@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, power_of_two, use_triton, warps_for
+from kernels._launch import Road, check_visible, no_second_gradient, power_of_two, use_triton, warps_for
 
 
 @triton.jit
@@ -99,6 +99,9 @@ def _token_gather_backward(dout: Tensor, visible: Tensor, tokens: int) -> Tensor
 @_token_gather_backward.register_fake
 def _(dout, visible, tokens):
     return dout.new_empty(dout.shape[0], tokens, dout.shape[2])
+
+
+_token_gather_backward.register_autograd(no_second_gradient)
 
 
 def _setup(ctx, inputs, output):

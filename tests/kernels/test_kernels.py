@@ -190,51 +190,6 @@ def test_impossible_tokens_come_last(road: str) -> None:
     assert all({3, 8} <= set(row) for row in four.tolist()) and len({tuple(row) for row in four.tolist()}) > 10
 
 
-def exact_inclusion(weights: list[float], n: int) -> list[float]:
-    """P(token among n successive draws without replacement), by enumeration of all draw orders."""
-    from itertools import permutations
-
-    inclusion = [0.0] * len(weights)
-    for order in permutations(range(len(weights)), n):
-        probability, rest = 1.0, sum(weights)
-        for token in order:
-            probability *= weights[token] / rest
-            rest -= weights[token]
-        for token in order:
-            inclusion[token] += probability
-    return inclusion
-
-
-def chi_square(draws: Tensor, weights: list[float], n: int) -> float:
-    """Sum over tokens of squared standardised counts; about one per token when the sampler is right."""
-    expected = torch.tensor(exact_inclusion(weights, n), dtype=torch.float64)
-    counts = torch.bincount(draws.flatten().long().cpu(), minlength=len(weights)).double()
-    return ((counts - len(draws) * expected) ** 2 / (len(draws) * expected * (1 - expected))).sum().item()
-
-
-WEIGHTS = [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]
-
-
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_draws_follow_successive_sampling(road: str) -> None:
-    count = 20000 if road == "reference" or DEVICE == "cuda" else 1500
-    scores = torch.tensor(WEIGHTS, device=DEVICE).repeat(count, 1)
-    draws = kernels.sample_visible(scores, 3, torch.tensor([5], device=DEVICE), road=road)
-    # 6 tokens, 5 degrees of freedom; 25 is passed once in ten thousand.
-    assert chi_square(draws, WEIGHTS, 3) < 25
-    pairs = (draws == 0).any(1) & (draws == 1).any(1)
-    both = torch.multinomial(torch.tensor(WEIGHTS).repeat(40000, 1), 3)
-    expected = ((both == 0).any(1) & (both == 1).any(1)).double().mean().item()
-    deviation = (expected * (1 - expected) / count) ** 0.5 + (expected * (1 - expected) / 40000) ** 0.5
-    assert abs(pairs.double().mean().item() - expected) < 4 * deviation
-
-
-def test_a_biased_sampler_would_be_caught() -> None:
-    """The same statistic on draws with replacement-like bias: independent inclusion by top-n of weight * uniform."""
-    biased = (torch.tensor(WEIGHTS) * torch.rand(20000, 6)).topk(3).indices
-    assert chi_square(biased, WEIGHTS, 3) > 100
-
-
 # align_loss
 
 
@@ -342,6 +297,21 @@ def test_triton_on_a_cpu_tensor_needs_the_interpreter(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="needs a CUDA tensor"):
         kernels.token_gather(torch.randn(1, 4, 8), torch.zeros(1, 1, dtype=torch.int32), road="triton")
+
+
+def test_a_second_derivative_is_refused_on_the_triton_road() -> None:
+    x = torch.randn(1, 4, 8, device=DEVICE, requires_grad=True)
+    visible = torch.tensor([[1, 3]], dtype=torch.int32, device=DEVICE)
+    weight, bias = torch.ones(1, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
+    for road in ("reference", "triton"):
+        rows = kernels.token_gather(x, visible, road=road)
+        loss = kernels.align_loss(rows[None], torch.randn(1, 1, 2, 8, device=DEVICE), weight, bias, road=road)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        if road == "reference":
+            assert torch.autograd.grad(first.square().sum(), x)[0].isfinite().all()
+        else:
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.grad(first.square().sum(), x)
 
 
 def everything(x: Tensor, video: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, road: str) -> Tensor:
