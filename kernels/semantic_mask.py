@@ -48,7 +48,8 @@ def _keep_largest(out, score, seed, i_row, L, n, BLOCK: tl.constexpr):
     threshold = tl.max(tl.where(o == n - 1, descending, -9223372036854775807), 0)
     kept = packed >= threshold
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
-    tl.store(out + i_row * n + place, o, mask=kept)
+    # The keys are unique, so exactly n are kept, but for n = 0, where the threshold has nothing to be.
+    tl.store(out + i_row * n + place, o, mask=kept & (place < n))
 
 
 @triton.jit

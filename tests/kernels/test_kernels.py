@@ -167,6 +167,15 @@ def test_semantic_mask_scores(rows, heads, tokens, width, n, dtype) -> None:
         assert (visible[:, 1:] > visible[:, :-1]).all() and visible.min() >= 0 and visible.max() < tokens
 
 
+def test_no_visible_token_is_a_legal_wish() -> None:
+    """With nothing to keep the kernel must write nothing: it once wrote past the end."""
+    q, k = torch.randn(2, 2, 16, device=DEVICE), torch.randn(2, 2, 10, 16, device=DEVICE)
+    seed = torch.tensor([3], device=DEVICE)
+    visible, scores = kernels.semantic_mask(q, k, 0, seed, return_scores=True, road="triton")
+    assert visible.shape == (2, 0)
+    torch.testing.assert_close(scores, kernels.class_attention(q, k))
+
+
 def test_both_roads_draw_the_same_tokens() -> None:
     scores = torch.rand(64, 49, device=DEVICE)
     for number in (0, 7, 2**40 + 3):
