@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, to_dict
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import read_list
 from umt_fast.engine.distributed import distributed_run
+from umt_fast.engine.precision import pick_device, usable_dtype
 from umt_fast.engine.trainer import Trainer
 from umt_fast.objectives.supervised import Supervised
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
@@ -32,6 +34,8 @@ def train(config: Stage1Config | FinetuneConfig) -> Path:
     The folder then holds checkpoint-*.pt, metrics.jsonl and, if wanted, TensorBoard events. A run whose folder already
     holds checkpoints continues from the newest one unless run.resume is false.
     """
+    config = copy.deepcopy(config)
+    config.run.dtype = usable_dtype(config.run.dtype, pick_device(config.run.device))
     # Seeded by the run alone: every rank starts from the same weights.
     torch.manual_seed(config.run.seed)
     return fit_objective(config, lambda: build_objective(config))

@@ -1,6 +1,10 @@
 """Decoding of real files: equal to a plain sequential decode, or reported in one line."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import av
@@ -16,7 +20,8 @@ from umt_fast.data.sampling import sparse_train
 from umt_fast.data.scan import scan
 from umt_fast.data.video import VideoError, decode_frames
 
-SHARED = Path(os.environ.get("UMT_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHARED = Path(os.environ.get("UMT_SHARED", REPOSITORY.parent / "shared"))
 VIDEOS = sorted(path for path in (SHARED / "videos").glob("*") if path.suffix not in (".md", ".txt"))
 
 
@@ -173,3 +178,40 @@ def test_scan_continues_after_a_kill(tmp_path: Path) -> None:
     assert scan(tmp_path / "list.csv", out, workers=1) == {"good": 3, "bad": 1, "resumed": 2}
     assert out.read_text() == whole
     assert not out.with_name("list.jsonl.partial").exists()
+
+
+def test_a_killed_scan_goes_on_and_ends_with_the_same_manifest(tmp_path: Path, tiny_list: Path) -> None:
+    """A real SIGKILL to the whole process group, at three places; what was journalled is not decoded again."""
+    names = [tiny_list.with_name(f"video{number % 2}.mp4") for number in range(60)]
+    table = tmp_path / "sixty.csv"
+    table.write_text("".join(f"{name},{number}\n" for number, name in enumerate(names)) + "missing.mp4,0\n")
+
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "-m", "umt_fast", "scan", str(table), "--out", str(out), "--workers", "1"]
+
+    def run(out: Path) -> str:
+        done = subprocess.run(command(out), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stderr
+
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    run(whole)
+    journal = killed.with_name("killed.jsonl.partial")
+    kept = 0
+    for wanted in (1, 12, 30):
+        with subprocess.Popen(
+            command(killed), cwd=REPOSITORY, start_new_session=True, stderr=subprocess.DEVNULL
+        ) as process:
+            while process.poll() is None and (not journal.exists() or len(journal.read_text().splitlines()) < wanted):
+                time.sleep(0.002)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        kept = len(journal.read_text().splitlines()) if journal.exists() else kept
+    assert kept and not killed.exists(), "the scan ended before it could be killed"
+    said = run(killed)
+    assert "were scanned before" in said, said
+    assert killed.read_text() == whole.read_text()
+    assert (
+        killed.with_name("killed.jsonl.bad.jsonl").read_text() == whole.with_name("whole.jsonl.bad.jsonl").read_text()
+    )
+    assert not journal.exists()

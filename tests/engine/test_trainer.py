@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from umt_fast.config import ConfigError, OptimConfig, RunConfig
-from umt_fast.engine import checkpoint
+from umt_fast.engine import checkpoint, precision
 from umt_fast.engine.optim import apex_fused_adam, parameter_groups
 from umt_fast.engine.schedule import warmup_cosine
 from umt_fast.engine.trainer import NonFiniteError, Trainer, step_seed
@@ -259,6 +259,17 @@ def test_the_other_apex_is_told_apart(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match="NVIDIA/apex"):
         apex_fused_adam()
+
+
+def test_bf16_where_the_cpu_has_none_is_fp32_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    assert precision.usable_dtype("bf16", cpu) == "fp32" and "no bf16 instructions" in caplog.text
+    assert precision.usable_dtype("bf16", torch.device("cuda")) == "bf16"
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    assert [precision.usable_dtype(name, cpu) for name in ("bf16", "fp32")] == ["bf16", "fp32"]
 
 
 def test_step_seeds_differ() -> None:

@@ -187,6 +187,15 @@ def test_both_roads_draw_the_same_tokens() -> None:
 
 
 @pytest.mark.parametrize("road", ["reference", "triton"])
+def test_of_equal_keys_the_lower_index_wins(road: str) -> None:
+    """Infinite scores all have the same, infinite key."""
+    scores = torch.ones(4, 9, device=DEVICE)
+    scores[:, [2, 5, 7, 8]] = float("inf")
+    drawn = kernels.sample_visible(scores, 2, torch.tensor([4], device=DEVICE), road=road)
+    assert (drawn == torch.tensor([2, 5], device=DEVICE)).all()
+
+
+@pytest.mark.parametrize("road", ["reference", "triton"])
 def test_impossible_tokens_come_last(road: str) -> None:
     scores = torch.zeros(50, 12, device=DEVICE)
     scores[:, 3] = 1e-38

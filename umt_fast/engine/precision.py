@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 
 import torch
 
 from umt_fast.config import ConfigError
+
+log = logging.getLogger("umt_fast")
 
 
 def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
@@ -26,6 +29,19 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than fp32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def usable_dtype(wanted: str, device: torch.device) -> str:
+    """`wanted`, or fp32 in place of bf16 on a CPU that would have to emulate it; says so in a warning.
+
+    Emulated bf16 products are several times slower than fp32 ones and less exact, so nothing is lost.
+    """
+    if wanted == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        log.warning(
+            "WARNING: this CPU has no bf16 instructions (AVX512-BF16, AMX); computing in fp32, which is faster here"
+        )
+        return "fp32"
+    return wanted
 
 
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -30,7 +30,7 @@ from umt_fast.engine import checkpoint
 from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
 from umt_fast.engine.logging import MetricsLog, progress_line
 from umt_fast.engine.optim import LayerOf, build_optimizer
-from umt_fast.engine.precision import cpu_has_bf16, measure_matmul_rate, peak_memory_bytes
+from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
 from umt_fast.engine.schedule import warmup_cosine
 
 log = logging.getLogger("umt_fast")
@@ -302,8 +302,6 @@ class Trainer:
 
     def _announce(self) -> None:
         half = self.run.dtype == "bf16"
-        if half and self.device.type == "cpu" and not cpu_has_bf16():
-            log.warning("WARNING: this CPU has no bf16 instructions; --run.dtype fp32 will be faster here")
         self.matmul_rate = measure_matmul_rate(self.device, torch.bfloat16 if half else torch.float32)
         trained = sum(parameter.numel() for parameter in self.parameters)
         log.info(
