@@ -40,16 +40,17 @@ class Toy(nn.Module):
 
 
 class ToyLoader:
-    def __init__(self, batch: int, count: int = 24, poison: int = -1) -> None:
+    def __init__(self, batch: int, count: int = 24, poison: int = -1, rank: int = 0, world_size: int = 1) -> None:
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(count, 4, generator=generator)
         self.y = self.x.sum(1)
-        self.batch, self.epoch, self.position = batch, 0, 0
+        self.batch, self.rank, self.world_size = batch, rank, world_size
+        self.epoch = self.position = 0
         if poison >= 0:
             self.y[poison] = float("nan")
 
     def __len__(self) -> int:
-        return len(self.x) // self.batch
+        return len(self.x) // self.batch // self.world_size
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
@@ -67,17 +68,27 @@ class ToyLoader:
     def __iter__(self):
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(self.epoch))
         while self.position < len(self):
-            index = order[self.position * self.batch : (self.position + 1) * self.batch]
+            first = (self.position * self.world_size + self.rank) * self.batch
+            index = order[first : first + self.batch]
             self.position += 1
             yield {"x": self.x[index], "y": self.y[index], "index": index}
 
 
-def trainer(out: Path, *, batch: int = 4, noise: float = 0.1, poison: int = -1, **run: object) -> Trainer:
+def trainer(
+    out: Path,
+    *,
+    batch: int = 4,
+    noise: float = 0.1,
+    poison: int = -1,
+    rank: int = 0,
+    world_size: int = 1,
+    **run: object,
+) -> Trainer:
     torch.manual_seed(0)
     values = {"epochs": 3, "warmup_epochs": 1, "device": "cpu", "dtype": "fp32", "log_every": 1, "tensorboard": False}
     config = RunConfig(out=str(out), batch_size=batch, **(values | run))
     optim = OptimConfig(lr=0.05, lr_batch=0, **({"clip_grad": 0.0}))
-    return Trainer(config, optim, Toy(noise), ToyLoader(batch, poison=poison))
+    return Trainer(config, optim, Toy(noise), ToyLoader(batch, poison=poison, rank=rank, world_size=world_size))
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -364,28 +375,13 @@ def test_two_ranks_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(
         "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/engine']\n"
-        "import torch\n"
         "from pathlib import Path\n"
-        "from test_trainer import ToyLoader, trainer\n"
+        "from test_trainer import trainer\n"
         "from umt_fast.config import RunConfig\n"
         "from umt_fast.engine.distributed import distributed_run\n"
-        "class Share(ToyLoader):\n"
-        "    def __len__(self):\n"
-        "        return len(self.x) // 4\n"
-        "    def __iter__(self):\n"
-        "        self.batch = 4\n"
-        "        for batch in super().__iter__():\n"
-        "            yield {key: value[self.rank * 2 : self.rank * 2 + 2] for key, value in batch.items()}\n"
         "with distributed_run(RunConfig(device='cpu')) as ranks:\n"
-        "    run = trainer(Path(sys.argv[1]), batch=2, noise=0.0)\n"
-        "    run.loader.__class__ = Share\n"
-        "    run.loader.rank = ranks.rank\n"
-        "    run.steps_per_epoch, run.total_steps, run.last_step = 6, 18, 18\n"
-        "    from umt_fast.engine.schedule import warmup_cosine\n"
-        "    from umt_fast.config import OptimConfig\n"
-        "    run.rate = warmup_cosine(OptimConfig(lr=0.05, lr_batch=0), global_batch=4, steps_per_epoch=6, epochs=3,\n"
-        "                             warmup_epochs=1)\n"
-        "    run.train()\n"
+        "    place = {'rank': ranks.rank, 'world_size': ranks.world_size}\n"
+        "    trainer(Path(sys.argv[1]), batch=2, noise=0.0, **place).train()\n"
     )
     trainer(tmp_path / "one", batch=4, noise=0.0).train()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -13,6 +13,7 @@ The host waits for the device on log steps only: until then losses, gradient nor
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import math
 import signal
@@ -297,7 +298,10 @@ class Trainer:
         if self.run.compile:
             module = torch.compile(module)
         if self.ranks.world_size > 1:
-            module = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+            # Buffers are constant; newer releases call the switch that keeps them out of every step another name.
+            renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+            constant = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+            module = DistributedDataParallel(module, gradient_as_bucket_view=True, **constant)
         return module
 
     def _announce(self) -> None:
