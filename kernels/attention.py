@@ -65,12 +65,24 @@ def _math(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None 
     return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1).to(v.dtype), v)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, road: AttentionRoad = "auto") -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    road: AttentionRoad = "auto",
+) -> Tensor:
     """Full (not causal) attention.
 
     Args:
         q: (B, Nq, H, D). k, v: (B, Nk, H, D). Any strides with the last one 1.
         scale: of the logits; None means D ** -0.5.
+        key_mask: bool (B, Nk), False for keys nobody attends to (padding; some key of each entry must stay), or None.
+        dropout: probability of dropping an attention weight. With this or a mask, "auto" takes sdpa, and of the other
+            roads only math takes a mask.
         road: which library computes it; one that is missing or does not fit raises.
 
     Returns:
@@ -84,14 +96,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ro
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be (B, Nq, H, D), (B, Nk, H, D) twice"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    road = _choose(road, q)
+    plain = key_mask is None and dropout == 0
+    road = _choose(road if plain or road != "auto" else "sdpa", q)
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]):
+        raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; it must be bool {tuple(k.shape[:2])}")
+    if not plain and road != "sdpa" and (road != "math" or dropout):
+        raise ValueError(f"road={road!r} takes no mask and no dropout here; use road='sdpa' or 'auto'")
     if road == "flash_attn":
         return _library("flash_attn").flash_attn_func(q, k, v, softmax_scale=scale)
     if road == "xformers":
         return _library("xformers.ops").memory_efficient_attention(q, k, v, scale=scale)
+    allowed = None if key_mask is None else key_mask[:, None, None, :]
     if road == "math":
-        return _math(q, k, v, scale)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+        return _math(q, k, v, scale, allowed)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2)
 
 

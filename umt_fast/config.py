@@ -107,6 +107,33 @@ class TeacherConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TextConfig:
+    """BERT and its cross-modal upper layers (stage 2); the defaults are bert-base-uncased."""
+
+    width: int = 768
+    depth: int = 12
+    fusion_layer: int = 9
+    """First layer that also attends to vision tokens; 9 of 12 for base, 19 of 24 for large."""
+    num_heads: int = 12
+    vocab_size: int = 30522
+    max_positions: int = 512
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(
+            self.width % self.num_heads == 0,
+            f"text.width {self.width} is not a multiple of text.num_heads {self.num_heads}",
+        )
+        require(
+            0 < self.fusion_layer < self.depth,
+            f"text.fusion_layer is {self.fusion_layer}; it must lie in (0, depth = {self.depth})",
+        )
+        for name in ("hidden_dropout", "attention_dropout"):
+            require(0 <= getattr(self, name) < 1, f"text.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
 class MaskConfig:
     """Which tokens the student sees."""
 
@@ -129,6 +156,25 @@ class AlignConfig:
     normalize: Literal["l2", "none"] = "l2"
     loss: Literal["l2", "mse", "smooth_l1"] = "l2"
     """`l2`: 2 - 2 cos summed over channels, as in the official code; the others average over channels too."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Stage2Losses:
+    """Weights of the four losses of stage 2; 0 switches one off. The official ones are all 1."""
+
+    vtc: float = 1.0
+    """Contrastive: which caption belongs to which clip of the batch."""
+    vtm: float = 1.0
+    """Matching: whether a caption belongs to a clip, with hard negatives."""
+    mlm: float = 1.0
+    """Masked language: the hidden words of a caption, given its clip."""
+    uta: float = 1.0
+    """Alignment of the tower to the CLIP teacher, as in stage 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("vtc", "vtm", "mlm", "uta"):
+            require(getattr(self, name) >= 0, f"losses.{name} is {getattr(self, name)}; it must not be negative")
+        require(self.vtc + self.vtm + self.mlm + self.uta > 0, "every weight of losses is 0; nothing would be trained")
 
 
 @dataclass(kw_only=True, slots=True)

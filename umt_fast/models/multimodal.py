@@ -1,0 +1,81 @@
+"""The stage-2 model: vision tower, text encoder, the projections that meet, the matching head (official names).
+
+Legend: B clips, n visible tokens, C and W vision and text width, E embedding width, T frames.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from umt_fast.config import TextConfig, VitConfig
+from umt_fast.models.student import Student
+from umt_fast.models.text import TextEncoder
+
+# The alignment heads' LayerNorm in stage 2; stage 1 has 1e-6.
+HEAD_EPS = 1e-5
+
+
+class VisionTower(Student):
+    """The stage-1 student with a norm for its pooled output. One clip, or an image as a clip of one frame."""
+
+    def __init__(self, vit: VitConfig, num_layers: int, output_dim: int) -> None:
+        super().__init__(vit, num_layers, output_dim)
+        self.pool_norm = nn.LayerNorm(vit.width, eps=1e-6)
+
+    def embed(
+        self, video: Tensor, visible: Tensor | None = None, *, heads: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Video as for VisionTransformer (or one frame: an image), visible (B, n) or None for all its tokens.
+
+        Returns the normed tokens (B, n, C) of the last block and, if `heads`, the alignment heads' outputs (K, B, n, D).
+        """
+        encoder = self.encoder
+        if visible is None:
+            frames = video.shape[1] if video.dtype == torch.uint8 else video.shape[2]
+            tokens = frames // encoder.config.tubelet_size * encoder.grid.per_frame
+            visible = encoder.every[:tokens].expand(video.shape[0], -1)
+        taps = encoder(video, visible, len(self.clip_decoder) if heads else 1)
+        normed = [encoder.norm(tap) for tap in taps]
+        if not heads:
+            return normed[-1], None
+        position = self.position[visible]
+        outputs = [head.head(tap + position) for head, tap in zip(self.clip_decoder, normed, strict=True)]
+        return normed[-1], torch.stack(outputs)
+
+    def pool(self, tokens: Tensor, frames: int = 1) -> Tensor:
+        """(B, frames, C): the normed mean of each of `frames` equal parts of the tokens; 1: of all."""
+        return self.pool_norm(tokens.unflatten(1, (frames, -1)).mean(2))
+
+
+class VideoText(nn.Module):
+    """Everything stage 2 trains and saves."""
+
+    def __init__(
+        self, vit: VitConfig, text: TextConfig, *, num_layers: int, output_dim: int, embed_dim: int, temperature: float = 0.07
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.vision_encoder = VisionTower(vit, num_layers, output_dim)
+        self.text_encoder = TextEncoder(text, vit.width)
+        self.vision_proj = nn.Linear(vit.width, embed_dim)
+        self.text_proj = nn.Linear(text.width, embed_dim)
+        self.itm_head = nn.Linear(text.width, 2)
+        self.temp = nn.Parameter(torch.tensor(temperature))
+
+    @property
+    def temperature(self) -> Tensor:
+        """The learned temperature within its official bounds."""
+        return self.temp.clamp(0.001, 0.5)
+
+    def project_vision(self, pooled: Tensor) -> Tensor:
+        """Pooled vision (B, T or 1, C) -> unit vectors averaged over time (B, E), fp32."""
+        return F.normalize(self.vision_proj(pooled).float(), dim=-1).mean(1)
+
+    def project_text(self, text: Tensor) -> Tensor:
+        """Text (B, l, W) -> the class token's unit vector (B, E), fp32."""
+        return F.normalize(self.text_proj(text[:, 0]).float(), dim=-1)
+
+    def match(self, fused: Tensor) -> Tensor:
+        """Fused text (..., l, W) -> logits (..., 2), index 1: they match."""
+        return self.itm_head(fused[..., 0, :])

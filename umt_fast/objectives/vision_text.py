@@ -1,0 +1,117 @@
+"""The losses of stage 2 as functions of embeddings (paper section 3.2): contrastive, matching, masked language.
+
+Legend: B pairs of this rank, G of all ranks, E embedding width, l text positions. All return fp32 device scalars.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+
+_IGNORED = -100
+
+
+class Similarity(NamedTuple):
+    """v2t and t2v: (B, G) similarities of this rank's rows to all columns, divided by the temperature; targets (B, G)."""
+
+    v2t: Tensor
+    t2v: Tensor
+    targets: Tensor
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Rows of all ranks in rank order; gradients come back from every rank's loss."""
+    if not dist.is_initialized():
+        return x
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x.contiguous()))
+
+
+def similarity(vision: Tensor, text: Tensor, index: Tensor, temperature: Tensor) -> Similarity:
+    """Similarities of this rank's pairs with those of all ranks.
+
+    vision, text: unit vectors (B, E). index: int64 (B,), equal where rows show the same sample; such rows are all right
+    answers and share the target.
+    """
+    every = gathered(index)
+    equal = (index[:, None] == every[None]).float()
+    return Similarity(
+        v2t=vision @ gathered(text).t() / temperature,
+        t2v=text @ gathered(vision).t() / temperature,
+        targets=equal / equal.sum(1, keepdim=True),
+    )
+
+
+def contrastive_loss(sim: Similarity) -> Tensor:
+    """Mean soft-target cross-entropy of both directions over this rank's rows.
+
+    Averaged over ranks, as DDP averages gradients, this is the loss of the joint batch with its full gradient. The
+    official code's gathering keeps 1 / ranks of it at the encoders (umt's all_gather returns the local slice alone).
+    """
+    both = (F.cross_entropy(part, sim.targets) for part in (sim.v2t, sim.t2v))
+    return sum(both) / 2
+
+
+@torch.no_grad()
+def draw_negatives(sim: Similarity, seed: Tensor, rank: int = 0) -> tuple[Tensor, Tensor]:
+    """A hard negative of this rank for each row: (clip for each text, text for each clip), int64 (B,) each.
+
+    Drawn with probability proportional to softmax(similarity) + 1e-4; the row's own sample never is, unless all rows show it.
+    """
+    batch = len(sim.targets)
+    local = slice(rank * batch, (rank + 1) * batch)
+    right = sim.targets[:, local] > 0
+
+    def draw(scores: Tensor, salt: int) -> Tensor:
+        weights = (scores[:, local].float().softmax(1) + 1e-4).nan_to_num(0.01, 0.01, 0.01).masked_fill(right, 0.0)
+        return kernels.sample_visible(weights, 1, seed + salt)[:, 0].long()
+
+    return draw(sim.t2v, 1), draw(sim.v2t, 2)
+
+
+def matching_loss(positive: Tensor, wrong_clip: Tensor, wrong_text: Tensor) -> Tensor:
+    """Mean two-class cross-entropy over 3 B pairs; logits (B, 2) each, index 1: they match."""
+    logits = torch.cat([positive, wrong_clip, wrong_text]).float()
+    label = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    label[: len(positive)] = 1
+    return F.cross_entropy(logits, label)
+
+
+def mask_tokens(
+    ids: Tensor, mask: Tensor, *, probability: float, mask_id: int, vocab_size: int, special: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """BERT's masking: (ids with masks, labels), labels -100 where nothing is asked.
+
+    ids: int64 (B, l); mask: bool (B, l), False at padding; special: ids never chosen. Of the chosen 80% become mask_id, 10% a
+    random id, 10% stay. Drawn from torch's generator on the ids' device.
+    """
+    allowed = mask.clone()
+    for number in special:
+        allowed &= ids != number
+    chosen = (torch.rand(ids.shape, device=ids.device) < probability) & allowed
+    kind = torch.rand(ids.shape, device=ids.device)
+    replaced = torch.where(kind < 0.8, mask_id, torch.randint_like(ids, vocab_size))
+    replaced = torch.where(kind < 0.9, replaced, ids)
+    return torch.where(chosen, replaced, ids), torch.where(chosen, ids, _IGNORED)
+
+
+def masked_rows(labels: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Where to compute vocabulary logits: the first `capacity` asked positions, flat (capacity,), and their labels.
+
+    A fixed number, so that the host need not wait to know it; places left over point anywhere and have the label -100.
+    """
+    flat = labels.flatten()
+    rows = (flat == _IGNORED).to(torch.uint8).sort(stable=True).indices[:capacity]
+    return rows, flat[rows]
+
+
+def masked_language_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over asked positions; logits (m, vocabulary), labels int64 (m,) with -100 for none."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=_IGNORED)
