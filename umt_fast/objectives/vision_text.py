@@ -25,13 +25,25 @@ class Similarity(NamedTuple):
     targets: Tensor
 
 
-def gathered(x: Tensor) -> Tensor:
-    """Rows of all ranks in rank order; gradients come back from every rank's loss."""
-    if not dist.is_initialized():
-        return x
-    from torch.distributed.nn.functional import all_gather
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks; backward sums what every rank's loss says about this rank's rows."""
 
-    return torch.cat(all_gather(x.contiguous()))
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()  # not ours to change
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gathered(x: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, differentiable; x itself in a run of one process."""
+    return _Gather.apply(x.contiguous()) if dist.is_initialized() else x
 
 
 def similarity(vision: Tensor, text: Tensor, index: Tensor, temperature: Tensor) -> Similarity:

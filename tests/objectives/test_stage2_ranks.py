@@ -1,0 +1,112 @@
+"""Two processes with half the batch each: the losses and gradients of one process with all of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from umt_fast.config import Stage2Losses, TextConfig, VitConfig
+from umt_fast.models.multimodal import VideoText
+from umt_fast.objectives.stage2 import stage2_losses
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def small_model() -> VideoText:
+    torch.manual_seed(3)
+    vit = VitConfig(width=32, depth=2, num_heads=2, image_size=32, num_frames=2, drop_path=0.0)
+    text = TextConfig(
+        width=32, depth=3, fusion_layer=1, num_heads=2, vocab_size=50, max_positions=8, hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )  # fmt: skip
+    return VideoText(vit, text, num_layers=2, output_dim=16, embed_dim=12)
+
+
+def joint_batch() -> dict[str, Tensor]:
+    """Four pairs; the first and the last show one sample. Negatives stay within each half, as ranks draw them."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(5, 50, (4, 6), generator=generator)
+    labels = torch.full_like(ids, -100)
+    labels[:, [2, 4]] = ids[:, [2, 4]]  # as many in each half: the mean over positions is then the mean of means
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[1, 5] = mask[2, 5] = False
+    return {
+        "video": torch.randn(4, 3, 2, 32, 32, generator=generator),
+        "visible": torch.tensor([[0, 3, 4], [1, 2, 7], [0, 1, 5], [2, 5, 6]], dtype=torch.int32),
+        "ids": ids,
+        "mask": mask,
+        "index": torch.tensor([7, 1, 2, 7]),
+        "masked_ids": torch.where(labels == -100, ids, 4),
+        "labels": labels,
+        "targets": torch.randn(2, 4, 3, 16, generator=generator),
+        "clip_of": torch.tensor([1, 0, 3, 2]),
+        "text_of": torch.tensor([1, 0, 3, 2]),
+    }
+
+
+def part_of(batch: dict[str, Tensor], rank: int, ranks: int) -> dict[str, object]:
+    """A rank's rows; negatives count from its first row."""
+    size = 4 // ranks
+    rows = slice(rank * size, (rank + 1) * size)
+    part = {key: value[:, rows] if key == "targets" else value[rows] for key, value in batch.items()}
+    negatives = (part.pop("clip_of") - rank * size, part.pop("text_of") - rank * size)
+    return part | {"negatives": negatives, "seed": torch.tensor([0]), "rank": rank}
+
+
+def gradients_of(rank: int = 0, ranks: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses and gradients of a rank's half."""
+    model = small_model()
+    found = stage2_losses(model, Stage2Losses(), **part_of(joint_batch(), rank, ranks))
+    found["loss"].backward()
+    return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/objectives']\n"
+        "import torch, torch.distributed as dist\n"
+        "from test_stage2_ranks import gradients_of\n"
+        "dist.init_process_group('gloo')\n"
+        "losses, gradients = gradients_of(dist.get_rank(), 2)\n"
+        "for value in (*losses.values(), *gradients.values()):\n"
+        "    dist.all_reduce(value.detach())\n"
+        "if dist.get_rank() == 0:\n"
+        "    mean = [{k: v.detach() / 2 for k, v in part.items()} for part in (losses, gradients)]\n"
+        "    torch.save(mean, sys.argv[1])\n"
+        "dist.destroy_process_group()\n"
+    )
+    saved = tmp_path / "mean.pt"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), str(saved), str(REPOSITORY)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two_losses, two_gradients = torch.load(saved, weights_only=True)
+    losses, gradients = gradients_of()
+    for name, value in losses.items():
+        torch.testing.assert_close(two_losses[name], value.detach(), rtol=1e-5, atol=1e-6)
+    assert two_gradients.keys() == gradients.keys() and len(gradients) > 80
+    for name, value in gradients.items():
+        torch.testing.assert_close(two_gradients[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_rank_alone_would_differ() -> None:
+    """The contrastive loss of a half without the other half's rows is another loss, so the test above can fail."""
+    whole, _ = gradients_of()
+    halves = [gradients_of(rank, 2)[0]["vtc"] for rank in range(2)]
+    assert abs(sum(halves) / 2 - whole["vtc"]) > 0.1
+
+
+@pytest.mark.parametrize("name", ["vtc", "vtm", "mlm", "uta"])
+def test_each_loss_has_its_switch(name: str) -> None:
+    model, part = small_model(), part_of(joint_batch(), 0, 1)
+    whole = stage2_losses(model, Stage2Losses(), **part)
+    without = stage2_losses(model, Stage2Losses(**{name: 0.0}), **part)
+    assert name not in without
+    torch.testing.assert_close(without["loss"] + whole[name], whole["loss"])
