@@ -193,7 +193,8 @@ class DataConfig:
     """Frame stride of dense sampling."""
     num_sample: int = 1
     """Augmented crops per decoded clip (repeated augmentation)."""
-    augment: Literal["multi_scale_crop", "center"] = "multi_scale_crop"
+    augment: Literal["multi_scale_crop", "random_resized_crop", "center"] = "multi_scale_crop"
+    """`multi_scale_crop` as in stage 1, `random_resized_crop` (50 to 100% of the area) as in stage 2."""
     flip: bool = True
     workers: int = 4
     """Decoding processes per rank; 0 decodes in the training process."""
@@ -337,6 +338,47 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         require(self.num_classes >= 2, f"num_classes is {self.num_classes}; it must be at least 2")
         require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
+class Stage2Config:
+    """Pre-training on captioned clips: contrastive, matching, masked-language and alignment losses (paper section 3.2)."""
+
+    run: RunConfig = field(default_factory=lambda: RunConfig(batch_size=128, epochs=10, warmup_epochs=1))
+    data: DataConfig = field(default_factory=lambda: DataConfig(augment="random_resized_crop"))
+    """data.train is a caption list: .json or SQLite."""
+    student: VitConfig = field(default_factory=lambda: VitConfig(num_frames=4))
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    losses: Stage2Losses = field(default_factory=Stage2Losses)
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=1e-4, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0, betas=(0.9, 0.999), weight_decay=0.02
+        )
+    )
+    embed_dim: int = 512
+    """Width of the common space of clips and captions."""
+    init: str = ""
+    """Stage-1 weights of the tower; empty: from scratch."""
+    bert: str = "bert-base-uncased"
+    """Text weights by name or local folder; `untrained`: random."""
+    tokenizer: str = "bert-base-uncased"
+    """By name, or a local folder with a vocab.txt."""
+    max_length: int = 32
+    """Tokens of a caption, class token included; longer ones are cut."""
+    sep_token: bool = False
+    """Close captions with [SEP]; released UMT checkpoints were trained without."""
+    mask_words: float = 0.5
+    """Share of words hidden for the masked-language loss."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.mask_words < 1, f"mask_words is {self.mask_words}; it must lie in (0, 1)")
+        require(
+            2 <= self.max_length <= self.text.max_positions,
+            f"max_length is {self.max_length}; it must lie in [2, text.max_positions = {self.text.max_positions}]",
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config
+from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config
 
-CONFIGS = (Stage1Config, FinetuneConfig)
+CONFIGS = (Stage1Config, Stage2Config, FinetuneConfig)
 BUNDLED = Path(__file__).resolve().parent.parent / "recipes"
 
 

@@ -5,30 +5,63 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, to_dict
+from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, to_dict
+from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_captions
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import read_list
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.precision import pick_device, usable_dtype
 from umt_fast.engine.trainer import Trainer
+from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.supervised import Supervised
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
+AnyConfig = Stage1Config | Stage2Config | FinetuneConfig
 
-def build_objective(config: Any) -> torch.nn.Module:
+
+def build_objective(config: AnyConfig) -> torch.nn.Module:
     """The objective of a configuration, its weights loaded."""
     if isinstance(config, Stage1Config):
         return UnmaskedAlignment(config)
     if isinstance(config, FinetuneConfig):
         return Supervised(config)
+    if isinstance(config, Stage2Config):
+        tokenizer = load_tokenizer(config.tokenizer)
+        if len(tokenizer) > config.text.vocab_size:
+            raise ConfigError(
+                f"text.vocab_size is {config.text.vocab_size}, but the tokenizer {config.tokenizer} has {len(tokenizer)} words"
+            )
+        special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+        return VideoTextPretraining(config, mask_id=tokenizer.mask_token_id, special=special)
     raise ConfigError(f"no objective for {type(config).__name__}")
 
 
-def train(config: Stage1Config | FinetuneConfig) -> Path:
+def build_loader(config: AnyConfig, rank: int, world_size: int) -> ClipLoader | CaptionLoader:
+    """The training clips of a configuration, with captions where it is of stage 2."""
+    captioned = read_captions(config.data.train, config.data.root) if isinstance(config, Stage2Config) else None
+    clips = captioned.clips if captioned else read_list(config.data.train, config.data)
+    loader = ClipLoader(
+        clips,
+        config.data,
+        num_frames=config.student.num_frames,
+        image_size=config.student.image_size,
+        batch_size=config.run.batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=config.run.seed,
+    )
+    if captioned is None:
+        return loader
+    tokens = Tokens(
+        captioned.captions, load_tokenizer(config.tokenizer), max_length=config.max_length, sep=config.sep_token
+    )
+    return CaptionLoader(loader, tokens, captioned.sample)
+
+
+def train(config: AnyConfig) -> Path:
     """Trains as configured and returns the run folder.
 
     The folder then holds checkpoint-*.pt, metrics.jsonl and, if wanted, TensorBoard events. A run whose folder already
@@ -41,25 +74,13 @@ def train(config: Stage1Config | FinetuneConfig) -> Path:
     return fit_objective(config, lambda: build_objective(config))
 
 
-def fit_objective(
-    config: Stage1Config | FinetuneConfig, objective: torch.nn.Module | Callable[[], torch.nn.Module]
-) -> Path:
+def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], torch.nn.Module]) -> Path:
     """Trains an objective, or one built once the list has been read, with a configuration's data, schedule and folder."""
     if not config.data.train:
         raise ConfigError("data.train is empty; give a list of videos: --data.train list.csv")
-    clips = read_list(config.data.train, config.data)
     with distributed_run(config.run) as ranks:
+        loader = build_loader(config, ranks.rank, ranks.world_size)
         objective = objective if isinstance(objective, torch.nn.Module) else objective()
-        loader = ClipLoader(
-            clips,
-            config.data,
-            num_frames=config.student.num_frames,
-            image_size=config.student.image_size,
-            batch_size=config.run.batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            seed=config.run.seed,
-        )
         trainer = Trainer(
             config.run,
             config.optim,

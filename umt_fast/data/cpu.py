@@ -61,8 +61,10 @@ class ClipReader:
         height, width = frames.shape[1:3]
         out = []
         for repeat in range(self.data.num_sample if self.train else 1):
-            if self.train and self.data.augment == "multi_scale_crop":
-                rng = np.random.default_rng((*random_key, 1, repeat))
+            rng = np.random.default_rng((*random_key, 1, repeat))
+            if self.train and self.data.augment == "random_resized_crop":
+                crop = transforms.random_resized_crop(width, height, self.data.flip, rng)
+            elif self.train and self.data.augment == "multi_scale_crop":
                 crop = transforms.multi_scale_crop(width, height, self.image_size, self.data.flip, rng)
             else:
                 crop = transforms.center_crop(width, height)

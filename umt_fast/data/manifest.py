@@ -51,7 +51,7 @@ def read_list(path: str | Path, data: DataConfig) -> list[Clip]:
         raise DataError(f"data.root is {data.root}, which is not a folder")
     root = Path(data.root) if data.root else path.resolve().parent
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not a text file; give a list or a manifest, not a video") from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]

@@ -53,6 +53,21 @@ def multi_scale_crop(width: int, height: int, size: int, flip: bool, rng: np.ran
     return Crop(left, top, crop_width, crop_height, bool(flip and rng.random() < 0.5))
 
 
+def random_resized_crop(width: int, height: int, flip: bool, rng: np.random.Generator) -> Crop:
+    """A window of 50 to 100% of the area, aspect 3/4 to 4/3 (log-uniform), as stage 2 crops; the whole frame's centre if
+    ten draws do not fit."""
+    mirrored = bool(flip and rng.random() < 0.5)
+    for _ in range(10):
+        area = width * height * rng.uniform(0.5, 1.0)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        crop_width, crop_height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = rng.integers(width - crop_width + 1), rng.integers(height - crop_height + 1)
+            return Crop(int(left), int(top), crop_width, crop_height, mirrored)
+    crop_width, crop_height = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    return Crop((width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height, mirrored)
+
+
 def center_crop(width: int, height: int) -> Crop:
     """The largest centred square: short side to the wanted size, then a centre crop, in one resize."""
     side = min(width, height)

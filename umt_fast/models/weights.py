@@ -119,6 +119,28 @@ def load_student(student: nn.Module, path: str | Path) -> None:
     fit(student, load_state(path), str(path))
 
 
+def load_tower(tower: nn.Module, path: str | Path) -> None:
+    """Loads a stage-1 file into stage 2's vision tower; its pooling norm starts fresh."""
+    fit(tower, load_state(path), str(path), fresh=("pool_norm.",))
+
+
+def load_bert(text_encoder: nn.Module, name: str) -> None:
+    """Fills the text encoder from Hugging Face weights by name or local folder; the cross-attention starts fresh.
+
+    Raises WeightsError: weights that cannot be found, or of another size.
+    """
+    from transformers import BertForMaskedLM
+
+    try:
+        state = BertForMaskedLM.from_pretrained(name).state_dict()
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"no BERT weights {name!r}: neither a local folder nor a name that can be fetched; `untrained` starts at random"
+        ) from error
+    fresh = [key for key in text_encoder.state_dict() if ".crossattention." in key or key.endswith("position_ids")]
+    fit(text_encoder, state, f"BERT {name}", fresh=fresh)
+
+
 def load_encoder(classifier: nn.Module, path: str | Path) -> None:
     """Loads the encoder of a stage-1, classifier or stage-2 file into a Classifier.
 

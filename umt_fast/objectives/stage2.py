@@ -8,12 +8,16 @@ for each fusion layer; vocabulary logits at asked positions alone.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 import kernels
-from umt_fast.config import Stage2Losses
+from umt_fast.config import Stage2Config, Stage2Losses
+from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.multimodal import HEAD_EPS, VideoText
+from umt_fast.models.weights import load_bert, load_teacher, load_tower
 from umt_fast.objectives import vision_text
+from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
 
 def stage2_losses(
@@ -77,3 +81,57 @@ def stage2_losses(
         found["uta"] = kernels.align_loss(heads, targets, tower.norm_weight, tower.norm_bias, eps=HEAD_EPS)
     total = sum(getattr(losses, name) * value for name, value in found.items())
     return {"loss": total} | {name: value.detach() for name, value in found.items()}
+
+
+class VideoTextPretraining(nn.Module):
+    """batch of captioned clips -> loss. The model is trained and saved; the CLIP teacher is frozen."""
+
+    def __init__(self, config: Stage2Config, *, mask_id: int, special: tuple[int, ...]) -> None:
+        """mask_id and special: the tokenizer's [MASK], and the ids that are never hidden."""
+        super().__init__()
+        self.config, self.mask_id, self.special = config, mask_id, special
+        vit, layers = config.student, config.align.num_layers
+        self.model = VideoText(
+            vit, config.text, num_layers=layers, output_dim=config.teacher.output_dim, embed_dim=config.embed_dim
+        )
+        self.teacher = ClipTeacher(config.teacher, layers, vit.tubelet_size)
+        load_teacher(self.teacher, config.teacher)
+        if config.init:
+            load_tower(self.model.vision_encoder, config.init)
+        if config.bert != "untrained":
+            load_bert(self.model.text_encoder, config.bert)
+        if config.run.dtype == "bf16":
+            self.teacher.compute_in(torch.bfloat16)
+
+    @property
+    def trainable(self) -> nn.Module:
+        """The module that checkpoints hold, in the official stage-2 layout (without the frozen teacher)."""
+        return self.model
+
+    def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
+        """batch: `video` as in stage 1, `ids`, `mask` and `sample` as CaptionLoader gives them. Returns stage2_losses'."""
+        config, video = self.config, batch["video"]
+        target = self.teacher(video, config.mask, seed)
+        masked, labels = vision_text.mask_tokens(
+            batch["ids"], batch["mask"], probability=config.mask_words, mask_id=self.mask_id,
+            vocab_size=config.text.vocab_size, special=self.special,
+        )  # fmt: skip
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=config.run.dtype == "bf16"):
+            return stage2_losses(
+                self.model, config.losses, video=video, visible=target.visible, ids=batch["ids"], mask=batch["mask"],
+                index=batch["sample"], masked_ids=masked, labels=labels, seed=seed, targets=target.targets,
+                rank=dist.get_rank() if dist.is_initialized() else 0,
+            )  # fmt: skip
+
+    def flops_per_clip(self) -> float:
+        """Matrix-product FLOPs of a clip: teacher, tower, text (forward and backward three times forward)."""
+        config = self.config
+        text, vit = config.text, config.student
+        tower = UnmaskedAlignment.flops_of(config)
+        n = self.model.vision_encoder.encoder.grid.frames * (vit.image_size // vit.patch_size) ** 2
+        n = n - int(n * config.mask.ratio)
+        layer = 24 * config.max_length * text.width**2 + 4 * config.max_length**2 * text.width
+        cross = 4 * config.max_length * text.width**2 + 4 * config.max_length * n * text.width
+        keys = 4 * n * vit.width * text.width
+        fusion = text.depth - text.fusion_layer
+        return tower + 3 * (2 * text.fusion_layer * layer + fusion * (4 * (layer + cross) + keys))

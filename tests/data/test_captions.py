@@ -1,0 +1,97 @@
+"""Caption lists, their cleaning, tokens, and the loader that joins them to clips."""
+
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+import torch
+
+from umt_fast.config import DataConfig
+from umt_fast.data.captions import CaptionLoader, Tokens, clean_caption, load_tokenizer, read_captions
+from umt_fast.data.loader import ClipLoader
+from umt_fast.data.manifest import DataError
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "thing", "moves", "left", "##s"]
+
+
+@pytest.fixture
+def vocabulary(tmp_path: Path) -> Path:
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    return tmp_path
+
+
+def test_cleaning_is_the_official_one() -> None:
+    assert clean_caption("A  Red-thing, isn't <person>'s (left/right)!") == "a red thing isnt persons left right"
+
+
+def test_json_lists_with_several_captions_and_images(tmp_path: Path) -> None:
+    entries = [
+        {"video": "a.mp4", "caption": "A red thing."},
+        {"image": "b.jpg", "caption": ["one", "two"]},
+        {"video": "a.mp4", "caption": "again"},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    found = read_captions(tmp_path / "list.json")
+    assert found.captions == ["a red thing", "one", "two", "again"]
+    assert found.sample == [0, 1, 1, 0]
+    assert [Path(clip.path).name for clip in found.clips] == ["a.mp4", "b.jpg", "b.jpg", "a.mp4"]
+    assert read_captions(tmp_path / "list.json", root="/data").clips[0].path == "/data/a.mp4"
+
+
+def test_sqlite_lists(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "list.sqlite") as base:
+        base.execute("CREATE TABLE annos (id INTEGER, filename TEXT, caption TEXT)")
+        base.executemany("INSERT INTO annos VALUES (?, ?, ?)", [(1, "b.mp4", "Two"), (0, "a.mp4", "One")])
+    base.close()
+    found = read_captions(tmp_path / "list.sqlite")
+    assert found.captions == ["one", "two"] and Path(found.clips[1].path).name == "b.mp4"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("none.json", None, "no caption list"),
+        ("bad.json", "{", "not JSON"),
+        ("object.json", "{}", "must be a list"),
+        ("empty.json", "[]", "no captions"),
+        ("entry.json", '[{"video": "a", "caption": "x"}, {"caption": "y"}]', "entry 1"),
+        ("other.db", "not a database, but long enough to be looked at as one" * 3, "neither .json nor an SQLite"),
+    ],
+)
+def test_bad_lists_are_named(name: str, content: str | None, expected: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=expected):
+        read_captions(tmp_path / name)
+
+
+def test_tokens_end_without_sep_unless_asked(vocabulary: Path) -> None:
+    tokenizer = load_tokenizer(str(vocabulary))
+    ids, mask = Tokens(["a red thing moves", "things"], tokenizer, max_length=4)[torch.tensor([0, 1])]
+    assert ids.tolist() == [[2, 5, 6, 7], [2, 7, 10, 0]] and mask.tolist() == [[True] * 4, [True] * 3 + [False]]
+    ids, _ = Tokens(["a red thing moves"], tokenizer, max_length=4, sep=True)[torch.tensor([0])]
+    assert ids.tolist() == [[2, 5, 6, 3]]
+    with pytest.raises(DataError, match="no tokenizer"):
+        load_tokenizer(str(vocabulary / "missing"))
+
+
+def test_a_replaced_clip_brings_its_own_caption(tmp_path: Path, tiny_list: Path, vocabulary: Path) -> None:
+    """Where a file cannot be read, clip and caption of the one that stands in for it stay together."""
+    names = ["video0.mp4", "broken.mp4", "video1.mp4", "video1.mp4"]
+    tiny_list.with_name("broken.mp4").write_bytes(b"no video")
+    table = tiny_list.with_name("captions.json")
+    captions = ["a", "red", "thing", "left"]
+    table.write_text(json.dumps([{"video": n, "caption": c} for n, c in zip(names, captions, strict=True)]))
+    found = read_captions(table)
+    data = DataConfig(workers=0, max_bad_share=0.5)
+    loader = CaptionLoader(
+        ClipLoader(found.clips, data, num_frames=2, image_size=32, batch_size=4),
+        Tokens(found.captions, load_tokenizer(str(vocabulary)), max_length=4),
+        found.sample,
+    )
+    (batch,) = list(loader)
+    assert 1 not in batch["index"] and len(loader.bad_files) == 1
+    words = {0: 5, 2: 7, 3: 9}
+    assert batch["ids"][:, 1].tolist() == [words[row] for row in batch["index"].tolist()]
+    assert batch["sample"].tolist() == [2 if row == 3 else row for row in batch["index"].tolist()]

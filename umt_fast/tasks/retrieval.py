@@ -1,0 +1,115 @@
+"""Zero-shot retrieval: captions find clips and clips captions, by embeddings, then by the matching head for the best of them.
+
+Legend: V clips, N captions. Scores are (V, N); figures are named from the query's side: `t2v` captions search clips.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from umt_fast.config import DataConfig
+from umt_fast.data.captions import CaptionList, Tokens
+from umt_fast.data.loader import ClipLoader
+from umt_fast.models.multimodal import VideoText
+
+_EXCLUDED = -100.0
+
+
+def recalls(scores: Tensor, right: Tensor, prefix: str) -> dict[str, float]:
+    """R@1, R@5, R@10 (shares of queries) and the median rank, from scores (queries, items) and right answers (bool, same).
+
+    A query's rank is that of its best right item; items that score the same as it count as half before it, so constant
+    scores do not look like a hit.
+    """
+    best = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
+    wrong = ~right
+    rank = ((scores > best) & wrong).sum(1) + ((scores == best) & wrong).sum(1) / 2
+    figures = {f"{prefix}_r{k}": (rank < k).float().mean().item() for k in (1, 5, 10)}
+    return figures | {f"{prefix}_median_rank": rank.median().item() + 1}
+
+
+@torch.no_grad()
+def encode_clips(
+    model: VideoText, captions: CaptionList, data: DataConfig, *, batch_size: int, device: torch.device
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Every different clip of a list once, unmasked: unit embeddings (V, E), tokens (V, N, C) on the CPU, and their rows."""
+    rows = sorted(set(captions.sample))
+    vit = model.vision_encoder.encoder.config
+    loader = ClipLoader(
+        [captions.clips[row] for row in rows], data, num_frames=vit.num_frames, image_size=vit.image_size,
+        batch_size=batch_size, train=False,
+    )  # fmt: skip
+    embeddings, kept = [], []
+    for batch in loader:
+        tokens, _ = model.vision_encoder.embed(batch["video"].to(device))
+        frames = model.vision_encoder.encoder.grid.frames
+        embeddings.append(model.project_vision(model.vision_encoder.pool(tokens, frames)))
+        kept.append(tokens.cpu())
+    return torch.cat(embeddings), torch.cat(kept), rows
+
+
+@torch.no_grad()
+def encode_texts(model: VideoText, tokens: Tokens, count: int, *, batch_size: int, device: torch.device) -> Tensor:
+    """Unit embeddings (N, E) of all captions."""
+    out = []
+    for first in range(0, count, batch_size):
+        ids, mask = tokens[torch.arange(first, min(first + batch_size, count))]
+        out.append(model.project_text(model.text_encoder.encode(ids.to(device), mask.to(device))))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def rerank(
+    model: VideoText, dual: Tensor, clips: Tensor, tokens: Tokens, *, top_k: int, pairs: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Matching-head logits for the best pairs: (V, N) for clips searching captions, (V, N) for captions searching clips.
+
+    For each clip its top_k captions by the dual scores, for each caption its top_k clips; all other cells are excluded.
+    Keys and values of a clip are computed once, `pairs` captions run beside each other.
+    """
+    count_v, count_n = dual.shape
+    by_clip, by_text = (torch.zeros_like(dual, dtype=torch.bool) for _ in range(2))
+    by_clip.scatter_(1, dual.topk(min(top_k, count_n), dim=1).indices, True)
+    by_text.scatter_(0, dual.topk(min(top_k, count_v), dim=0).indices, True)
+    logits = torch.full_like(dual, _EXCLUDED)
+    wanted = (by_clip | by_text).cpu()
+    text = model.text_encoder
+    for number in range(count_v):
+        keys = text.clip_keys(clips[number : number + 1].to(device))
+        for chosen in wanted[number].nonzero()[:, 0].split(pairs):
+            ids, mask = (part.to(device) for part in tokens[chosen])
+            # One clip, its captions as groups that ask side by side.
+            fused = text.fuse(text.encode(ids, mask)[:, None], mask[:, None], keys)
+            logits[number, chosen.to(device)] = model.match(fused[:, 0])[:, 1].float()
+    return logits.masked_fill(~by_clip, _EXCLUDED), logits.masked_fill(~by_text, _EXCLUDED)
+
+
+def evaluate(
+    model: VideoText,
+    captions: CaptionList,
+    tokens: Tokens,
+    data: DataConfig,
+    *,
+    top_k: int = 128,
+    batch_size: int = 32,
+    pairs: int = 256,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Recalls both ways by embeddings (`dual_*`) and after re-ranking (`match_*`); the official protocol.
+
+    Right answers are the rows of a query's own sample. Scores after re-ranking are the matching logits alone.
+    """
+    model.eval()
+    clip_embeddings, clip_tokens, rows = encode_clips(model, captions, data, batch_size=batch_size, device=device)
+    texts = encode_texts(model, tokens, len(captions.captions), batch_size=4 * batch_size, device=device)
+    dual = clip_embeddings @ texts.t()
+    right = torch.tensor(rows, device=device)[:, None] == torch.tensor(captions.sample, device=device)[None]
+    figures: dict[str, Any] = {"clips": len(rows), "captions": len(captions.captions)}
+    figures |= recalls(dual, right, "dual_v2t") | recalls(dual.t(), right.t(), "dual_t2v")
+    if top_k:
+        v2t, t2v = rerank(model, dual, clip_tokens, tokens, top_k=top_k, pairs=pairs, device=device)
+        figures |= recalls(v2t, right, "match_v2t") | recalls(t2v.t(), right.t(), "match_t2v")
+    return figures
