@@ -5,6 +5,7 @@
 | stage1     | pre-training of the student against the sample world's own small CLIP        |
 | motion     | fine-tuning on motion labels (4 classes), from pre-training or from scratch  |
 | scene      | linear probe on scene labels (24 classes)                                    |
+| stage2     | captions and clips, from the stage-1 weights (only with `--stage2 True`)     |
 
 Expected, on average over three seeds: see the README. Each takes one to three minutes on two cores.
 """
@@ -17,7 +18,9 @@ from umt_fast.config import (
     OptimConfig,
     RunConfig,
     Stage1Config,
+    Stage2Config,
     TeacherConfig,
+    TextConfig,
     VitConfig,
 )
 
@@ -65,3 +68,21 @@ def scene() -> FinetuneConfig:
     config.optim.lr = 1e-2
     config.num_classes, config.freeze = 24, True
     return config
+
+
+def stage2() -> Stage2Config:
+    """Captions and clips together; no flip, which would make "moves left" wrong."""
+    pretraining = stage1()
+    return Stage2Config(
+        run=RunConfig(batch_size=32, epochs=10, warmup_epochs=1, dtype="fp32", log_every=25, tensorboard=False),
+        data=DataConfig(workers=2, flip=False, augment="random_resized_crop"),
+        student=pretraining.student,
+        teacher=pretraining.teacher,
+        text=TextConfig(width=96, depth=4, fusion_layer=2, num_heads=3, vocab_size=64, max_positions=16),
+        mask=pretraining.mask,
+        align=pretraining.align,
+        optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_lr=1e-5, lr_batch=0, weight_decay=0.02),
+        embed_dim=64,
+        bert="untrained",
+        max_length=16,
+    )

@@ -143,6 +143,40 @@ def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, c
     assert "pre-training run" in fails(capsys, "eval", newest, tiny_list)
 
 
+def test_stage_2_from_stage_1_weights_and_resumed(tmp_path: Path, tiny_list: Path) -> None:
+    """Captions in, checkpoint out, from a stage-1 checkpoint; stopped after two of four steps it continues exactly."""
+    import torch
+
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "thing"]))
+    table = tiny_list.with_name("captions.json")
+    entries = [{"video": f"video{number % 2}.mp4", "caption": "a red thing"[: 3 + 2 * number]} for number in range(4)]
+    table.write_text(json.dumps(entries))
+    stage1 = tmp_path / "stage1"
+    assert main(["train", TINY, "--data.train", str(tiny_list), "--run.out", str(stage1)]) == 0
+    (weights,) = stage1.glob("checkpoint-*3.pt")
+    base = [
+        "train",
+        f"{TINY}:captions",
+        "--data.train",
+        str(table),
+        "--tokenizer",
+        str(tmp_path),
+        "--init",
+        str(weights),
+    ]
+    for name, stops in (("whole", [4]), ("parts", [3, 4])):
+        for stop in stops:
+            assert main([*base, "--run.out", str(tmp_path / name), "--run.max_steps", str(stop)]) == 0
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    for key in ("step", "loss", "vtc", "vtm", "mlm", "uta"):
+        assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]] and len(rows[0]) == 4
+    saved = torch.load(next((tmp_path / "whole").glob("checkpoint-*4.pt")), weights_only=True)["model"]
+    assert "vision_encoder.encoder.norm.weight" in saved and "text_encoder.cls.predictions.decoder.weight" in saved
+
+
 def test_convert_to_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     import torch
 

@@ -7,7 +7,7 @@ Commands:
   eval CHECKPOINT LIST [--key value ...]    accuracy of a fine-tuned classifier on a list of clips
   convert FILE OUT                         the weights of a checkpoint, in the official layout, as safetensors or .pth
   report RUN                               write RUN/report.html from a run's metrics and results
-  quickstart [--out DIR] [--seed N]        the sample world from nothing to report
+  quickstart [--out DIR] [--seed N] [--stage2 True]   the sample world from nothing to report
 
 `python -m umt_fast COMMAND --help` explains each.
 """
@@ -161,14 +161,15 @@ def _report(arguments: list[str]) -> None:
 def _quickstart(arguments: list[str]) -> None:
     from umt_fast import quickstart
 
-    def command(out: Path = Path("runs/quickstart"), seed: int = 0) -> None:
+    def command(out: Path = Path("runs/quickstart"), seed: int = 0, stage2: bool = False) -> None:
         """Render the sample world, train its teacher, pre-train, compare, report.
 
         Args:
             out: Folder for everything; finished parts found there are not done again.
             seed: Seed of the world, the teacher and the training.
+            stage2: Go on to captions and zero-shot retrieval.
         """
-        quickstart.run(out, seed)
+        quickstart.run(out, seed, stage2)
 
     _cli(command, arguments, "quickstart")
 

@@ -18,20 +18,29 @@ import torch
 from torch import nn
 
 from umt_fast import recipe
-from umt_fast.config import ConfigError, DataConfig, FinetuneConfig, MaskConfig, Stage1Config, TeacherConfig
+from umt_fast.config import (
+    ConfigError,
+    DataConfig,
+    FinetuneConfig,
+    MaskConfig,
+    Stage1Config,
+    Stage2Config,
+    TeacherConfig,
+)
 from umt_fast.data import sample_world
+from umt_fast.data.captions import Tokens, load_tokenizer, read_captions
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import read_list
 from umt_fast.data.sampling import sparse_center
-from umt_fast.engine.checkpoint import checkpoints
+from umt_fast.engine.checkpoint import checkpoints, load_newest
 from umt_fast.engine.precision import pick_device
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.weights import load_teacher
 from umt_fast.objectives.supervised import Supervised
-from umt_fast.tasks import small_clip
+from umt_fast.tasks import retrieval, small_clip
 from umt_fast.tasks.classification import accuracy
 from umt_fast.tasks.frame_teacher import FrameSupervised
-from umt_fast.train import fit_objective, train
+from umt_fast.train import build_objective, fit_objective, train
 
 log = logging.getLogger("umt_fast")
 
@@ -170,7 +179,36 @@ def stage1_config(out: Path, seed: int) -> Stage1Config:
     return config
 
 
-def run(out: str | Path, seed: int = 0) -> Path:
+def write_vocabulary(folder: Path, captions: Path) -> None:
+    """A BERT vocabulary of whole words: the special tokens and every word of a caption list."""
+    words = sorted({word for caption in read_captions(captions).captions for word in caption.split()})
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n")
+
+
+def stage2_config(out: Path, seed: int, pretrained: str) -> Stage2Config:
+    """The page's stage-2 run, on this world, teacher and pre-training."""
+    config: Stage2Config = recipe.load("quickstart:stage2")
+    config.run.seed, config.run.out = seed, str(out / "stage2")
+    config.data.train = str(out / "world" / "train_captions.json")
+    config.teacher.weights, config.init = str(out / "teacher.safetensors"), pretrained
+    config.tokenizer = str(out / "tokenizer")
+    return config
+
+
+def retrieve(out: Path, config: Stage2Config) -> dict[str, Any]:
+    """Zero-shot retrieval among unseen clips and their captions."""
+    objective = build_objective(config)
+    objective.model.load_state_dict(load_newest(Path(config.run.out))[1]["model"])
+    captions = read_captions(out / "world" / "test_captions.json")
+    tokens = Tokens(captions.captions, load_tokenizer(config.tokenizer), max_length=config.max_length)
+    device = pick_device(config.run.device)
+    data = DataConfig(workers=config.data.workers)
+    figures = retrieval.evaluate(objective.model.to(device), captions, tokens, data, device=device)
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def run(out: str | Path, seed: int = 0, stage2: bool = False) -> Path:
     """Runs what is missing of a quickstart and returns the report's path."""
     from umt_fast.report import write_report
 
@@ -186,6 +224,11 @@ def run(out: str | Path, seed: int = 0) -> Path:
     for label in ("motion", "scene"):
         results.part(label, lambda label=label: compare(out, label, config.teacher, pretrained, seed))
     results.part("foreground", lambda: measure_masks(out, config))
+    if stage2:
+        write_vocabulary(out / "tokenizer", world / "train_captions.json")
+        second = stage2_config(out, seed, pretrained)
+        results.part("stage2", lambda: {"run": str(train(second))})
+        results.part("retrieval", lambda: retrieve(out, second))
     report = write_report(out)
     log.info("checkpoint %s\nmetrics    %s\nreport     %s", pretrained, out / "stage1" / "metrics.jsonl", report)
     return report

@@ -1,6 +1,16 @@
 """A stage-1 run of seconds, for tests of the command line."""
 
-from umt_fast.config import AlignConfig, DataConfig, FinetuneConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
+from umt_fast.config import (
+    AlignConfig,
+    DataConfig,
+    FinetuneConfig,
+    RunConfig,
+    Stage1Config,
+    Stage2Config,
+    TeacherConfig,
+    TextConfig,
+    VitConfig,
+)
 
 DEFAULT = "tiny"
 
@@ -35,3 +45,14 @@ def classes() -> FinetuneConfig:
     return FinetuneConfig(
         run=pretraining.run, data=pretraining.data, student=pretraining.student, num_classes=2, head_scale=1.0
     )
+
+
+def captions() -> Stage2Config:
+    """Three steps of stage 2 on the same student and teacher."""
+    pretraining = tiny()
+    pretraining.run.epochs, pretraining.run.save_every = 30, 2
+    return Stage2Config(
+        run=pretraining.run, data=pretraining.data, student=pretraining.student, teacher=pretraining.teacher,
+        align=pretraining.align, bert="untrained", embed_dim=8, max_length=6,
+        text=TextConfig(width=32, depth=2, fusion_layer=1, num_heads=2, vocab_size=16, max_positions=8),
+    )  # fmt: skip

@@ -188,3 +188,7 @@ def test_logits_at_asked_positions_alone_give_the_same_loss() -> None:
     for capacity in (count, count + 5):
         rows, asked = vision_text.masked_rows(labels, capacity)
         torch.testing.assert_close(vision_text.masked_language_loss(logits[rows], asked), expected)
+    logits.requires_grad_()
+    nothing = vision_text.masked_language_loss(logits, torch.full((28,), -100))
+    nothing.backward()
+    assert nothing == 0 and not logits.grad.any()

@@ -125,5 +125,6 @@ def masked_rows(labels: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 
 def masked_language_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over asked positions; logits (m, vocabulary), labels int64 (m,) with -100 for none."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=_IGNORED)
+    """Mean cross-entropy over asked positions, 0 where none is; logits (m, vocabulary), labels int64 (m,), -100 for none."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=_IGNORED, reduction="sum")
+    return total / (labels != _IGNORED).sum().clamp_min(1)
