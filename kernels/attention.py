@@ -4,19 +4,22 @@
 
 4 * B*H*Nq*Nk*D FLOPs; no road keeps the (Nq, Nk) map but "math", the definition. Roads: "flash_attn" (the flash-attn
 package: CUDA, fp16 or bf16), "xformers", "sdpa" (PyTorch's fused kernels, any device) and "math". "auto" takes flash_attn
-where it is installed and fits, else sdpa; `attention_road` says which one that is.
+where it is installed and fits, else sdpa; `attention_road` says which one that is, and so does one log line at first use.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from types import ModuleType
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+log = logging.getLogger("kernels")
 
 AttentionRoad = Literal["auto", "flash_attn", "xformers", "sdpa", "math"]
 _ROADS = ("auto", "flash_attn", "xformers", "sdpa", "math")
@@ -43,11 +46,19 @@ def attention_road(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return "sdpa"
 
 
+@functools.cache
+def _say_once(device: str, dtype: torch.dtype, road: str) -> None:
+    log.info("attention on %s in %s takes the road %s", device, str(dtype).removeprefix("torch."), road)
+
+
 def _choose(road: str, q: Tensor) -> str:
     if road not in _ROADS:
         raise ValueError(f"road is {road!r}; choose one of {', '.join(_ROADS)}")
     if road == "auto":
-        return attention_road(q.device, q.dtype, q.shape[-1])
+        road = attention_road(q.device, q.dtype, q.shape[-1])
+        if not torch.compiler.is_compiling():
+            _say_once(q.device.type, q.dtype, road)
+        return road
     if road in ("flash_attn", "xformers"):
         module = "flash_attn" if road == "flash_attn" else "xformers.ops"
         if _library(module) is None:

@@ -140,31 +140,39 @@ def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, c
     assert main(arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(figures.read_text()) and printed["clips"] == 2 and printed["top5"] == 1.0
-    assert "pre-training run" in fails(capsys, "eval", newest, tiny_list)
+    assert "of a stage-1 run" in fails(capsys, "eval", newest, tiny_list)
 
 
-def test_stage_2_from_stage_1_weights_and_resumed(tmp_path: Path, tiny_list: Path) -> None:
-    """Captions in, checkpoint out, from a stage-1 checkpoint; stopped after two of four steps it continues exactly."""
+def test_stage_2_from_stage_1_weights_and_resumed(
+    tmp_path: Path, tiny_list: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Captioned clips and images in, checkpoint out; stopped after three of six steps it continues exactly."""
     import torch
+    from PIL import Image
 
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "thing"]))
     table = tiny_list.with_name("captions.json")
     entries = [{"video": f"video{number % 2}.mp4", "caption": "a red thing"[: 3 + 2 * number]} for number in range(4)]
     table.write_text(json.dumps(entries))
+    Image.new("RGB", (50, 40), "red").save(tiny_list.with_name("red.png"))
+    pictures = tiny_list.with_name("pictures.json")
+    pictures.write_text(json.dumps([{"image": "red.png", "caption": "red"}] * 2))
     stage1 = tmp_path / "stage1"
     assert main(["train", TINY, "--data.train", str(tiny_list), "--run.out", str(stage1)]) == 0
     (weights,) = stage1.glob("checkpoint-*3.pt")
     base = [
         "train",
         f"{TINY}:captions",
-        "--data.train",
+        "--videos",
         str(table),
+        "--images",
+        str(pictures),
         "--tokenizer",
         str(tmp_path),
         "--init",
         str(weights),
     ]
-    for name, stops in (("whole", [4]), ("parts", [3, 4])):
+    for name, stops in (("whole", [6]), ("parts", [3, 6])):
         for stop in stops:
             assert main([*base, "--run.out", str(tmp_path / name), "--run.max_steps", str(stop)]) == 0
     rows = [
@@ -172,9 +180,15 @@ def test_stage_2_from_stage_1_weights_and_resumed(tmp_path: Path, tiny_list: Pat
         for name in ("whole", "parts")
     ]
     for key in ("step", "loss", "vtc", "vtm", "mlm", "uta"):
-        assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]] and len(rows[0]) == 4
-    saved = torch.load(next((tmp_path / "whole").glob("checkpoint-*4.pt")), weights_only=True)["model"]
+        assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]] and len(rows[0]) == 6
+    saved = torch.load(next((tmp_path / "whole").glob("checkpoint-*6.pt")), weights_only=True)["model"]
     assert "vision_encoder.encoder.norm.weight" in saved and "text_encoder.cls.predictions.decoder.weight" in saved
+    newest = next((tmp_path / "whole").glob("checkpoint-*6.pt"))
+    capsys.readouterr()
+    assert main(["eval", str(newest), str(table), "--workers", "0", "--top_k", "2"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["clips"] == 2 and figures["captions"] == 4
+    assert {"dual_t2v_r1", "match_t2v_r1", "match_v2t_median_rank"} <= figures.keys()
 
 
 def test_convert_to_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -4,7 +4,7 @@ Commands:
   train RECIPE [--section.key value ...]   one training run; `train RECIPE --help` lists every key
   scan LIST --out MANIFEST                 decode every clip once, write a manifest and a list of bad files
   bench stage1 [...]                       time a whole training step on random clips, one JSON line
-  eval CHECKPOINT LIST [--key value ...]    accuracy of a fine-tuned classifier on a list of clips
+  eval CHECKPOINT LIST [--key value ...]    accuracy of a classifier, or retrieval with a stage-2 model
   convert FILE OUT                         the weights of a checkpoint, in the official layout, as safetensors or .pth
   report RUN                               write RUN/report.html from a run's metrics and results
   quickstart [--out DIR] [--seed N] [--stage2 True]   the sample world from nothing to report
@@ -91,7 +91,7 @@ def _bench(arguments: list[str]) -> None:
 
 def _eval(arguments: list[str]) -> None:
     from umt_fast.config import DataConfig
-    from umt_fast.tasks.classification import evaluate_checkpoint
+    from umt_fast.tasks.evaluate import evaluate_checkpoint
 
     def command(
         checkpoint: Annotated[Path, tyro.conf.Positional],
@@ -99,25 +99,29 @@ def _eval(arguments: list[str]) -> None:
         /,
         out: Path | None = None,
         batch_size: int = 16,
+        top_k: int = 128,
         workers: int = 4,
         separator: str = ",",
         root: str = "",
         device: str = "auto",
     ) -> None:
-        """Top-1 and top-5 accuracy of a fine-tuning run's checkpoint: one centred view per clip.
+        """Judge a run's checkpoint on unseen clips, one centred view each; it says by itself what it holds.
 
         Args:
-            checkpoint: A checkpoint-*.pt of a fine-tuning run; it says which model and clips it was trained with.
-            list_path: The list or manifest to evaluate.
+            checkpoint: checkpoint-*.pt of a fine-tuning run (top-1 and top-5), or of stage 2 (zero-shot retrieval).
+            list_path: Labelled clips, or a caption list (.json or SQLite).
             out: JSON file to write the figures to, besides printing them.
             batch_size: Clips per step.
+            top_k: Candidates that the matching head re-ranks (retrieval); 0: none.
             workers: Decoding processes.
-            separator: Field separator of the list.
+            separator: Field separator of a list of labelled clips.
             root: Folder put before relative paths; empty: the list's own folder.
             device: auto, cpu or cuda.
         """
         data = DataConfig(workers=workers, separator=separator, root=root)
-        figures = evaluate_checkpoint(checkpoint, list_path, data, batch_size=batch_size, device=device)
+        figures = evaluate_checkpoint(
+            checkpoint, list_path, data, batch_size=batch_size, top_k=top_k, device=device
+        )  # fmt: skip
         print(json.dumps(figures))
         if out is not None:
             out.write_text(json.dumps(figures) + "\n")

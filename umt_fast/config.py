@@ -346,11 +346,17 @@ class Stage2Config:
 
     run: RunConfig = field(default_factory=lambda: RunConfig(batch_size=128, epochs=10, warmup_epochs=1))
     data: DataConfig = field(default_factory=lambda: DataConfig(augment="random_resized_crop"))
-    """data.train is a caption list: .json or SQLite."""
+    """How clips and images are cut; the lists are `videos` and `images`, data.train is not used."""
+    videos: tuple[str, ...] = ()
+    """Caption lists of clips (.json or SQLite), each as LIST or LIST=FOLDER, the folder its names are relative to."""
+    images: tuple[str, ...] = ()
+    """Caption lists of images, likewise. With both, each step takes a batch of one kind, in an order drawn for each epoch."""
     student: VitConfig = field(default_factory=lambda: VitConfig(num_frames=4))
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     text: TextConfig = field(default_factory=TextConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    image_mask: MaskConfig = field(default_factory=lambda: MaskConfig(ratio=0.5))
+    """Which tokens of an image the tower sees."""
     align: AlignConfig = field(default_factory=AlignConfig)
     losses: Stage2Losses = field(default_factory=Stage2Losses)
     optim: OptimConfig = field(

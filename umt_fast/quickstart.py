@@ -28,19 +28,20 @@ from umt_fast.config import (
     TeacherConfig,
 )
 from umt_fast.data import sample_world
-from umt_fast.data.captions import Tokens, load_tokenizer, read_captions
+from umt_fast.data.captions import read_captions
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import read_list
 from umt_fast.data.sampling import sparse_center
-from umt_fast.engine.checkpoint import checkpoints, load_newest
+from umt_fast.engine.checkpoint import checkpoints
 from umt_fast.engine.precision import pick_device
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.weights import load_teacher
 from umt_fast.objectives.supervised import Supervised
-from umt_fast.tasks import retrieval, small_clip
+from umt_fast.tasks import small_clip
 from umt_fast.tasks.classification import accuracy
+from umt_fast.tasks.evaluate import evaluate_checkpoint
 from umt_fast.tasks.frame_teacher import FrameSupervised
-from umt_fast.train import build_objective, fit_objective, train
+from umt_fast.train import fit_objective, train
 
 log = logging.getLogger("umt_fast")
 
@@ -190,7 +191,7 @@ def stage2_config(out: Path, seed: int, pretrained: str) -> Stage2Config:
     """The page's stage-2 run, on this world, teacher and pre-training."""
     config: Stage2Config = recipe.load("quickstart:stage2")
     config.run.seed, config.run.out = seed, str(out / "stage2")
-    config.data.train = str(out / "world" / "train_captions.json")
+    config.videos = (str(out / "world" / "train_captions.json"),)
     config.teacher.weights, config.init = str(out / "teacher.safetensors"), pretrained
     config.tokenizer = str(out / "tokenizer")
     return config
@@ -198,13 +199,14 @@ def stage2_config(out: Path, seed: int, pretrained: str) -> Stage2Config:
 
 def retrieve(out: Path, config: Stage2Config) -> dict[str, Any]:
     """Zero-shot retrieval among unseen clips and their captions."""
-    objective = build_objective(config)
-    objective.model.load_state_dict(load_newest(Path(config.run.out))[1]["model"])
-    captions = read_captions(out / "world" / "test_captions.json")
-    tokens = Tokens(captions.captions, load_tokenizer(config.tokenizer), max_length=config.max_length)
-    device = pick_device(config.run.device)
-    data = DataConfig(workers=config.data.workers)
-    figures = retrieval.evaluate(objective.model.to(device), captions, tokens, data, device=device)
+    figures = evaluate_checkpoint(
+        Path(newest_weights(Path(config.run.out))),
+        out / "world" / "test_captions.json",
+        DataConfig(workers=config.data.workers),
+        batch_size=32,
+        top_k=128,
+        device=config.run.device,
+    )
     return {name: round(value, 4) for name, value in figures.items()}
 
 

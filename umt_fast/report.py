@@ -146,6 +146,18 @@ def _results_section(results: dict[str, Any]) -> str:
             f"<p>The teacher names {100 * teacher['zero_shot']:.1f}% of unseen frames right among "
             f"{teacher['captions']} captions.</p>"
         )
+    if "retrieval" in results:
+        found = results["retrieval"]
+        rows = [
+            [way, how, *(100 * found[f"{head}_{side}_r{k}"] for k in (1, 5, 10)), found[f"{head}_{side}_median_rank"]]
+            for side, way in (("t2v", "captions search clips"), ("v2t", "clips search captions"))
+            for head, how in (("dual", "embeddings"), ("match", "re-ranked by matching"))
+        ]
+        parts.append(_table(rows, ["zero-shot, unseen clips", "by", "R@1, %", "R@5, %", "R@10, %", "median rank"]))
+        parts.append(
+            f'<p class="note">{found["clips"]} clips, {found["captions"]} captions; some captions occur more than once, and '
+            f"only a clip's own counts. Chance at R@1 is {100 / found['clips']:.2f}%.</p>"
+        )
     seconds = [[name, part["seconds"]] for name, part in results.items() if isinstance(part, dict)]
     parts.append("<h2>Time</h2>" + _table(seconds, ["part", "seconds"]))
     return "".join(parts)

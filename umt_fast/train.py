@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, to_dict
-from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_captions
+from umt_fast.data.captions import AlternatingLoader, CaptionLoader, Tokens, load_tokenizer, read_corpora
 from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import read_list
+from umt_fast.data.manifest import Clip, read_list
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.precision import pick_device, usable_dtype
 from umt_fast.engine.trainer import Trainer
@@ -39,26 +39,29 @@ def build_objective(config: AnyConfig) -> torch.nn.Module:
     raise ConfigError(f"no objective for {type(config).__name__}")
 
 
-def build_loader(config: AnyConfig, rank: int, world_size: int) -> ClipLoader | CaptionLoader:
-    """The training clips of a configuration, with captions where it is of stage 2."""
-    captioned = read_captions(config.data.train, config.data.root) if isinstance(config, Stage2Config) else None
-    clips = captioned.clips if captioned else read_list(config.data.train, config.data)
-    loader = ClipLoader(
-        clips,
-        config.data,
-        num_frames=config.student.num_frames,
-        image_size=config.student.image_size,
-        batch_size=config.run.batch_size,
-        rank=rank,
-        world_size=world_size,
-        seed=config.run.seed,
-    )
-    if captioned is None:
-        return loader
-    tokens = Tokens(
-        captioned.captions, load_tokenizer(config.tokenizer), max_length=config.max_length, sep=config.sep_token
-    )
-    return CaptionLoader(loader, tokens, captioned.sample)
+def build_loader(config: AnyConfig, rank: int, world_size: int) -> ClipLoader | AlternatingLoader:
+    """The training clips of a configuration; for stage 2 captioned clips and images in turn."""
+
+    def clips_of(clips: list[Clip], num_frames: int) -> ClipLoader:
+        return ClipLoader(
+            clips, config.data, num_frames=num_frames, image_size=config.student.image_size,
+            batch_size=config.run.batch_size, rank=rank, world_size=world_size, seed=config.run.seed,
+        )  # fmt: skip
+
+    if not isinstance(config, Stage2Config):
+        if not config.data.train:
+            raise ConfigError("data.train is empty; give a list of videos: --data.train list.csv")
+        return clips_of(read_list(config.data.train, config.data), config.student.num_frames)
+    if not config.videos and not config.images:
+        raise ConfigError("videos and images are both empty; give caption lists: --videos list.json=folder")
+    tokenizer = load_tokenizer(config.tokenizer)
+    parts = []
+    for entries, frames in ((config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)):
+        if entries:
+            corpus = read_corpora(entries)
+            tokens = Tokens(corpus.captions, tokenizer, max_length=config.max_length, sep=config.sep_token)
+            parts.append(CaptionLoader(clips_of(corpus.clips, frames), tokens, corpus.sample))
+    return AlternatingLoader(parts, config.run.seed)
 
 
 def train(config: AnyConfig) -> Path:
@@ -76,8 +79,6 @@ def train(config: AnyConfig) -> Path:
 
 def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], torch.nn.Module]) -> Path:
     """Trains an objective, or one built once the list has been read, with a configuration's data, schedule and folder."""
-    if not config.data.train:
-        raise ConfigError("data.train is empty; give a list of videos: --data.train list.csv")
     with distributed_run(config.run) as ranks:
         loader = build_loader(config, ranks.rank, ranks.world_size)
         objective = objective if isinstance(objective, torch.nn.Module) else objective()

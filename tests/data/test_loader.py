@@ -120,3 +120,16 @@ def test_crop_equals_pil_and_flip_mirrors() -> None:
     np.testing.assert_array_equal(transforms.apply(frame, crop, 32)[0], np.asarray(expected))
     mirrored = transforms.apply(frame, transforms.Crop(10, 5, 50, 40, True), 32)
     np.testing.assert_array_equal(mirrored[0], np.asarray(expected)[:, ::-1])
+
+
+def test_random_resized_crops_cover_half_to_all_of_the_area() -> None:
+    rng = np.random.default_rng(0)
+    crops = [transforms.random_resized_crop(340, 256, True, rng) for _ in range(500)]
+    areas = np.array([crop.width * crop.height / (340 * 256) for crop in crops])
+    aspects = np.array([crop.width / crop.height for crop in crops])
+    assert 0.49 < areas.min() < 0.55 and 0.95 < areas.max() <= 1.0
+    assert 0.74 < aspects.min() and aspects.max() < 1.34
+    assert all(c.left >= 0 and c.left + c.width <= 340 and c.top >= 0 and c.top + c.height <= 256 for c in crops)
+    assert 0.4 < np.mean([crop.flip for crop in crops]) < 0.6
+    narrow = transforms.random_resized_crop(400, 20, False, rng)  # no such window fits: the widest allowed, centred
+    assert (narrow.height, narrow.width, narrow.flip) == (20, 27, False)

@@ -273,6 +273,28 @@ def test_attention_roads(road, queries, keys, heads, width) -> None:
         assert (ours.double() - truth).abs().max() <= 2 * (reference.double() - truth).abs().max() + 1e-5
 
 
+def test_the_chosen_road_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    q = torch.randn(1, 2, 1, 8, device=DEVICE, dtype=torch.float64)
+    with caplog.at_level("INFO", logger="kernels"):
+        for _ in range(3):
+            kernels.attention(q, q, q)
+    said = [record.message for record in caplog.records if "float64" in record.message]
+    assert said == [f"attention on {DEVICE} in float64 takes the road sdpa"]
+
+
+@pytest.mark.parametrize("road", ["sdpa", "math"])
+def test_masked_keys_are_not_there(road: str) -> None:
+    q, k, v = (torch.randn(2, n, 2, 16, device=DEVICE) for n in (3, 5, 5))
+    mask = torch.tensor([[True, True, False, True, False], [True] * 5], device=DEVICE)
+    ours = kernels.attention(q, k, v, key_mask=mask, road=road)
+    torch.testing.assert_close(ours[:1], kernels.attention(q[:1], k[:1, mask[0]], v[:1, mask[0]], road="math"))
+    torch.testing.assert_close(ours[1:], kernels.attention(q[1:], k[1:], v[1:], road="math"))
+    with pytest.raises(ValueError, match="must be bool"):
+        kernels.attention(q, k, v, key_mask=mask.int())
+    with pytest.raises(ValueError, match="no dropout"):
+        kernels.attention(q, k, v, dropout=0.1, road="math")
+
+
 @pytest.mark.parametrize("road", ["sdpa", "math"])
 def test_packed_attention_keeps_sequences_apart(road: str) -> None:
     lengths_q, lengths_k = [3, 1, 5], [2, 4, 1]

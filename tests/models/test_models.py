@@ -5,13 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from umt_fast.config import AlignConfig, MaskConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
+from umt_fast.config import AlignConfig, MaskConfig, RunConfig, Stage1Config, TeacherConfig, TextConfig, VitConfig
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.clip_teacher import ClipTeacher
+from umt_fast.models.multimodal import VideoText
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.models.student import Student
+from umt_fast.models.text import TextEncoder
 from umt_fast.models.vit import VisionTransformer, drop_path, resized_table, sinusoid_table
-from umt_fast.models.weights import WeightsError, load_encoder, load_student, load_teacher, save_state
+from umt_fast.models.weights import (
+    WeightsError,
+    load_bert,
+    load_encoder,
+    load_student,
+    load_teacher,
+    load_video_text,
+    save_state,
+)
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 from umt_fast.tokens import TokenGrid, draw_uniform, num_visible, visible_per_clip
 
@@ -267,3 +277,44 @@ def _fields(config: TeacherConfig) -> dict:
     import dataclasses
 
     return dataclasses.asdict(config)
+
+
+def test_a_stage_2_file_fits_with_and_without_its_teacher(tmp_path: Path) -> None:
+    text = TextConfig(width=32, depth=2, fusion_layer=1, num_heads=2, vocab_size=9, max_positions=4)
+    sizes = {"num_layers": 2, "output_dim": 16, "embed_dim": 8}
+    first, second = VideoText(SMALL, text, **sizes), VideoText(SMALL, text, **sizes)
+    teacher = {f"clip_teacher.{key}": value for key, value in ClipTeacher(TEACHER, 2).state_dict().items()}
+    torch.save({"model": first.state_dict() | teacher}, tmp_path / "stage2.pth")
+    load_video_text(second, tmp_path / "stage2.pth")
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    state = first.state_dict()
+    del state["itm_head.bias"]
+    torch.save(state, tmp_path / "cut.pth")
+    with pytest.raises(WeightsError, match="missing: itm_head.bias"):
+        load_video_text(second, tmp_path / "cut.pth")
+
+
+def test_hugging_face_bert_gives_the_same_hidden_states_and_words(tmp_path: Path) -> None:
+    """Our text layers, filled from a BERT of transformers, are that BERT; only the cross-attention starts fresh."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        vocab_size=30, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128,
+        max_position_embeddings=12,
+    )  # fmt: skip
+    theirs = BertForMaskedLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = TextEncoder(
+        TextConfig(width=32, depth=3, fusion_layer=2, num_heads=2, vocab_size=30, max_positions=12), 16
+    ).eval()
+    load_bert(ours, str(tmp_path))
+    ids, mask = torch.randint(1, 30, (2, 7)), torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    expected = theirs.bert(ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(ours.encode(ids, mask)[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    hidden = torch.randn(2, 7, 32)
+    torch.testing.assert_close(ours.cls.predictions(hidden), theirs.cls(hidden), rtol=1e-4, atol=1e-5)
+    with pytest.raises(WeightsError, match="no BERT weights"):
+        load_bert(ours, str(tmp_path / "missing"))

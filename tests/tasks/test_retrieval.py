@@ -6,7 +6,7 @@ import torch
 from umt_fast.config import TextConfig, VitConfig
 from umt_fast.data.captions import Tokens
 from umt_fast.models.multimodal import VideoText
-from umt_fast.tasks.retrieval import recalls, rerank
+from umt_fast.tasks.retrieval import encode_texts, recalls, rerank
 
 
 def test_recalls_by_hand() -> None:
@@ -42,7 +42,9 @@ def test_rerank_equals_one_pair_at_a_time() -> None:
     torch.nn.init.normal_(model.itm_head.weight)
     clips, dual = torch.randn(3, 8, 32), torch.randn(3, 5)
     tokens = Tokens(["1 2 3", "4", "5 6", "7 8 9 1", "2"], Words(), max_length=6)
-    v2t, t2v = rerank(model, dual, clips, tokens, top_k=2, pairs=2, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    texts = encode_texts(model, tokens, 5, batch_size=2, device=cpu)
+    v2t, t2v = rerank(model, dual, clips, texts, top_k=2, pairs=2, device=cpu)
     expected = torch.empty(3, 5)
     with torch.no_grad():
         for row in range(3):

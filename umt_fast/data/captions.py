@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +64,20 @@ def read_captions(path: str | Path, root: str = "") -> CaptionList:
         clips.append(Clip(path=resolved))
         captions.append(clean_caption(caption))
     return CaptionList(clips, captions, sample)
+
+
+def read_corpora(entries: Sequence[str]) -> CaptionList:
+    """Several caption lists as one, each given as LIST or LIST=FOLDER; a file keeps its identity within a list."""
+    joint = CaptionList([], [], [])
+    for entry in entries:
+        name, _, root = entry.partition("=")
+        if root and not Path(root).is_dir():
+            raise DataError(f"{entry}: {root} is not a folder; give LIST or LIST=FOLDER")
+        part = read_captions(name, root)
+        joint.sample.extend(row + len(joint.clips) for row in part.sample)
+        joint.clips.extend(part.clips)
+        joint.captions.extend(part.captions)
+    return joint
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, str]]:
@@ -162,3 +178,59 @@ class CaptionLoader:
                 yield batch | {"ids": ids, "mask": mask, "sample": self.sample[batch["index"]]}
         finally:
             batches.close()
+
+
+class AlternatingLoader:
+    """Batches of several loaders in turn, each batch from one of them, in an order that the seed draws for each epoch.
+
+    Every loader runs to its end in every epoch. Clip numbers of the second loader follow those of the first, and so on.
+    """
+
+    def __init__(self, parts: list[CaptionLoader], seed: int) -> None:
+        self.parts, self.seed = parts, seed
+        self.epoch, self.position = 0, 0
+        self.first = [0]
+        for part in parts:
+            self.first.append(self.first[-1] + len(part.sample))
+
+    @property
+    def bad_files(self) -> dict[str, str]:
+        return {name: reason for part in self.parts for name, reason in part.bad_files.items()}
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+        for part in self.parts:
+            part.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = [part.state_dict() for part in self.parts]
+        return {"epoch": self.epoch, "position": self.position, "parts": parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        for part, its in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(its)
+
+    def name_of(self, index: int) -> str:
+        which = bisect.bisect_right(self.first, index) - 1
+        return self.parts[which].name_of(index - self.first[which])
+
+    def order(self, epoch: int) -> list[int]:
+        """Which loader gives each batch of an epoch; the same on every rank."""
+        turns = np.repeat(np.arange(len(self.parts)), [len(part) for part in self.parts])
+        return np.random.default_rng((self.seed, epoch, 3)).permutation(turns).tolist()
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        batches = [iter(part) for part in self.parts]
+        try:
+            for which in self.order(self.epoch)[self.position :]:
+                batch = next(batches[which])
+                self.position += 1
+                yield batch | {"index": batch["index"] + self.first[which]}
+        finally:
+            for part in batches:
+                part.close()

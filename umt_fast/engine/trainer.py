@@ -1,7 +1,8 @@
 """The one training loop. It knows no model and no data set: an objective turns a batch into a loss, a loader gives batches.
 
 An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save;
-`flops_per_clip()`. A loader is iterable and sized, with set_epoch, state_dict and load_state_dict.
+`flops_per_clip()`; optionally `has_unused_parameters`, true where some get no gradient. A loader is iterable and sized,
+with set_epoch, state_dict and load_state_dict.
 
 Randomness: before each micro-step the generators are seeded from (run.seed, rank, step, micro-step), and the objective
 gets the same number as a device tensor. A run continued from a checkpoint therefore needs no generator state to repeat
@@ -301,7 +302,10 @@ class Trainer:
             # Buffers are constant; newer releases call the switch that keeps them out of every step another name.
             renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
             constant = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-            module = DistributedDataParallel(module, gradient_as_bucket_view=True, **constant)
+            unused = getattr(self.objective, "has_unused_parameters", False)
+            module = DistributedDataParallel(
+                module, gradient_as_bucket_view=True, find_unused_parameters=unused, **constant
+            )
         return module
 
     def _announce(self) -> None:

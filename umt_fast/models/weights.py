@@ -124,6 +124,11 @@ def load_tower(tower: nn.Module, path: str | Path) -> None:
     fit(tower, load_state(path), str(path), fresh=("pool_norm.",))
 
 
+def load_video_text(model: nn.Module, path: str | Path) -> None:
+    """Loads a stage-2 file into a VideoText; the frozen teacher that official files carry is not used."""
+    fit(model, load_state(path), str(path), dropped=("clip_teacher.",))
+
+
 def load_bert(text_encoder: nn.Module, name: str) -> None:
     """Fills the text encoder from Hugging Face weights by name or local folder; the cross-attention starts fresh.
 

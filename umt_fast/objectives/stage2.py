@@ -55,7 +55,7 @@ def stage2_losses(
         fp32 scalars: `loss`, the weighted sum, and `vtc`, `vtm`, `mlm`, `uta` (detached) as far as their weights are not 0.
     """
     text = model.text_encoder
-    tokens, heads = model.vision_encoder.embed(video, visible, heads=targets is not None)
+    tokens, heads = model.vision_encoder.embed(video, visible, heads=targets is not None and losses.uta > 0)
     both = text.encode(torch.cat([ids, masked_ids]), torch.cat([mask, mask]))
     plain, masked = both.chunk(2)
     found: dict[str, Tensor] = {}
@@ -108,10 +108,18 @@ class VideoTextPretraining(nn.Module):
         """The module that checkpoints hold, in the official stage-2 layout (without the frozen teacher)."""
         return self.model
 
+    @property
+    def has_unused_parameters(self) -> bool:
+        """Whether some parameters get no gradient: those that only a switched-off loss uses."""
+        losses = self.config.losses
+        return min(losses.vtc, losses.vtm, losses.mlm, losses.uta) == 0
+
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
         """batch: `video` as in stage 1, `ids`, `mask` and `sample` as CaptionLoader gives them. Returns stage2_losses'."""
         config, video = self.config, batch["video"]
-        target = self.teacher(video, config.mask, seed)
+        frames = video.shape[1] if video.dtype == torch.uint8 else video.shape[2]
+        image = frames < config.student.num_frames
+        target = self.teacher(video, config.image_mask if image else config.mask, seed)
         masked, labels = vision_text.mask_tokens(
             batch["ids"], batch["mask"], probability=config.mask_words, mask_id=self.mask_id,
             vocab_size=config.text.vocab_size, special=self.special,
@@ -121,6 +129,7 @@ class VideoTextPretraining(nn.Module):
                 self.model, config.losses, video=video, visible=target.visible, ids=batch["ids"], mask=batch["mask"],
                 index=batch["sample"], masked_ids=masked, labels=labels, seed=seed, targets=target.targets,
                 rank=dist.get_rank() if dist.is_initialized() else 0,
+                capacity=vision_text.masked_capacity(labels.numel(), config.mask_words),
             )  # fmt: skip
 
     def flops_per_clip(self) -> float:

@@ -5,6 +5,7 @@ Legend: B pairs of this rank, G of all ranks, E embedding width, l text position
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -54,11 +55,13 @@ def similarity(vision: Tensor, text: Tensor, index: Tensor, temperature: Tensor)
     """
     every = gathered(index)
     equal = (index[:, None] == every[None]).float()
-    return Similarity(
-        v2t=vision @ gathered(text).t() / temperature,
-        t2v=text @ gathered(vision).t() / temperature,
-        targets=equal / equal.sum(1, keepdim=True),
-    )
+    # In fp32 whatever autocast says: a temperature of .01 turns bf16's rounding of a cosine into a change of .4.
+    with torch.autocast(vision.device.type, enabled=False):
+        return Similarity(
+            v2t=vision @ gathered(text).t() / temperature,
+            t2v=text @ gathered(vision).t() / temperature,
+            targets=equal / equal.sum(1, keepdim=True),
+        )
 
 
 def contrastive_loss(sim: Similarity) -> Tensor:
@@ -122,6 +125,12 @@ def masked_rows(labels: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     flat = labels.flatten()
     rows = (flat == _IGNORED).to(torch.uint8).sort(stable=True).indices[:capacity]
     return rows, flat[rows]
+
+
+def masked_capacity(positions: int, probability: float) -> int:
+    """Rows that hold all hidden words of a batch but once in a billion batches: the mean and six deviations."""
+    expected = positions * probability
+    return min(positions, math.ceil(expected + 6 * math.sqrt(expected * (1 - probability))))
 
 
 def masked_language_loss(logits: Tensor, labels: Tensor) -> Tensor:

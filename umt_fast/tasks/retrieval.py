@@ -5,7 +5,7 @@ Legend: V clips, N captions. Scores are (V, N); figures are named from the query
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,24 +51,36 @@ def encode_clips(
     return torch.cat(embeddings), torch.cat(kept), rows
 
 
+class Texts(NamedTuple):
+    """Unit embeddings (N, E); on the CPU the text layers' outputs (N, l, W) and their padding masks (N, l)."""
+
+    embeddings: Tensor
+    hidden: Tensor
+    mask: Tensor
+
+
 @torch.no_grad()
-def encode_texts(model: VideoText, tokens: Tokens, count: int, *, batch_size: int, device: torch.device) -> Tensor:
-    """Unit embeddings (N, E) of all captions."""
-    out = []
+def encode_texts(model: VideoText, tokens: Tokens, count: int, *, batch_size: int, device: torch.device) -> Texts:
+    """All captions through the text layers, once."""
+    embeddings = []
+    ids, mask = tokens[torch.arange(count)]
+    hidden = torch.empty(*ids.shape, model.text_encoder.config.width)
     for first in range(0, count, batch_size):
-        ids, mask = tokens[torch.arange(first, min(first + batch_size, count))]
-        out.append(model.project_text(model.text_encoder.encode(ids.to(device), mask.to(device))))
-    return torch.cat(out)
+        rows = slice(first, first + batch_size)
+        part = model.text_encoder.encode(ids[rows].to(device), mask[rows].to(device))
+        embeddings.append(model.project_text(part))
+        hidden[rows] = part.cpu()
+    return Texts(torch.cat(embeddings), hidden, mask)
 
 
 @torch.no_grad()
 def rerank(
-    model: VideoText, dual: Tensor, clips: Tensor, tokens: Tokens, *, top_k: int, pairs: int, device: torch.device
+    model: VideoText, dual: Tensor, clips: Tensor, texts: Texts, *, top_k: int, pairs: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Matching-head logits for the best pairs: (V, N) for clips searching captions, (V, N) for captions searching clips.
 
     For each clip its top_k captions by the dual scores, for each caption its top_k clips; all other cells are excluded.
-    Keys and values of a clip are computed once, `pairs` captions run beside each other.
+    Keys and values of a clip are computed once, `pairs` captions ask it side by side.
     """
     count_v, count_n = dual.shape
     by_clip, by_text = (torch.zeros_like(dual, dtype=torch.bool) for _ in range(2))
@@ -80,9 +92,8 @@ def rerank(
     for number in range(count_v):
         keys = text.clip_keys(clips[number : number + 1].to(device))
         for chosen in wanted[number].nonzero()[:, 0].split(pairs):
-            ids, mask = (part.to(device) for part in tokens[chosen])
-            # One clip, its captions as groups that ask side by side.
-            fused = text.fuse(text.encode(ids, mask)[:, None], mask[:, None], keys)
+            hidden, mask = texts.hidden[chosen].to(device), texts.mask[chosen].to(device)
+            fused = text.fuse(hidden[:, None], mask[:, None], keys)
             logits[number, chosen.to(device)] = model.match(fused[:, 0])[:, 1].float()
     return logits.masked_fill(~by_clip, _EXCLUDED), logits.masked_fill(~by_text, _EXCLUDED)
 
@@ -105,11 +116,11 @@ def evaluate(
     model.eval()
     clip_embeddings, clip_tokens, rows = encode_clips(model, captions, data, batch_size=batch_size, device=device)
     texts = encode_texts(model, tokens, len(captions.captions), batch_size=4 * batch_size, device=device)
-    dual = clip_embeddings @ texts.t()
+    dual = clip_embeddings @ texts.embeddings.t()
     right = torch.tensor(rows, device=device)[:, None] == torch.tensor(captions.sample, device=device)[None]
     figures: dict[str, Any] = {"clips": len(rows), "captions": len(captions.captions)}
     figures |= recalls(dual, right, "dual_v2t") | recalls(dual.t(), right.t(), "dual_t2v")
     if top_k:
-        v2t, t2v = rerank(model, dual, clip_tokens, tokens, top_k=top_k, pairs=pairs, device=device)
+        v2t, t2v = rerank(model, dual, clip_tokens, texts, top_k=top_k, pairs=pairs, device=device)
         figures |= recalls(v2t, right, "match_v2t") | recalls(t2v.t(), right.t(), "match_t2v")
     return figures

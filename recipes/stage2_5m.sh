@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Stage-2 pre-training on the 5M corpus: WebVid-2M and CC3M.
+#
+#   WEBVID2M=webvid.json=/data/webvid CC3M=cc3m.json=/data/cc3m \
+#       INIT=stage1.pth OUT=runs/stage2_5m [MODEL=b16|l16] bash recipes/stage2_5m.sh [--section.key value ...]
+#
+# Each corpus is LIST or LIST=FOLDER: a caption list (.json or SQLite) and the folder its names are relative to. INIT holds
+# stage-1 weights. Hyper-parameters and the paper's figures: stage2.py beside this file. Processes and nodes: launch.sh.
+set -euo pipefail
+: "${WEBVID2M:?set WEBVID2M to its caption list, or LIST=FOLDER}"
+: "${CC3M:?set CC3M to its caption list, or LIST=FOLDER}"
+: "${INIT:?set INIT to stage-1 weights}"
+: "${OUT:?set OUT to the folder for checkpoints and metrics}"
+source "$(dirname "$0")/environment.sh"
+source "$ROOT/recipes/launch.sh"
+launch train "$ROOT/recipes/stage2.py:${MODEL:-b16}" --videos "$WEBVID2M" --images "$CC3M" \
+    --init "$INIT" --run.out "$OUT" "$@"
