@@ -19,7 +19,7 @@ launch() {
     elif [ "$NNODES" -eq 1 ]; then
         exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NGPU" -m umt_fast "$@"
     fi
-    : "${MASTER_ADDR:?with NNODES > 1 set MASTER_ADDR to the first node's name (Slurm sets it by itself)}"
+    : "${MASTER_ADDR:?with NNODES > 1 set MASTER_ADDR to the name of the first node (Slurm sets it by itself)}"
     exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NGPU" \
         --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}" -m umt_fast "$@"
 }

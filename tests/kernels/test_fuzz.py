@@ -34,7 +34,7 @@ def strided(draw: st.DrawFn, *shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-def close(ours: Tensor, reference: Tensor, truth: Tensor) -> None:
+def assert_close_to_truth(ours: Tensor, reference: Tensor, truth: Tensor) -> None:
     """At most twice the reference's own error, plus units in the last place."""
     assert ours.shape == truth.shape
     if truth.numel() == 0:
@@ -59,7 +59,7 @@ def test_token_gather(data: st.DataObject) -> None:
         out = kernels.token_gather(leaf, visible, rows, road=road)
         results.append((out.detach(), *torch.autograd.grad(out, leaf, upstream.to(kind))))
     for ours, reference, truth in zip(*results, strict=True):
-        close(ours, reference, truth)
+        assert_close_to_truth(ours, reference, truth)
 
 
 @FUZZ
@@ -100,7 +100,7 @@ def test_semantic_mask(data: st.DataObject) -> None:
     seed = torch.tensor([draw(st.integers(0, 2**62))], device=DEVICE)
     ours, scores = kernels.semantic_mask(q, k, n, seed, return_scores=True, road="triton")
     truth = (torch.einsum("rhd,rhjd->rhj", q.double(), k.double()) * width**-0.5).softmax(-1)[..., 1:].mean(1)
-    close(scores, kernels.class_attention(q, k), truth)
+    assert_close_to_truth(scores, kernels.class_attention(q, k), truth)
     assert ours.shape == (frames, n) and (ours[:, 1:] > ours[:, :-1]).all()
     # The draw is the sampler's own, on the scores it returned.
     assert torch.equal(ours, kernels.sample_visible(scores, n, seed, road="triton"))
@@ -128,4 +128,4 @@ def test_align_loss(data: st.DataObject) -> None:
         value = kernels.align_loss(leaves[0], target.to(kind or dtype), *leaves[1:], road=road, **options)
         results.append((value.detach(), *torch.autograd.grad(value, leaves)))
     for ours, reference, truth in zip(*results, strict=True):
-        close(ours, reference, truth)
+        assert_close_to_truth(ours, reference, truth)
