@@ -113,6 +113,8 @@ class Trainer:
         self._resume()
         run_step = self._wrapped()
         self._announce()
+        if self.step >= self.last_step:
+            log.info("%s is complete: step %d of %d; nothing is left to do", self.folder, self.step, self.last_step)
         metrics = MetricsLog(self.folder, self.step, self.run.tensorboard) if self.ranks.first else None
         self.window_start, self.window_wait = time.perf_counter(), 0.0
         try:
