@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from umt_fast.report import mask_picture, write_report
+from umt_fast.report import found_picture, mask_picture, write_report
 
 
 def rows(count: int) -> str:
@@ -64,3 +64,22 @@ def test_kept_patches_are_the_ones_left_bright() -> None:
 def test_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing to report"):
         write_report(tmp_path)
+
+
+def test_found_clips_are_framed_by_whether_they_are_right(tmp_path: Path) -> None:
+    videos = np.full((2, 3, 3, 6, 6, 3), 128, np.uint8)
+    right = np.array([[True, False, False], [False, False, False]])
+    np.savez(tmp_path / "retrieval.npz", caption=np.array(["a <red> thing", "other"]), right=right, video=videos)
+    names = [f"{head}_{side}_{k}" for head in ("dual", "match") for side in ("t2v", "v2t") for k in ("r1", "r5", "r10")]
+    figures = dict.fromkeys(names, 0.25) | {
+        f"{h}_{s}_median_rank": 7 for h in ("dual", "match") for s in ("t2v", "v2t")
+    }
+    record = {"retrieval": figures | {"clips": 50, "captions": 50, "seconds": 1.0}}
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    page = write_report(tmp_path).read_text()
+    HTMLParser().feed(page)
+    assert page.count("data:image/png") == 2 and "a &lt;red&gt; thing" in page and "2.00%" in page
+    picture = np.asarray(found_picture(videos[0], right[0], 1))
+    assert picture.shape == (10, 3 * 22 + 2 * 4, 3)
+    assert picture[0, 0, 1] > picture[0, 0, 0] and picture[0, 30, 0] > picture[0, 30, 1]
+    assert (picture[5, 5] == 128).all()

@@ -32,6 +32,7 @@ from umt_fast.data.captions import read_captions
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import read_list
 from umt_fast.data.sampling import sparse_center
+from umt_fast.data.video import decode_frames
 from umt_fast.engine.checkpoint import checkpoints
 from umt_fast.engine.precision import pick_device
 from umt_fast.models.clip_teacher import ClipTeacher
@@ -198,14 +199,22 @@ def stage2_config(out: Path, seed: int, pretrained: str) -> Stage2Config:
 
 
 def retrieve(out: Path, config: Stage2Config) -> dict[str, Any]:
-    """Zero-shot retrieval among unseen clips and their captions."""
+    """Zero-shot retrieval among unseen clips; a few queries with the clips they found go to retrieval.npz."""
+    data, table = DataConfig(workers=config.data.workers), out / "world" / "test_captions.json"
+    checkpoint = Path(newest_weights(Path(config.run.out)))
     figures = evaluate_checkpoint(
-        Path(newest_weights(Path(config.run.out))),
-        out / "world" / "test_captions.json",
-        DataConfig(workers=config.data.workers),
-        batch_size=32,
-        top_k=128,
-        device=config.run.device,
+        checkpoint, table, data, batch_size=32, top_k=128, device=config.run.device, show=8
+    )  # fmt: skip
+    found, clips = figures.pop("found"), read_captions(table).clips
+    frames = [
+        [decode_frames(clips[row].path, lambda count: sparse_center(count, 4)) for row in query["clips"]]
+        for query in found
+    ]
+    np.savez_compressed(
+        out / "retrieval.npz",
+        caption=np.array([query["caption"] for query in found]),
+        right=np.array([query["right"] for query in found]),
+        video=np.array(frames),
     )
     return {name: round(value, 4) for name, value in figures.items()}
 

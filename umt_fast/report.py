@@ -119,6 +119,35 @@ def _embedded(picture: Image.Image, caption: str) -> str:
     )
 
 
+def found_picture(videos: np.ndarray, right: np.ndarray, scale: int = 2) -> Image.Image:
+    """The clips a query found, best first, side by side: green frames around right ones, red around wrong ones.
+
+    videos: uint8 (clips, T, S, S, 3). right: bool (clips,).
+    """
+    rows = []
+    for video, hit in zip(videos, right, strict=True):
+        strip = np.concatenate(list(video), 1)
+        colour = np.array((47, 143, 87) if hit else (179, 32, 44), np.uint8)
+        framed = np.broadcast_to(colour, (strip.shape[0] + 4, strip.shape[1] + 4, 3)).copy()
+        framed[2:-2, 2:-2] = strip
+        rows += [framed, np.full((framed.shape[0], 4, 3), 255, np.uint8)]
+    return Image.fromarray(np.concatenate(rows[:-1], 1).repeat(scale, 0).repeat(scale, 1))
+
+
+def _retrieval_section(path: Path) -> str:
+    with np.load(path) as found:
+        captions, right, videos = found["caption"], found["right"], found["video"]
+    parts = [
+        "<h2>Captions and the clips they found</h2>",
+        '<p class="note">The three best of all unseen clips after re-ranking; green: the caption\'s own clip.</p>',
+    ]
+    parts += [
+        _embedded(found_picture(clips, hits, 1), str(caption))
+        for caption, hits, clips in zip(captions, right, videos, strict=True)
+    ]
+    return "".join(parts)
+
+
 def _results_section(results: dict[str, Any]) -> str:
     parts = ["<h2>What pre-training gave</h2>"]
     if "motion" in results and "scene" in results:
@@ -218,6 +247,8 @@ def write_report(folder: str | Path) -> Path:
         parts.append(_results_section(json.loads(results.read_text())))
     if (folder / "masks.npz").exists():
         parts.append(_masks_section(folder / "masks.npz"))
+    if (folder / "retrieval.npz").exists():
+        parts.append(_retrieval_section(folder / "retrieval.npz"))
     if runs:
         parts.append(_runs_section(runs))
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>umt_fast</title><style>{_STYLE}</style>'

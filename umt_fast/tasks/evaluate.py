@@ -31,7 +31,7 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, list_path: Path, data: DataConfig, *, batch_size: int, top_k: int, device: str
+    checkpoint: Path, list_path: Path, data: DataConfig, *, batch_size: int, top_k: int, device: str, show: int = 0
 ) -> dict[str, Any]:
     """Accuracy of a fine-tuned classifier, or zero-shot retrieval with a stage-2 model.
 
@@ -39,6 +39,7 @@ def evaluate_checkpoint(
         list_path: labelled clips for a classifier, a caption list (.json or SQLite) for retrieval.
         batch_size: clips per step.
         top_k: candidates that the matching head re-ranks; 0: none. Retrieval only.
+        show: captions whose best clips are returned too (see retrieval.evaluate).
 
     Raises:
         WeightsError: not a checkpoint of a run, or one of a kind that has nothing to be judged by (stage 1).
@@ -71,5 +72,5 @@ def evaluate_checkpoint(
     tokenizer = load_tokenizer(config.tokenizer)
     tokens = Tokens(captions.captions, tokenizer, max_length=config.max_length, sep=config.sep_token)
     return retrieval.evaluate(
-        model.to(target), captions, tokens, data, top_k=top_k, batch_size=batch_size, device=target
+        model.to(target), captions, tokens, data, top_k=top_k, batch_size=batch_size, show=show, device=target
     )

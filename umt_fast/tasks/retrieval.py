@@ -107,11 +107,13 @@ def evaluate(
     top_k: int = 128,
     batch_size: int = 32,
     pairs: int = 256,
+    show: int = 0,
     device: torch.device,
 ) -> dict[str, Any]:
     """Recalls both ways by embeddings (`dual_*`) and after re-ranking (`match_*`); the official protocol.
 
-    Right answers are the rows of a query's own sample. Scores after re-ranking are the matching logits alone.
+    Right answers are the rows of a query's own sample. Scores after re-ranking are the matching logits alone. With `show`,
+    `found` has for the first so many captions the rows of their three best clips, and which of them are right.
     """
     model.eval()
     clip_embeddings, clip_tokens, rows = encode_clips(model, captions, data, batch_size=batch_size, device=device)
@@ -123,4 +125,14 @@ def evaluate(
     if top_k:
         v2t, t2v = rerank(model, dual, clip_tokens, texts, top_k=top_k, pairs=pairs, device=device)
         figures |= recalls(v2t, right, "match_v2t") | recalls(t2v.t(), right.t(), "match_t2v")
+        dual = t2v
+    if show:
+        figures["found"] = [
+            {
+                "caption": captions.captions[query],
+                "clips": [rows[n] for n in best],
+                "right": right[best, query].tolist(),
+            }
+            for query, best in enumerate(dual[:, :show].topk(min(3, len(rows)), dim=0).indices.t().tolist())
+        ]
     return figures
