@@ -1,0 +1,41 @@
+"""Typed run configurations: what a recipe page returns and what the command line may override.
+
+Every field is documented where it stands; a wrong value is refused at construction with the field, the value
+and the rule in the message. Shapes and defaults follow Unmasked Teacher (arXiv 2303.16058).
+"""
+
+from umt_fast.config.core import IMAGENET_MEAN, IMAGENET_STD, ConfigError, from_dict, require, to_dict
+from umt_fast.config.models import (
+    AlignConfig,
+    MaskConfig,
+    MaskKind,
+    Stage2Losses,
+    TeacherConfig,
+    TextConfig,
+    VitConfig,
+)
+from umt_fast.config.run import DataConfig, Dtype, OptimConfig, RunConfig
+from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "AlignConfig",
+    "ConfigError",
+    "DataConfig",
+    "Dtype",
+    "FinetuneConfig",
+    "MaskConfig",
+    "MaskKind",
+    "OptimConfig",
+    "RunConfig",
+    "Stage1Config",
+    "Stage2Config",
+    "Stage2Losses",
+    "TeacherConfig",
+    "TextConfig",
+    "VitConfig",
+    "from_dict",
+    "require",
+    "to_dict",
+]

@@ -1,0 +1,50 @@
+"""What every part of a configuration shares: its error, its check, its constants, and plain dictionaries in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the field, the value and the rule."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError(message) unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested dictionaries of plain values, for checkpoints and logs."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(entry) for entry in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
+    """The inverse of to_dict. Raises ConfigError: an entry this version's configuration does not have."""
+    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(fields))
+    require(not unknown, f"{kind.__name__} has no {', '.join(unknown)}; it was written by another version")
+    hints = typing.get_type_hints(kind)
+
+    def value_of(name: str) -> Any:
+        value = values[name]
+        if dataclasses.is_dataclass(hints[name]):
+            return from_dict(hints[name], value)
+        return tuple(value) if typing.get_origin(hints[name]) is tuple else value
+
+    return kind(**{name: value_of(name) for name in values})

@@ -1,0 +1,158 @@
+"""The towers, their masks and the losses between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from umt_fast.config.core import require
+
+MaskKind = Literal["semantic", "random", "tube"]
+
+
+@dataclass(kw_only=True, slots=True)
+class VitConfig:
+    """The student: a pre-LN ViT without class token (paper section 4.1)."""
+
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    patch_size: int = 16
+    tubelet_size: int = 1
+    """Frames per token; every official script uses 1."""
+    image_size: int = 224
+    num_frames: int = 8
+    mlp_ratio: float = 4.0
+    drop_path: float = 0.1
+    """Stochastic depth rate of the last block; it grows linearly from 0 at the first."""
+    attention: Literal["joint", "spatial"] = "joint"
+    """`joint` space-time attention, or `spatial`: within each frame only (paper Table 3)."""
+    table_frames: int = 0
+    """Token frames the sinusoid table is made for before it is resized to this clip; 0: this clip's own. Fine-tuning
+    with more frames than pre-training had sets what pre-training had: 8."""
+    table_side: int = 0
+    """The same for token rows and columns; fine-tuning at 384 pixels from 224 sets 14."""
+    checkpoint_blocks: int = 0
+    """Recompute the activations of the first so many blocks in the backward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "num_heads", "patch_size", "tubelet_size", "image_size", "num_frames"):
+            require(getattr(self, name) > 0, f"student.{name} is {getattr(self, name)}; it must be positive")
+        require(
+            self.width % self.num_heads == 0,
+            f"student.width {self.width} is not a multiple of student.num_heads {self.num_heads}",
+        )
+        require(
+            self.image_size % self.patch_size == 0,
+            f"student.image_size {self.image_size} is not a multiple of student.patch_size {self.patch_size}",
+        )
+        require(
+            self.num_frames % self.tubelet_size == 0,
+            f"student.num_frames {self.num_frames} is not a multiple of student.tubelet_size {self.tubelet_size}",
+        )
+        for name in ("table_frames", "table_side"):
+            require(getattr(self, name) >= 0, f"student.{name} is {getattr(self, name)}; it must not be negative")
+        require(0 <= self.drop_path < 1, f"student.drop_path is {self.drop_path}; it must lie in [0, 1)")
+        require(
+            0 <= self.checkpoint_blocks <= self.depth,
+            f"student.checkpoint_blocks is {self.checkpoint_blocks}; it must lie in [0, depth = {self.depth}]",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig:
+    """The frozen CLIP visual tower."""
+
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    patch_size: int = 16
+    image_size: int = 224
+    """Pixels per side the teacher sees; CLIP L/14 runs at 196 so that its grid is the student's 14 x 14."""
+    output_dim: int = 512
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """OpenAI's weights were trained with x * sigmoid(1.702 x), most of open_clip's own with the exact GELU."""
+    weights: str = "ViT-B-16:openai"
+    """`ARCH:TAG` for open_clip, a local file (OpenAI, open_clip or official layout), or `untrained`:
+    random weights, which train nothing useful and are announced loudly."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.width % self.num_heads == 0,
+            f"teacher.width {self.width} is not a multiple of teacher.num_heads {self.num_heads}",
+        )
+        require(
+            self.image_size % self.patch_size == 0,
+            f"teacher.image_size {self.image_size} is not a multiple of teacher.patch_size {self.patch_size}",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TextConfig:
+    """BERT and its cross-modal upper layers (stage 2); the defaults are bert-base-uncased."""
+
+    width: int = 768
+    depth: int = 12
+    fusion_layer: int = 9
+    """First layer that also attends to vision tokens; 9 of 12 for base, 19 of 24 for large."""
+    num_heads: int = 12
+    vocab_size: int = 30522
+    max_positions: int = 512
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(
+            self.width % self.num_heads == 0,
+            f"text.width {self.width} is not a multiple of text.num_heads {self.num_heads}",
+        )
+        require(
+            0 < self.fusion_layer < self.depth,
+            f"text.fusion_layer is {self.fusion_layer}; it must lie in (0, depth = {self.depth})",
+        )
+        for name in ("hidden_dropout", "attention_dropout"):
+            require(0 <= getattr(self, name) < 1, f"text.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
+class MaskConfig:
+    """Which tokens the student sees."""
+
+    kind: MaskKind = "semantic"
+    """`semantic`: drawn frame by frame from the teacher's class-token attention; `random`: uniformly over the
+    clip; `tube`: the same uniform positions in every frame."""
+    ratio: float = 0.8
+    """Share of tokens hidden; n = N - int(N * ratio) stay visible."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; it must lie in [0, 1)")
+
+
+@dataclass(kw_only=True, slots=True)
+class AlignConfig:
+    """The alignment of student outputs to teacher outputs (paper section 3.1)."""
+
+    num_layers: int = 6
+    """K: the last K blocks of both towers, paired in order."""
+    normalize: Literal["l2", "none"] = "l2"
+    loss: Literal["l2", "mse", "smooth_l1"] = "l2"
+    """`l2`: 2 - 2 cos summed over channels, as in the official code; the others average over channels too."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Stage2Losses:
+    """Weights of the four losses of stage 2; 0 switches one off. The official ones are all 1."""
+
+    vtc: float = 1.0
+    """Contrastive: which caption belongs to which clip of the batch."""
+    vtm: float = 1.0
+    """Matching: whether a caption belongs to a clip, with hard negatives."""
+    mlm: float = 1.0
+    """Masked language: the hidden words of a caption, given its clip."""
+    uta: float = 1.0
+    """Alignment of the tower to the CLIP teacher, as in stage 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("vtc", "vtm", "mlm", "uta"):
+            require(getattr(self, name) >= 0, f"losses.{name} is {getattr(self, name)}; it must not be negative")
+        require(self.vtc + self.vtm + self.mlm + self.uta > 0, "every weight of losses is 0; nothing would be trained")

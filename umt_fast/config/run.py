@@ -1,0 +1,120 @@
+"""The clips, the optimizer and the run around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from umt_fast.config.core import require
+
+Dtype = Literal["bf16", "fp32"]
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Which clips, and how they are cut."""
+
+    train: str = ""
+    """An official list (path, label), a manifest written by `scan`, or empty: then the run stops and says so."""
+    root: str = ""
+    """Folder put before relative paths of the list; empty: the list's own folder."""
+    separator: str = ","
+    """Field separator of the list."""
+    sampling: Literal["sparse", "dense"] = "sparse"
+    """`sparse`: one random frame in each of T equal segments; `dense`: T frames `sampling_rate` apart."""
+    sampling_rate: int = 4
+    """Frame stride of dense sampling."""
+    num_sample: int = 1
+    """Augmented crops per decoded clip (repeated augmentation)."""
+    augment: Literal["multi_scale_crop", "random_resized_crop", "center"] = "multi_scale_crop"
+    """`multi_scale_crop` as in stage 1, `random_resized_crop` (50 to 100% of the area) as in stage 2."""
+    flip: bool = True
+    workers: int = 4
+    """Decoding processes per rank; 0 decodes in the training process."""
+    prefetch: int = 2
+    """Batches each worker prepares ahead."""
+    max_bad_share: float = 0.1
+    """The run stops once more than this share of the list's files proved unreadable."""
+    frame_pattern: str = "img_{:05d}.jpg"
+    """File name of frame i (from 1) in lists of frame folders."""
+
+    def __post_init__(self) -> None:
+        require(len(self.separator) > 0, "data.separator is empty; give the character between the list's fields")
+        require(self.num_sample >= 1, f"data.num_sample is {self.num_sample}; it must be at least 1")
+        require(self.sampling_rate >= 1, f"data.sampling_rate is {self.sampling_rate}; it must be at least 1")
+        require(self.workers >= 0, f"data.workers is {self.workers}; it must not be negative")
+        require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be at least 1")
+        require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it must lie in [0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its schedule: linear warm-up, then half a cosine."""
+
+    lr: float = 1.5e-4
+    """Peak rate for `lr_batch` clips per step; scaled linearly with the true global batch."""
+    min_lr: float = 1e-5
+    """Final rate, scaled like lr."""
+    warmup_lr: float = 0.0
+    """Rate of the first step, scaled like lr; the official stage-1 run starts at 0."""
+    lr_batch: int = 256
+    """Batch the rates are meant for; 0 switches the scaling off."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    """Not applied to biases, to one-dimensional parameters, nor to position tables."""
+    layer_decay: float = 1.0
+    """Rate multiplier per layer from the top (fine-tuning); 1 switches it off."""
+    clip_grad: float = 0.0
+    """Largest gradient norm; 0 switches clipping off."""
+    fused: Literal["torch", "apex"] = "torch"
+    """`apex`: NVIDIA apex's FusedAdam (GPU only; not the registry's package of that name)."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "min_lr", "warmup_lr", "weight_decay", "clip_grad"):
+            require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it must not be negative")
+        require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """How long, how large, where to."""
+
+    out: str = "runs/default"
+    """Folder of checkpoints, metrics.jsonl and TensorBoard events."""
+    batch_size: int = 64
+    """Clips per rank and micro-step, before `num_sample`."""
+    accumulate: int = 1
+    """Micro-steps whose gradients make one optimizer step."""
+    epochs: int = 201
+    warmup_epochs: float = 40
+    max_steps: int = 0
+    """Stop after so many optimizer steps; 0: only `epochs` decides. The schedule is not shortened."""
+    dtype: Dtype = "bf16"
+    """Compute precision; parameters and optimizer state stay fp32. On a CPU without bf16 instructions `bf16` computes in
+    fp32 and says so."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    seed: int = 0
+    compile: bool = False
+    """torch.compile the objective."""
+    log_every: int = 10
+    """Steps between log lines; the only steps on which the host waits for the device."""
+    save_every: int = 0
+    """Steps between checkpoints besides the one at each epoch's end; 0: none."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones are deleted after a newer one is safely on disk."""
+    keep_every_epochs: int = 0
+    """Checkpoints of every so many epochs are never deleted; 0: none."""
+    resume: bool = True
+    """Continue from the newest checkpoint in `out`, if there is one."""
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "epochs", "log_every", "keep"):
+            require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("warmup_epochs", "max_steps", "save_every", "keep_every_epochs"):
+            require(getattr(self, name) >= 0, f"run.{name} is {getattr(self, name)}; it must not be negative")
+        require(
+            self.warmup_epochs < self.epochs,
+            f"run.warmup_epochs {self.warmup_epochs} must be less than run.epochs {self.epochs}",
+        )
