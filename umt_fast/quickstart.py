@@ -198,24 +198,25 @@ def stage2_config(out: Path, seed: int, pretrained: str) -> Stage2Config:
     return config
 
 
-def retrieve(out: Path, config: Stage2Config) -> dict[str, Any]:
-    """Zero-shot retrieval among unseen clips; a few queries with the clips they found go to retrieval.npz."""
+def retrieve(out: Path, config: Stage2Config, show: int = 8) -> dict[str, Any]:
+    """Zero-shot retrieval among unseen clips; `show` queries with the clips they found go to retrieval.npz."""
     data, table = DataConfig(workers=config.data.workers), out / "world" / "test_captions.json"
     checkpoint = Path(newest_weights(Path(config.run.out)))
     figures = evaluate_checkpoint(
-        checkpoint, table, data, batch_size=32, top_k=128, device=config.run.device, show=8
+        checkpoint, table, data, batch_size=32, top_k=128, device=config.run.device, show=show
     )  # fmt: skip
-    found, clips = figures.pop("found"), read_captions(table).clips
-    frames = [
-        [decode_frames(clips[row].path, lambda count: sparse_center(count, 4)) for row in query["clips"]]
-        for query in found
-    ]
-    np.savez_compressed(
-        out / "retrieval.npz",
-        caption=np.array([query["caption"] for query in found]),
-        right=np.array([query["right"] for query in found]),
-        video=np.array(frames),
-    )
+    if show:
+        found, clips = figures.pop("found"), read_captions(table).clips
+        frames = [
+            [decode_frames(clips[row].path, lambda count: sparse_center(count, 4)) for row in query["clips"]]
+            for query in found
+        ]
+        np.savez_compressed(
+            out / "retrieval.npz",
+            caption=np.array([query["caption"] for query in found]),
+            right=np.array([query["right"] for query in found]),
+            video=np.array(frames),
+        )
     return {name: round(value, 4) for name, value in figures.items()}
 
 

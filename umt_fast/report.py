@@ -184,8 +184,8 @@ def _results_section(results: dict[str, Any]) -> str:
         ]
         parts.append(_table(rows, ["zero-shot, unseen clips", "by", "R@1, %", "R@5, %", "R@10, %", "median rank"]))
         parts.append(
-            f'<p class="note">{found["clips"]} clips, {found["captions"]} captions; some captions occur more than once, and '
-            f"only a clip's own counts. Chance at R@1 is {100 / found['clips']:.2f}%.</p>"
+            f'<p class="note">{found["clips"]} clips, {found["captions"]} captions. '
+            f"Chance at R@1 is {100 / found['clips']:.2f}%.</p>"
         )
     seconds = [[name, part["seconds"]] for name, part in results.items() if isinstance(part, dict)]
     parts.append("<h2>Time</h2>" + _table(seconds, ["part", "seconds"]))

@@ -1,5 +1,6 @@
 """The sample world is what it claims: labels true, motion hidden from single frames, files readable."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -76,3 +77,15 @@ def test_build_writes_a_readable_world_once(tmp_path: Path) -> None:
     before = Path(clips[0].path).stat().st_mtime_ns
     world.build(tmp_path, **numbers)
     assert Path(clips[0].path).stat().st_mtime_ns == before
+
+
+def test_a_caption_of_the_test_split_has_one_right_clip(tmp_path: Path) -> None:
+    numbers = {"seed": 3, "train": 1, "test": 60, "labelled": 1, "workers": 1}
+    world.build(tmp_path, **numbers)
+    scenes = world.read_scenes(tmp_path, "test")
+    entries = json.loads((tmp_path / "test_captions.json").read_text())
+    captions = [entry["caption"] for entry in entries]
+    assert len(set(captions)) == len(captions) < len(scenes), "the seed must give some caption twice"
+    assert set(captions) == {scene.caption for scene in scenes}
+    for entry in entries:
+        assert scenes[int(Path(entry["video"]).stem)].caption == entry["caption"]

@@ -204,13 +204,13 @@ def build(folder: str | Path, *, seed: int, train: int, test: int, labelled: int
     """Renders a world: `train` and `test` videos with lists beside them.
 
     Writes train/*.mp4 and test/*.mp4; for both splits <split>_scene.csv, <split>_motion.csv (path,label),
-    <split>_captions.json ({"video", "caption"}) and <split>.json (the scenes); and labelled_scene.csv,
-    labelled_motion.csv with the first `labelled` training videos. A folder rendered before with the same numbers is
-    left as it is.
+    <split>_captions.json ({"video", "caption"}; of test videos the first with each caption, so that every caption has one
+    right answer) and <split>.json (the scenes); and labelled_scene.csv, labelled_motion.csv with the first `labelled`
+    training videos. A folder rendered before with the same numbers is left as it is.
     """
     folder = Path(folder)
     marker = folder / "world.json"
-    numbers = {"version": 2, "seed": seed, "train": train, "test": test, "labelled": labelled}
+    numbers = {"version": 3, "seed": seed, "train": train, "test": test, "labelled": labelled}
     if marker.exists() and json.loads(marker.read_text()) == numbers:
         return folder
     splits = {"train": range(train), "test": range(train, train + test)}
@@ -226,6 +226,11 @@ def build(folder: str | Path, *, seed: int, train: int, test: int, labelled: int
             if split == "train":
                 (folder / f"labelled_{label}.csv").write_text("".join(lines[:labelled]))
         captions = [{"video": n, "caption": s.caption} for n, s in zip(names, scenes, strict=True)]
+        if split == "test":
+            first: dict[str, dict[str, str]] = {}
+            for entry in captions:
+                first.setdefault(entry["caption"], entry)
+            captions = list(first.values())
         (folder / f"{split}_captions.json").write_text(json.dumps(captions, indent=1))
         (folder / f"{split}.json").write_text(json.dumps([asdict(scene) for scene in scenes]))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver")) as pool:
