@@ -2,7 +2,8 @@
 
 What is computed once that the official step computes several times: the text layers run over plain and masked text
 together; the fusion layers over matched, wrong-text, masked and wrong-clip pairs together; each clip's keys and values once
-for each fusion layer; vocabulary logits at asked positions alone.
+for each fusion layer. What is left out because nothing reads it: the last fusion layer at the pairs' other positions than the
+class token, vocabulary logits at positions that are not asked.
 
 A step may hold clips and images (packed co-training): they go through tower and text layers together; the losses are those
 of each kind, negatives included, and the step's loss is their mean.
@@ -129,15 +130,15 @@ def _losses_of(
     if losses.vtm or losses.mlm:
         mask, labels = pairs.mask, pairs.labels
         clip_of, text_of = pairs.negatives or vision_text.draw_negatives(sim, pairs.seed, rank)
-        # Groups of texts: matched, with a wrong text, masked; last, the texts that ask a wrong clip.
-        groups = torch.stack([plain, plain[text_of], masked, plain])
-        masks = torch.stack([mask, mask[text_of], mask, mask])
-        fused = text.fuse(groups, masks, text.clip_keys(tokens), clip_of)
+        # Groups of texts: masked, matched, with a wrong text; last, the texts that ask a wrong clip.
+        groups = torch.stack([masked, plain, plain[text_of], plain])
+        masks = torch.stack([mask, mask, mask[text_of], mask])
+        filled, judged = text.fuse_for_losses(groups, masks, text.clip_keys(tokens), clip_of)
         if losses.vtm:
-            found["vtm"] = vision_text.matching_loss(*(model.match(fused[group]) for group in (0, 3, 1)))
+            found["vtm"] = vision_text.matching_loss(*(model.match(judged[group]) for group in (0, 2, 1)))
         if losses.mlm:
             rows, asked = vision_text.masked_rows(labels, pairs.capacity or labels.numel())
-            logits = text.cls.predictions(fused[2].flatten(0, 1)[rows])
+            logits = text.cls.predictions(filled.flatten(0, 1)[rows])
             found["mlm"] = vision_text.masked_language_loss(logits, asked)
     if heads is not None:
         found["uta"] = kernels.align_loss(heads, pairs.targets, tower.norm_weight, tower.norm_bias, eps=HEAD_EPS)
@@ -236,4 +237,7 @@ class VideoTextPretraining(nn.Module):
         cross = 4 * config.max_length * text.width**2 + 4 * config.max_length * n * text.width
         keys = 4 * n * vit.width * text.width
         fusion = text.depth - text.fusion_layer
-        return tower + 3 * (2 * text.fusion_layer * layer + fusion * (4 * (layer + cross) + keys))
+        # The last fusion layer: one group whole, of three the class token, which asks all keys and values.
+        one = layer + cross
+        last = one + 3 * (one / config.max_length + 4 * config.max_length * text.width**2)
+        return tower + 3 * (2 * text.fusion_layer * layer + (fusion - 1) * 4 * one + last + fusion * keys)
