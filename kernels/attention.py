@@ -3,8 +3,10 @@
     out = softmax(q k^T * scale) v, per batch entry and head
 
 4 * B*H*Nq*Nk*D FLOPs; no road keeps the (Nq, Nk) map but "math", the definition. Roads: "flash_attn" (the flash-attn
-package: CUDA, fp16 or bf16), "xformers", "sdpa" (PyTorch's fused kernels, any device) and "math". "auto" takes flash_attn
-where it is installed and fits, else sdpa; `attention_road` says which one that is, and so does one log line at first use.
+package: CUDA, fp16 or bf16), "xformers", "sdpa" (PyTorch's fused kernels, any device), for packed sequences "varlen"
+(torch.nn.attention.varlen: CUDA, fp16 or bf16), and "math". "auto" takes flash_attn where it is installed and fits, else
+varlen for packed sequences where that fits, else sdpa; `attention_road` says which one that is, and so does one log line
+at first use.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from torch import Tensor
 
 log = logging.getLogger("kernels")
 
-AttentionRoad = Literal["auto", "flash_attn", "xformers", "sdpa", "math"]
-_ROADS = ("auto", "flash_attn", "xformers", "sdpa", "math")
+AttentionRoad = Literal["auto", "flash_attn", "xformers", "varlen", "sdpa", "math"]
+_ROADS = ("auto", "flash_attn", "xformers", "varlen", "sdpa", "math")
+_VARLEN = "torch.nn.attention.varlen"
 
 
 @functools.cache
@@ -38,26 +41,42 @@ def _library(name: str) -> ModuleType | None:
         return None
 
 
-def attention_road(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The road "auto" takes for tensors of this kind."""
+def _why_not_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What keeps torch's packed attention from these tensors, or None."""
+    if _library(_VARLEN) is None:
+        return f"{_VARLEN} is not in torch {torch.__version__}"
+    if device.type != "cuda":
+        return f"it needs CUDA tensors, these are on {device}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it needs float16 or bfloat16, these are {str(dtype).removeprefix('torch.')}"
+    if head_dim > 256 or head_dim % 8:
+        return f"it needs a head width that is a multiple of 8, at most 256; this is {head_dim}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"it needs an Ampere GPU or newer; {torch.cuda.get_device_name(device)} is older"
+    return None
+
+
+def attention_road(device: torch.device, dtype: torch.dtype, head_dim: int, *, packed: bool = False) -> str:
+    """The road "auto" takes for tensors of this kind; packed: in attention_varlen."""
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type == "cuda" and half and head_dim <= 256 and _library("flash_attn") is not None:
         return "flash_attn"
-    return "sdpa"
+    return "varlen" if packed and _why_not_varlen(device, dtype, head_dim) is None else "sdpa"
 
 
 @functools.cache
-def _say_once(device: str, dtype: torch.dtype, road: str) -> None:
-    log.info("attention on %s in %s takes the road %s", device, str(dtype).removeprefix("torch."), road)
+def _say_once(device: str, dtype: torch.dtype, road: str, packed: bool) -> None:
+    kind = "packed attention" if packed else "attention"
+    log.info("%s on %s in %s takes the road %s", kind, device, str(dtype).removeprefix("torch."), road)
 
 
-def _choose(road: str, q: Tensor) -> str:
+def _choose(road: str, q: Tensor, packed: bool = False) -> str:
     if road not in _ROADS:
         raise ValueError(f"road is {road!r}; choose one of {', '.join(_ROADS)}")
     if road == "auto":
-        road = attention_road(q.device, q.dtype, q.shape[-1])
+        road = attention_road(q.device, q.dtype, q.shape[-1], packed=packed)
         if not torch.compiler.is_compiling():
-            _say_once(q.device.type, q.dtype, road)
+            _say_once(q.device.type, q.dtype, road, packed)
         return road
     if road in ("flash_attn", "xformers"):
         module = "flash_attn" if road == "flash_attn" else "xformers.ops"
@@ -65,6 +84,12 @@ def _choose(road: str, q: Tensor) -> str:
             raise ValueError(f"road={road!r}, but {module} does not import here; install it or use road='auto'")
         if q.device.type != "cuda":
             raise ValueError(f"road={road!r} needs CUDA tensors, these are on {q.device}")
+    if packed and road == "xformers":
+        raise ValueError("road='xformers' has no packed form here; use road='auto'")
+    if road == "varlen":
+        why = _why_not_varlen(q.device, q.dtype, q.shape[-1]) if packed else "it is for attention_varlen alone"
+        if why is not None:
+            raise ValueError(f"road='varlen' is not possible: {why}; use road='auto'")
     return road
 
 
@@ -74,6 +99,15 @@ def _math(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None 
     if allowed is not None:
         logits = logits.masked_fill(~allowed, float("-inf"))
     return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1).to(v.dtype), v)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """PyTorch's kernels in the (B, N, H, D) layout."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale)
+    return out.transpose(1, 2)
 
 
 def attention(
@@ -120,14 +154,58 @@ def attention(
     allowed = None if key_mask is None else key_mask[:, None, None, :]
     if road == "math":
         return _math(q, k, v, scale, allowed)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale)
-    return out.transpose(1, 2)
+    return _fused(q, k, v, scale, allowed, dropout)
 
 
 def _segments(cu_seqlens: Tensor, total: int) -> Tensor:
     """The sequence number of each of the packed positions, computed without reading the lengths on the host."""
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(total, device=cu_seqlens.device), right=True)
+    places = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)
+
+
+def _lengths(cu_seqlens: Tensor, total: int, longest: int, name: str) -> list[int]:
+    lengths = cu_seqlens.diff().tolist()
+    if int(cu_seqlens[0]) != 0 or min(lengths, default=0) < 0 or sum(lengths) != total:
+        raise ValueError(f"cu_seqlens_{name} {cu_seqlens.tolist()} must rise from 0 to total_{name} = {total}")
+    if max(lengths, default=0) > longest:
+        raise ValueError(f"max_seqlen_{name} is {longest}, but a sequence of cu_seqlens_{name} has {max(lengths)}")
+    return lengths
+
+
+def _by_length(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k: list[int], scale: float) -> Tensor:
+    """Sequences of equal lengths as one batch each: no padding, no mask; needs the lengths on the host."""
+    parts = q.split(lengths_q), k.split(lengths_k), v.split(lengths_k)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, lengths in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        groups.setdefault(lengths, []).append(number)
+    out: list[Tensor] = [q] * len(lengths_q)
+    for numbers in groups.values():
+        batch = _fused(*(torch.stack([part[n] for n in numbers]) for part in parts), scale)
+        for n, rows in zip(numbers, batch.unbind(0), strict=True):
+            out[n] = rows
+    return torch.cat(out)
+
+
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int, scale: float
+) -> Tensor:
+    """Sequences padded to the longest, padding masked: nothing is read on the host."""
+    count = len(cu_q) - 1
+    (row_q, slot_q), (row_k, slot_k) = (
+        (row, torch.arange(total, device=cu.device) - cu[row])
+        for cu, total in ((cu_q, len(q)), (cu_k, len(k)))
+        for row in (_segments(cu, total),)
+    )
+
+    def spread(x: Tensor, row: Tensor, slot: Tensor, longest: int) -> Tensor:
+        return x.new_zeros(count, longest, *x.shape[1:]).index_put((row, slot), x)
+
+    allowed = torch.arange(longest_k, device=cu_k.device) < cu_k.diff()[:, None]
+    out = _fused(
+        spread(q, row_q, slot_q, longest_q), spread(k, row_k, slot_k, longest_k), spread(v, row_k, slot_k, longest_k),
+        scale, allowed[:, None, None],
+    )  # fmt: skip
+    return out[row_q, slot_q]
 
 
 def attention_varlen(
@@ -142,32 +220,44 @@ def attention_varlen(
     scale: float | None = None,
     road: AttentionRoad = "auto",
 ) -> Tensor:
-    """Attention within packed sequences, without padding.
+    """Attention within packed sequences, without a map over all of them.
+
+    flash_attn and varlen read the packed tokens as they are. sdpa computes sequences of equal lengths together where the
+    lengths are on the host (CPU tensors, eager), else it pads to the longest. math, the definition, masks the whole map.
 
     Args:
-        q: (total_q, H, D). k, v: (total_k, H, D).
-        cu_seqlens_q, cu_seqlens_k: int32 (S + 1,), the running totals of the S sequence lengths, starting at 0.
+        q: (total_q, H, D). k, v: (total_k, H, D). Any strides with the last one 1.
+        cu_seqlens_q, cu_seqlens_k: int32 (S + 1,), the running totals of the S sequence lengths, starting at 0. A sequence
+            with queries needs a key.
         max_seqlen_q, max_seqlen_k: longest lengths.
-        scale, road: as in attention. Only flash_attn skips the pairs of different sequences; sdpa and math mask them.
+        scale, road: as in attention.
 
     Returns:
-        (total_q, H, D) in q's dtype.
+        (total_q, H, D) in q's dtype; differentiable with respect to q, k and v.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown or impossible road; on the CPU also totals that do not fit.
     """
     if q.ndim != 3 or k.shape != v.shape or k.shape[1:] != q.shape[1:] or cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be (total_q, H, D), (total_k, H, D) twice, "
             f"with as many sequences in cu_seqlens_q {tuple(cu_seqlens_q.shape)} as in {tuple(cu_seqlens_k.shape)}"
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    road = _choose(road, q)
+    natural = q.shape[-1] ** -0.5
+    scale = natural if scale is None else scale
+    road = _choose(road, q, packed=True)
+    places = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if road == "flash_attn":
-        return _library("flash_attn").flash_attn_varlen_func(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=scale
-        )
-    if road == "xformers":
-        raise ValueError("road='xformers' has no packed form here; use road='auto'")
-    allowed = _segments(cu_seqlens_q, q.shape[0])[:, None] == _segments(cu_seqlens_k, k.shape[0])[None]
+        return _library("flash_attn").flash_attn_varlen_func(q, k, v, *places, softmax_scale=scale)
+    if road == "varlen":
+        # Not every release takes a scale.
+        return _library(_VARLEN).varlen_attn(q if scale == natural else q * (scale / natural), k, v, *places)
     if road == "math":
+        allowed = _segments(cu_seqlens_q, len(q))[:, None] == _segments(cu_seqlens_k, len(k))[None]
         return _math(q[None], k[None], v[None], scale, allowed)[0]
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)[0].transpose(0, 1)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = (
+            _lengths(cu_seqlens_q, len(q), max_seqlen_q, "q"), _lengths(cu_seqlens_k, len(k), max_seqlen_k, "k")
+        )  # fmt: skip
+        return _by_length(q, k, v, *lengths, scale)
+    return _padded(q, k, v, *places, scale)

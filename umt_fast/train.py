@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, to_dict
-from umt_fast.data.captions import AlternatingLoader, CaptionLoader, Tokens, load_tokenizer, read_corpora
+from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_corpora
+from umt_fast.data.cotraining import AlternatingLoader, PackedLoader
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import Clip, read_list
 from umt_fast.engine.distributed import distributed_run
@@ -39,8 +40,8 @@ def build_objective(config: AnyConfig) -> torch.nn.Module:
     raise ConfigError(f"no objective for {type(config).__name__}")
 
 
-def build_loader(config: AnyConfig, rank: int, world_size: int) -> ClipLoader | AlternatingLoader:
-    """The training clips of a configuration; for stage 2 captioned clips and images in turn."""
+def build_loader(config: AnyConfig, rank: int, world_size: int) -> ClipLoader | AlternatingLoader | PackedLoader:
+    """The training clips of a configuration; for stage 2 captioned clips and images, in turn or packed."""
 
     def clips_of(clips: list[Clip], num_frames: int) -> ClipLoader:
         return ClipLoader(
@@ -54,6 +55,10 @@ def build_loader(config: AnyConfig, rank: int, world_size: int) -> ClipLoader | 
         return clips_of(read_list(config.data.train, config.data), config.student.num_frames)
     if not config.videos and not config.images:
         raise ConfigError("videos and images are both empty; give caption lists: --videos list.json=folder")
+    packed = config.co_training == "packed"
+    if packed and not (config.videos and config.images):
+        missing = "images" if config.videos else "videos"
+        raise ConfigError(f"co_training 'packed' needs clips and images, but {missing} is empty; use 'alternating'")
     tokenizer = load_tokenizer(config.tokenizer)
     parts = []
     for entries, frames in ((config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)):
@@ -61,7 +66,7 @@ def build_loader(config: AnyConfig, rank: int, world_size: int) -> ClipLoader | 
             corpus = read_corpora(entries)
             tokens = Tokens(corpus.captions, tokenizer, max_length=config.max_length, sep=config.sep_token)
             parts.append(CaptionLoader(clips_of(corpus.clips, frames), tokens, corpus.sample))
-    return AlternatingLoader(parts, config.run.seed)
+    return PackedLoader(*parts) if packed else AlternatingLoader(parts, config.run.seed)
 
 
 def train(config: AnyConfig) -> Path:
@@ -82,12 +87,14 @@ def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], t
     with distributed_run(config.run) as ranks:
         loader = build_loader(config, ranks.rank, ranks.world_size)
         objective = objective if isinstance(objective, torch.nn.Module) else objective()
+        # A packed step has as many images as clips besides.
+        kinds = len(loader.parts) if isinstance(loader, PackedLoader) else 1
         trainer = Trainer(
             config.run,
             config.optim,
             objective,
             loader,
-            num_sample=config.data.num_sample,
+            num_sample=config.data.num_sample * kinds,
             layer_of=getattr(objective, "layer_id", None),
             num_layers=config.student.depth + 1,
             config_record=to_dict(config),

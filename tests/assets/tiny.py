@@ -56,3 +56,10 @@ def captions() -> Stage2Config:
         align=pretraining.align, bert="untrained", embed_dim=8, max_length=6,
         text=TextConfig(width=32, depth=2, fusion_layer=1, num_heads=2, vocab_size=16, max_positions=8),
     )  # fmt: skip
+
+
+def long_captions() -> Stage2Config:
+    """Twenty-four steps with a checkpoint every third."""
+    config = captions()
+    config.run.max_steps, config.run.save_every, config.run.epochs = 24, 3, 50
+    return config

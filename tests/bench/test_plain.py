@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from umt_fast.bench.plain import PlainStage1
-from umt_fast.bench.stage1 import measure
+from umt_fast.bench import stage1
+from umt_fast.bench.measure import Case
+from umt_fast.bench.plain import PlainStage1, draw_mask
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, AlignConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
@@ -49,21 +50,19 @@ def test_roads_agree(teacher_pixels: int, teacher_patch: int) -> None:
 
 def test_plain_mask_keeps_the_official_number_per_frame() -> None:
     torch.manual_seed(0)
-    plain = PlainStage1(small(64, 16))
     attention = torch.rand(8, 16)
-    mask = plain.draw_mask(attention, 2)
+    mask = draw_mask(attention, 2, 0.8)
     assert mask.shape == (2, 64)
     assert (~mask).view(8, 16).sum(1).eq(16 - int(16 * 0.8)).all()
 
 
 @pytest.mark.parametrize("road", ["fast", "plain"])
 def test_bench_reports_what_it_measured(road: str) -> None:
-    result = measure("tiny", 2, torch.device("cpu"), "fp32", road, 2, False)
+    case = Case(model="tiny", batch_size=2, device=torch.device("cpu"), dtype="fp32", road=road, steps=2)
+    result = stage1.measure(case)
     assert result["clips_per_s"] > 0 and result["matmul_tflops"] > 0 and result["peak_memory_gib"] > 0
     assert sum(result["ms_per_part"].values()) > 0
     # The TFLOP/s shown must follow from the clips/s shown.
     flops = UnmaskedAlignment.flops_of
-    from umt_fast.bench.stage1 import stage1_config
-
-    expected = result["clips_per_s"] * flops(stage1_config("tiny", 2, "fp32")) / 1e12
+    expected = result["clips_per_s"] * flops(stage1.stage1_config("tiny", 2, "fp32")) / 1e12
     assert result["tflops"] == pytest.approx(expected, rel=1e-2, abs=1e-4)

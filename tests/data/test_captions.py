@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from umt_fast.config import DataConfig
 from umt_fast.data.captions import (
-    AlternatingLoader,
     CaptionLoader,
     Tokens,
     clean_caption,
@@ -19,7 +17,7 @@ from umt_fast.data.captions import (
     read_corpora,
 )
 from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import Clip, DataError
+from umt_fast.data.manifest import DataError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "thing", "moves", "left", "##s"]
 
@@ -116,42 +114,3 @@ def test_corpora_are_joined_and_keep_their_samples_apart(tmp_path: Path) -> None
     assert [clip.path for clip in joint.clips[::2]] == [f"{tmp_path}/one/a.mp4", f"{tmp_path}/two/a.mp4"]
     with pytest.raises(DataError, match="not a folder"):
         read_corpora([f"{tmp_path}/one.json={tmp_path}/three"])
-
-
-def alternating(tiny_list: Path, vocabulary: Path) -> AlternatingLoader:
-    """Six clips of two frames and four images, two a batch."""
-    Image.new("RGB", (50, 40), "red").save(tiny_list.with_name("red.png"))
-    tokenizer, data = load_tokenizer(str(vocabulary)), DataConfig(workers=0)
-    parts = []
-    for name, count, frames in (("video1.mp4", 6, 2), ("red.png", 4, 1)):
-        clips = [Clip(path=str(tiny_list.with_name(name)))] * count
-        loader = ClipLoader(clips, data, num_frames=frames, image_size=32, batch_size=2, seed=1)
-        parts.append(
-            CaptionLoader(loader, Tokens(["a red thing"] * count, tokenizer, max_length=4), list(range(count)))
-        )
-    return AlternatingLoader(parts, seed=1)
-
-
-def test_clips_and_images_take_turns(tiny_list: Path, vocabulary: Path) -> None:
-    loader = alternating(tiny_list, vocabulary)
-    batches = list(loader)
-    frames = [batch["video"].shape[1] for batch in batches]
-    assert len(loader) == 5 and sorted(frames) == [1, 1, 2, 2, 2]
-    for batch in batches:
-        image = batch["video"].shape[1] == 1
-        assert all((number >= 6) == image for number in batch["index"].tolist())
-        assert all(loader.name_of(number).endswith("png" if image else "mp4") for number in batch["index"].tolist())
-        if image:  # decoded as it is
-            assert batch["video"][0, 0, 5, 5].tolist() == [255, 0, 0]
-    assert sorted(number for batch in batches for number in batch["index"].tolist()) == list(range(10))
-    orders = {tuple(loader.order(epoch)) for epoch in range(8)}
-    assert len(orders) > 1
-
-
-def test_alternation_goes_on_where_it_stopped(tiny_list: Path, vocabulary: Path) -> None:
-    whole = [batch["index"].tolist() for batch in alternating(tiny_list, vocabulary)]
-    first, second = alternating(tiny_list, vocabulary), alternating(tiny_list, vocabulary)
-    it = iter(first)
-    seen = [next(it)["index"].tolist() for _ in range(3)]
-    second.load_state_dict(first.state_dict())
-    assert seen + [batch["index"].tolist() for batch in second] == whole

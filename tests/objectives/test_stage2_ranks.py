@@ -57,43 +57,68 @@ def part_of(batch: dict[str, Tensor], rank: int, ranks: int) -> dict[str, object
     return part | {"negatives": negatives, "seed": torch.tensor([0]), "rank": rank}
 
 
-def gradients_of(rank: int = 0, ranks: int = 1) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def gradients_of(
+    rank: int = 0, ranks: int = 1, losses: Stage2Losses | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses and gradients of a rank's half."""
     model = small_model()
-    found = stage2_losses(model, Stage2Losses(), **part_of(joint_batch(), rank, ranks))
+    found = stage2_losses(model, losses or Stage2Losses(), **part_of(joint_batch(), rank, ranks))
     found["loss"].backward()
     return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_two_ranks_give_the_loss_and_gradients_of_one(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
+# The official contrastive loss alone: the gradient of the other losses knows nothing of ranks.
+OFFICIAL = Stage2Losses(vtm=0.0, mlm=0.0, uta=0.0, gather="official")
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Losses and gradients averaged over two processes: of all four losses, and of OFFICIAL."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "ranks.py"
     script.write_text(
         "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/objectives']\n"
         "import torch, torch.distributed as dist\n"
-        "from test_stage2_ranks import gradients_of\n"
+        "from test_stage2_ranks import OFFICIAL, gradients_of\n"
         "dist.init_process_group('gloo')\n"
-        "losses, gradients = gradients_of(dist.get_rank(), 2)\n"
-        "for value in (*losses.values(), *gradients.values()):\n"
-        "    dist.all_reduce(value.detach())\n"
+        "every = []\n"
+        "for losses in (None, OFFICIAL):\n"
+        "    parts = gradients_of(dist.get_rank(), 2, losses)\n"
+        "    for value in (*parts[0].values(), *parts[1].values()):\n"
+        "        dist.all_reduce(value.detach())\n"
+        "    every.append([{k: v.detach() / 2 for k, v in part.items()} for part in parts])\n"
         "if dist.get_rank() == 0:\n"
-        "    mean = [{k: v.detach() / 2 for k, v in part.items()} for part in (losses, gradients)]\n"
-        "    torch.save(mean, sys.argv[1])\n"
+        "    torch.save(every, sys.argv[1])\n"
         "dist.destroy_process_group()\n"
     )
-    saved = tmp_path / "mean.pt"
+    saved = folder / "mean.pt"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(script), str(saved), str(REPOSITORY)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    two_losses, two_gradients = torch.load(saved, weights_only=True)
+    return torch.load(saved, weights_only=True)
+
+
+def test_two_ranks_give_the_loss_and_gradients_of_one(of_two_ranks) -> None:
+    two_losses, two_gradients = of_two_ranks[0]
     losses, gradients = gradients_of()
     for name, value in losses.items():
         torch.testing.assert_close(two_losses[name], value.detach(), rtol=1e-5, atol=1e-6)
     assert two_gradients.keys() == gradients.keys() and len(gradients) > 80
     for name, value in gradients.items():
         torch.testing.assert_close(two_gradients[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_official_gathering_keeps_a_share_of_the_gradient_but_not_at_the_temperature(of_two_ranks) -> None:
+    two_losses, two_gradients = of_two_ranks[1]
+    losses, gradients = gradients_of(losses=OFFICIAL)  # one process: nothing is gathered
+    torch.testing.assert_close(two_losses["loss"], losses["loss"].detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(two_gradients.pop("temp"), gradients.pop("temp"), rtol=1e-4, atol=1e-6)
+    assert two_gradients.keys() == gradients.keys() and len(gradients) > 40
+    for name, value in gradients.items():
+        torch.testing.assert_close(two_gradients[name], value / 2, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_rank_alone_would_differ() -> None:

@@ -1,4 +1,4 @@
-"""The plain road of stage 1: what the official step computes, in straightforward PyTorch.
+"""The plain road of stage 1: what the official step computes, in straightforward PyTorch (stage 2: plain_stage2.py).
 
 It is the baseline of `bench stage1` and a second opinion in the tests: the same parameters under the same names give
 the same loss and gradients as the fast road when both are given the same mask. It embeds all tokens and throws most
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umt_fast.config import Stage1Config, TeacherConfig, VitConfig
+from umt_fast.config import Stage1Config, Stage2Config, TeacherConfig, VitConfig
 from umt_fast.tokens import TokenGrid, num_visible
 
 
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, mask: Tensor) -> Tensor:
         x = self.patch_embed(video)
-        x = x + self.position.type_as(x).to(x.device)
+        x = x + self.position[:, : x.shape[1]].type_as(x).to(x.device)  # an image has the first frame's positions
         x = x[~mask].reshape(x.shape[0], -1, x.shape[-1])
         taps = []
         for depth, block in enumerate(self.blocks):
@@ -128,10 +128,10 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """One alignment head: Linear, LayerNorm, optional L2 normalisation."""
 
-    def __init__(self, width: int, output_dim: int, normalize: str) -> None:
+    def __init__(self, width: int, output_dim: int, normalize: str, eps: float = 1e-6) -> None:
         super().__init__()
         self.head = nn.Linear(width, output_dim)
-        self.norm = nn.LayerNorm(output_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(output_dim, eps=eps)
         self.normalize = normalize
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
 class PlainStudent(nn.Module):
     """(B, 3, T, H, W) and mask (B, N) bool (true: hidden) -> (K, B, n, D)."""
 
-    def __init__(self, config: Stage1Config, grid: TokenGrid) -> None:
+    def __init__(self, config: Stage1Config | Stage2Config, grid: TokenGrid) -> None:
         super().__init__()
         vit, layers = config.student, config.align.num_layers
         self.encoder = Encoder(vit, layers, grid.size)
@@ -153,8 +153,12 @@ class PlainStudent(nn.Module):
 
     def forward(self, video: Tensor, mask: Tensor) -> Tensor:
         taps = self.encoder(video, mask)
+        return self.decode(taps, mask)
+
+    def decode(self, taps: Tensor, mask: Tensor) -> Tensor:
+        """The alignment heads: normed taps (K, B, n, C) -> (K, B, n, D)."""
         layers, batch, _, width = taps.shape
-        table = self.position.repeat(batch, 1, 1).type_as(taps).to(taps.device)
+        table = self.position[:, : mask.shape[1]].repeat(batch, 1, 1).type_as(taps).to(taps.device)
         position = table[~mask].view(batch, -1, width).unsqueeze(0).repeat(layers, 1, 1, 1)
         taps = taps + position
         return torch.stack([decoder(tap) for decoder, tap in zip(self.clip_decoder, taps, strict=True)])
@@ -237,6 +241,30 @@ class PlainTeacher(nn.Module):
         return features, weights[:, 0, 1:]
 
 
+def fill_at_random(teacher: PlainTeacher) -> None:
+    """Weights for timing: zeros would make every attention map uniform."""
+    for parameter in teacher.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+
+
+def draw_mask(attention: Tensor, batch: int, ratio: float) -> Tensor:
+    """Semantic mask (B, N) bool, true: hidden, built on the host from attention (B*T, L)."""
+    rows, per_frame = attention.shape
+    kept = num_visible(per_frame, ratio)
+    order = torch.multinomial(attention.float(), per_frame)
+    mask = torch.ones(rows, per_frame)
+    mask[torch.arange(rows)[:, None], order[:, :kept].cpu()] = 0
+    return mask.view(batch, -1).to(torch.bool)
+
+
+def targets_at(features: Tensor, mask: Tensor) -> Tensor:
+    """Teacher features (K, B, N, D) at the tokens `mask` (B, N) leaves visible: (K, B, n, D)."""
+    layers, batch, _, width = features.shape
+    every = (~mask).unsqueeze(0).repeat(layers, 1, 1)
+    return features[every].reshape(layers, batch, -1, width)
+
+
 class PlainStage1(nn.Module):
     """The official training step without its optimizer: teacher, mask, student, loss."""
 
@@ -259,21 +287,9 @@ class PlainStage1(nn.Module):
         self.teacher.eval()
         return self
 
-    def draw_mask(self, attention: Tensor, batch: int) -> Tensor:
-        """Semantic mask (B, N) bool, true: hidden, built on the host from attention (B*T, L)."""
-        rows, per_frame = attention.shape
-        kept = num_visible(per_frame, self.config.mask.ratio)
-        order = torch.multinomial(attention.float(), per_frame)
-        mask = torch.ones(rows, per_frame)
-        mask[torch.arange(rows)[:, None], order[:, :kept].cpu()] = 0
-        return mask.view(batch, -1).to(torch.bool)
-
     def loss(self, video: Tensor, features: Tensor, mask: Tensor) -> Tensor:
         """Aligns the student, at the tokens `mask` (B, N) leaves visible, with teacher features (K, B, N, D)."""
-        layers, batch, _, width = features.shape
-        every = (~mask).unsqueeze(0).repeat(layers, 1, 1)
-        targets = features[every].reshape(layers, batch, -1, width)
-        outputs = self.student(video, mask)
+        targets, outputs = targets_at(features, mask), self.student(video, mask)
         if self.config.align.loss == "l2":
             return (2 - 2 * (outputs * targets).sum(-1)).mean()
         return (F.mse_loss if self.config.align.loss == "mse" else F.smooth_l1_loss)(outputs, targets)
@@ -281,5 +297,5 @@ class PlainStage1(nn.Module):
     def forward(self, video: Tensor) -> Tensor:
         """Normalised fp32 video (B, 3, T, H, W) -> scalar loss."""
         features, attention = self.teacher(video)
-        mask = self.draw_mask(attention, video.shape[0]).to(video.device, non_blocking=True)
+        mask = draw_mask(attention, video.shape[0], self.config.mask.ratio).to(video.device, non_blocking=True)
         return self.loss(video, features, mask)

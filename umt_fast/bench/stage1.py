@@ -8,26 +8,28 @@ for the plain one, as each trainer delivers it).
 from __future__ import annotations
 
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 import kernels
-from umt_fast.bench.plain import PlainStage1
-from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, AlignConfig, ConfigError, RunConfig, Stage1Config
+from umt_fast.bench.measure import (
+    TEACHER_OF,
+    Case,
+    Clock,
+    Model,
+    Steps,
+    autocast,
+    checked_case,
+    normalised,
+    random_video,
+)
+from umt_fast.bench.plain import PlainStage1, draw_mask, fill_at_random
+from umt_fast.config import AlignConfig, RunConfig, Stage1Config
 from umt_fast.engine.optim import build_optimizer
-from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes, usable_dtype
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
-
-Model = Literal["tiny", "b16", "l16"]
-TEACHER_OF = {"tiny": "clip_tiny", "b16": "clip_b16", "l16": "clip_l14"}
 
 
 def stage1_config(model: Model, batch_size: int, dtype: str) -> Stage1Config:
@@ -41,40 +43,13 @@ def stage1_config(model: Model, batch_size: int, dtype: str) -> Stage1Config:
     )
 
 
-class Clock:
-    """Adds up the time of named parts, waiting for the device at each boundary."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.parts: dict[str, list[float]] = {}
-        self.restart()
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def restart(self) -> None:
-        self.started = self.now()
-
-    def lap(self, part: str) -> None:
-        moment = self.now()
-        self.parts.setdefault(part, []).append(moment - self.started)
-        self.started = moment
-
-    def milliseconds(self) -> dict[str, float]:
-        return {part: round(1e3 * statistics.median(laps), 3) for part, laps in self.parts.items()}
-
-
-def fast_steps(
-    config: Stage1Config, video: Tensor, device: torch.device, compiled: bool
-) -> tuple[Callable[[int], None], Callable[[int, Clock], None]]:
+def fast_steps(config: Stage1Config, video: Tensor, device: torch.device, compiled: bool) -> Steps:
     """The training step, and the same step with a clock at each part's end."""
     objective = UnmaskedAlignment(config).to(device).train()
     optimizer = build_optimizer(objective.trainable, config.optim, lr=1e-4)
     run = torch.compile(objective) if compiled else objective
     batch = {"video": video}
-    autocast = _autocast(device, config.run.dtype)
+    precision = autocast(device, config.run.dtype)
 
     def step(number: int) -> None:
         seed = torch.full((1,), number, dtype=torch.int64, device=device)
@@ -87,7 +62,7 @@ def fast_steps(
         clock.restart()
         target = objective.teacher(video, config.mask, seed)
         clock.lap("teacher and mask")
-        with autocast:
+        with precision:
             heads = objective.student(video, target.visible)
         clock.lap("student forward")
         student = objective.student
@@ -102,20 +77,14 @@ def fast_steps(
     return step, timed
 
 
-def plain_steps(
-    config: Stage1Config, video: Tensor, device: torch.device
-) -> tuple[Callable[[int], None], Callable[[int, Clock], None]]:
+def plain_steps(config: Stage1Config, video: Tensor, device: torch.device) -> Steps:
     """The official step: see bench/plain.py."""
-    mean = torch.tensor(IMAGENET_MEAN, device=device)
-    std = torch.tensor(IMAGENET_STD, device=device)
-    pixels = ((video / 255 - mean) / std).permute(0, 4, 1, 2, 3).contiguous()
+    pixels = normalised(video)
     objective = PlainStage1(config).to(device).train()
-    for parameter in objective.teacher.parameters():  # zeros would make every attention map uniform
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    fill_at_random(objective.teacher)
     parameters = list(objective.student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=config.optim.betas, weight_decay=config.optim.weight_decay)
-    autocast = _autocast(device, config.run.dtype)
+    precision = autocast(device, config.run.dtype)
 
     def finish(loss: Tensor) -> None:
         loss.item()
@@ -127,19 +96,19 @@ def plain_steps(
         optimizer.step()
 
     def step(number: int) -> None:
-        with autocast:
+        with precision:
             loss = objective(pixels)
         finish(loss)
         update()
 
     def timed(number: int, clock: Clock) -> None:
         clock.restart()
-        with autocast:
+        with precision:
             features, attention = objective.teacher(pixels)
         clock.lap("teacher")
-        mask = objective.draw_mask(attention, pixels.shape[0]).to(device)
+        mask = draw_mask(attention, pixels.shape[0], config.mask.ratio).to(device)
         clock.lap("mask")
-        with autocast:
+        with precision:
             loss = objective.loss(pixels, features, mask)
         clock.lap("student forward and loss")
         finish(loss)
@@ -150,66 +119,15 @@ def plain_steps(
     return step, timed
 
 
-def _autocast(device: torch.device, dtype: str) -> torch.autocast | nullcontext:
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else nullcontext()
-
-
-def measure(
-    model: Model, batch_size: int, device: torch.device, dtype: str, road: str, steps: int, compiled: bool
-) -> dict[str, object]:
-    """Times `steps` steps after two warm-up steps; every figure of the JSON line, by name.
-
-    TFLOP/s count the work the fast road needs (teacher forward, student forward and backward) for both roads: the
-    plain road's wasted operations are not credited.
-    """
-    # The plain road does as it is told, as the official code would; the fast one does what `train` does.
-    computed = usable_dtype(dtype, device) if road == "fast" else dtype
-    config = stage1_config(model, batch_size, computed)
-    side, frames = config.student.image_size, config.student.num_frames
-    generator = torch.Generator().manual_seed(0)
-    video = torch.randint(256, (batch_size, frames, side, side, 3), dtype=torch.uint8, generator=generator).to(device)
-    torch.manual_seed(0)
+def measure(case: Case) -> dict[str, object]:
+    """Every figure of the JSON line, by name; see Case.measure."""
+    config = stage1_config(case.model, case.batch_size, case.computed_in)
+    video = random_video(case.batch_size, config.student.num_frames, config.student.image_size, case.device)
     roads = {
-        "fast": lambda: fast_steps(config, video, device, compiled),
-        "plain": lambda: plain_steps(config, video, device),
+        "fast": lambda: fast_steps(config, video, case.device, case.compiled),
+        "plain": lambda: plain_steps(config, video, case.device),
     }
-    step, timed = roads[road]()
-    for number in range(2):
-        step(number)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    clock = Clock(device)
-    for number in range(steps):
-        clock.restart()
-        step(number)
-        clock.lap("step")
-    peak = peak_memory_bytes(device)
-    parts = Clock(device)
-    for number in range(max(1, steps // 2)):
-        timed(number, parts)
-    seconds = statistics.median(clock.parts["step"])
-    flops = UnmaskedAlignment.flops_of(config) * batch_size
-    rate = measure_matmul_rate(device, torch.bfloat16 if computed == "bf16" else torch.float32)
-    return {
-        "bench": "stage1",
-        "model": model,
-        "road": road,
-        "compiled": compiled,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": dtype,
-        "computed_in": computed,
-        "batch_size": batch_size,
-        "steps": steps,
-        "clips_per_s": round(batch_size / seconds, 4),
-        "ms_per_step": round(1e3 * seconds, 3),
-        "ms_per_part": parts.milliseconds(),
-        "tflops": round(flops / seconds / 1e12, 4),
-        "matmul_tflops": round(rate / 1e12, 4),
-        "share_of_matmul_rate": round(flops / seconds / rate, 4),
-        "peak_memory_gib": round(peak / 2**30, 3),
-    }
+    return case.measure("stage1", roads[case.road], UnmaskedAlignment.flops_of(config) * case.batch_size)
 
 
 def main(
@@ -232,11 +150,7 @@ def main(
         steps: Timed steps, after two that are not.
         compile: torch.compile the objective (fast road only).
     """
-    if batch_size < 1 or steps < 1:
-        raise ConfigError(f"batch_size is {batch_size} and steps is {steps}; both must be at least 1")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no GPU; use --device cpu")
-    if compile and road == "plain":
-        raise ConfigError("compile is for the fast road; the plain road is the official eager step")
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    print(json.dumps(measure(model, batch_size, torch.device(name), dtype, road, steps, compile)))
+    case = checked_case(
+        model=model, batch_size=batch_size, device=device, dtype=dtype, road=road, steps=steps, compiled=compile
+    )  # fmt: skip
+    print(json.dumps(measure(case)))

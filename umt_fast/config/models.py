@@ -151,8 +151,15 @@ class Stage2Losses:
     """Masked language: the hidden words of a caption, given its clip."""
     uta: float = 1.0
     """Alignment of the tower to the CLIP teacher, as in stage 1."""
+    vision_projection: float = 0.0
+    """Alignment of the projected, pooled clip to CLIP's own image embedding, averaged over frames: 1 - cosine. Not in the
+    official training; needs embed_dim equal to teacher.output_dim."""
+    gather: Literal["full", "official"] = "full"
+    """Gradient of the contrastive loss over several ranks: `full`, that of the joint batch, or `official`: 1 / ranks of it
+    at the encoders and projections."""
 
     def __post_init__(self) -> None:
-        for name in ("vtc", "vtm", "mlm", "uta"):
+        names = ("vtc", "vtm", "mlm", "uta", "vision_projection")
+        for name in names:
             require(getattr(self, name) >= 0, f"losses.{name} is {getattr(self, name)}; it must not be negative")
-        require(self.vtc + self.vtm + self.mlm + self.uta > 0, "every weight of losses is 0; nothing would be trained")
+        require(any(getattr(self, name) for name in names), "every weight of losses is 0; nothing would be trained")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from umt_fast.config.core import require
 from umt_fast.config.models import AlignConfig, MaskConfig, Stage2Losses, TeacherConfig, TextConfig, VitConfig
@@ -72,7 +73,11 @@ class Stage2Config:
     videos: tuple[str, ...] = ()
     """Caption lists of clips (.json or SQLite), each as LIST or LIST=FOLDER, the folder its names are relative to."""
     images: tuple[str, ...] = ()
-    """Caption lists of images, likewise. With both, each step takes a batch of one kind, in an order drawn for each epoch."""
+    """Caption lists of images, likewise."""
+    co_training: Literal["alternating", "packed"] = "alternating"
+    """With both: `alternating` gives each step a batch of one kind, in an order drawn for each epoch; `packed` gives it a
+    batch of each, packed through the tower together, and averages their losses. A packed epoch is as long as the longer kind
+    is; the shorter one starts over."""
     student: VitConfig = field(default_factory=lambda: VitConfig(num_frames=4))
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     text: TextConfig = field(default_factory=TextConfig)
@@ -106,4 +111,12 @@ class Stage2Config:
         require(
             2 <= self.max_length <= self.text.max_positions,
             f"max_length is {self.max_length}; it must lie in [2, text.max_positions = {self.text.max_positions}]",
+        )
+        require(
+            not self.losses.vision_projection or self.embed_dim == self.teacher.output_dim,
+            f"losses.vision_projection needs embed_dim {self.embed_dim} to be teacher.output_dim {self.teacher.output_dim}",
+        )
+        require(
+            self.co_training == "alternating" or self.student.attention == "joint",
+            "co_training 'packed' needs student.attention 'joint'; choose that, or 'alternating'",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import json
 import re
 import sqlite3
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -178,59 +176,3 @@ class CaptionLoader:
                 yield batch | {"ids": ids, "mask": mask, "sample": self.sample[batch["index"]]}
         finally:
             batches.close()
-
-
-class AlternatingLoader:
-    """Batches of several loaders in turn, each batch from one of them, in an order that the seed draws for each epoch.
-
-    Every loader runs to its end in every epoch. Clip numbers of the second loader follow those of the first, and so on.
-    """
-
-    def __init__(self, parts: list[CaptionLoader], seed: int) -> None:
-        self.parts, self.seed = parts, seed
-        self.epoch, self.position = 0, 0
-        self.first = [0]
-        for part in parts:
-            self.first.append(self.first[-1] + len(part.sample))
-
-    @property
-    def bad_files(self) -> dict[str, str]:
-        return {name: reason for part in self.parts for name, reason in part.bad_files.items()}
-
-    def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
-
-    def set_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
-        for part in self.parts:
-            part.set_epoch(epoch)
-
-    def state_dict(self) -> dict[str, Any]:
-        parts = [part.state_dict() for part in self.parts]
-        return {"epoch": self.epoch, "position": self.position, "parts": parts}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
-        for part, its in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(its)
-
-    def name_of(self, index: int) -> str:
-        which = bisect.bisect_right(self.first, index) - 1
-        return self.parts[which].name_of(index - self.first[which])
-
-    def order(self, epoch: int) -> list[int]:
-        """Which loader gives each batch of an epoch; the same on every rank."""
-        turns = np.repeat(np.arange(len(self.parts)), [len(part) for part in self.parts])
-        return np.random.default_rng((self.seed, epoch, 3)).permutation(turns).tolist()
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        batches = [iter(part) for part in self.parts]
-        try:
-            for which in self.order(self.epoch)[self.position :]:
-                batch = next(batches[which])
-                self.position += 1
-                yield batch | {"index": batch["index"] + self.first[which]}
-        finally:
-            for part in batches:
-                part.close()

@@ -22,10 +22,12 @@ from umt_fast.tokens import TokenGrid, draw_uniform, flatten_frames, num_visible
 
 
 class TeacherOutput(NamedTuple):
-    """visible: int32 (B, n) ascending flat indices. targets: (K, B, n, D) projected, not normalised."""
+    """visible: int32 (B, n) ascending flat indices. targets: (K, B, n, D) projected, not normalised. image: fp32 (B, D),
+    CLIP's own unit image embeddings averaged over frames, where they were asked for."""
 
     visible: Tensor
     targets: Tensor
+    image: Tensor | None = None
 
 
 class LayerNorm(nn.LayerNorm):
@@ -163,7 +165,7 @@ class ClipTeacher(nn.Module):
         return self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
 
     @torch.no_grad()
-    def forward(self, video: Tensor, mask: MaskConfig, seed: Tensor) -> TeacherOutput:
+    def forward(self, video: Tensor, mask: MaskConfig, seed: Tensor, *, with_image: bool = False) -> TeacherOutput:
         """Draws the mask and computes the targets at its visible tokens.
 
         Args:
@@ -171,6 +173,7 @@ class ClipTeacher(nn.Module):
                 the official code.
             mask: which tokens stay visible.
             seed: int64 (1,) on the video's device.
+            with_image: give the image embedding too.
         """
         batch = video.shape[0]
         x = self.embed(video)
@@ -191,7 +194,15 @@ class ClipTeacher(nn.Module):
             visible = flatten_frames(kept, frames, per_frame)
         else:
             visible = draw_uniform(mask.kind, batch, TokenGrid(frames, side, side), mask.ratio, seed)
-        return TeacherOutput(visible, self.targets_at(visible, x, y, k, v, taps, rectangular=mask.kind != "random"))
+        targets = self.targets_at(visible, x, y, k, v, taps, rectangular=mask.kind != "random")
+        return TeacherOutput(visible, targets, self._image(x, y, k, v, frames) if with_image else None)
+
+    def _image(self, x: Tensor, y: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+        """The last block finished for the class tokens, normed and projected."""
+        last = self.blocks[-1]
+        (q,) = last.attn.project(y[:, :1], slice(0, 1))
+        found = self.ln_post(last.finish(x[:, :1], q, k, v)) @ self.proj
+        return F.normalize(found.float(), dim=-1).view(-1, frames, found.shape[-1]).mean(1)
 
     def targets_at(
         self, visible: Tensor, x: Tensor, y: Tensor, k: Tensor, v: Tensor, taps: list[Tensor], *, rectangular: bool

@@ -5,6 +5,8 @@ Legend: B clips, n visible tokens, C and W vision and text width, E embedding wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,6 +45,19 @@ class VisionTower(Student):
         position = self.position[visible]
         outputs = [head.head(tap + position) for head, tap in zip(self.clip_decoder, normed, strict=True)]
         return normed[-1], torch.stack(outputs)
+
+    def embed_packed(
+        self, batches: Sequence[tuple[Tensor, Tensor]], *, heads: bool = False
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """What embed gives for each batch (video, visible), all through the tower at once: clips and images packed."""
+        taps, packing = self.encoder.packed(batches, len(self.clip_decoder) if heads else 1)
+        normed = [self.encoder.norm(tap) for tap in taps]
+        tokens = packing.split(normed[-1])
+        if not heads:
+            return [(part, None) for part in tokens]
+        position = torch.cat([self.position[visible].flatten(0, 1) for _, visible in batches])
+        outputs = [head.head(tap + position) for head, tap in zip(self.clip_decoder, normed, strict=True)]
+        return list(zip(tokens, packing.split(torch.stack(outputs), 1), strict=True))
 
     def pool(self, tokens: Tensor, frames: int = 1) -> Tensor:
         """(B, frames, C): the normed mean of each of `frames` equal parts of the tokens; 1: of all."""

@@ -87,7 +87,9 @@ class TextLayer(nn.Module):
         """A text layer: (B, l, W) and its bool (B, l) padding mask."""
         return self._feed_forward(self.attention(x, *self.attention.keys_and_values(x), mask))
 
-    def fuse(self, x: Tensor, mask: Tensor, k: Tensor, v: Tensor, negatives: Tensor | None) -> Tensor:
+    def fuse(
+        self, x: Tensor, mask: Tensor, k: Tensor, v: Tensor, negatives: Tensor | None, asked: int | None = None
+    ) -> Tensor:
         """A fusion layer over groups of texts that share clips.
 
         Args:
@@ -96,18 +98,19 @@ class TextLayer(nn.Module):
             k, v: (B, n, H, d) of the clips.
             negatives: int64 (B,): the last group's text i attends to clip negatives[i], all others' to clip i. None:
                 there is no such group.
+            asked: compute only the first so many positions of each text, (G, B, asked, W); None: all.
         """
-        groups, batch, length, width = x.shape
         flat = x.flatten(0, 1)
-        flat = self.attention(flat, *self.attention.keys_and_values(flat), mask.flatten(0, 1))
+        flat = self.attention(flat[:, :asked], *self.attention.keys_and_values(flat), mask.flatten(0, 1))
+        groups, batch, length, width = *x.shape[:2], *flat.shape[1:]
         own = groups if negatives is None else groups - 1
         # Texts of one clip ask side by side: no copy of its keys and values is made.
         beside = flat.view(groups, batch, length, width)[:own].transpose(0, 1).reshape(batch, own * length, width)
         seen = self.crossattention(beside, k, v).view(batch, own, length, width).transpose(0, 1)
         if negatives is not None:
-            other = self.crossattention(flat.view_as(x)[-1], k[negatives], v[negatives])
+            other = self.crossattention(flat.view(groups, batch, length, width)[-1], k[negatives], v[negatives])
             seen = torch.cat([seen, other[None]])
-        return self._feed_forward(seen.flatten(0, 1)).view_as(x)
+        return self._feed_forward(seen.flatten(0, 1)).view(groups, batch, length, width)
 
 
 class _Embeddings(nn.Module):
@@ -196,9 +199,25 @@ class TextEncoder(nn.Module):
         self, x: Tensor, mask: Tensor, clips: list[tuple[Tensor, Tensor]], negatives: Tensor | None = None
     ) -> Tensor:
         """Fusion layers over (G, B, l, W) texts; see TextLayer.fuse."""
-        for layer, (k, v) in zip(self.bert.encoder.layer[self.config.fusion_layer :], clips, strict=True):
+        for layer, (k, v) in self._fusion(clips):
             x = layer.fuse(x, mask, k, v, negatives)
         return x
+
+    def fuse_for_losses(
+        self, x: Tensor, mask: Tensor, clips: list[tuple[Tensor, Tensor]], negatives: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As fuse, but of all groups except the first the last layer computes the class token alone.
+
+        Returns the first group (B, l, W) and the class tokens of the others (G - 1, B, 1, W).
+        """
+        *lower, (last, (k, v)) = self._fusion(clips)
+        for layer, source in lower:
+            x = layer.fuse(x, mask, *source, negatives)
+        return last.fuse(x[:1], mask[:1], k, v, None)[0], last.fuse(x[1:], mask[1:], k, v, negatives, asked=1)
+
+    def _fusion(self, clips: list[tuple[Tensor, Tensor]]) -> list[tuple[TextLayer, tuple[Tensor, Tensor]]]:
+        """The fusion layers, each with its keys and values."""
+        return list(zip(self.bert.encoder.layer[self.config.fusion_layer :], clips, strict=True))
 
 
 def _initialise(module: nn.Module) -> None:

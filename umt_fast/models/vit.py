@@ -6,6 +6,9 @@ Parameter names are those of the official implementation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,13 +45,53 @@ def resized_table(table: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
     return lines.permute(2, 0, 1).reshape(new.size, width)
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Zeroes whole samples of x (B, ...) with probability `rate` and scales the others by 1 / (1 - rate)."""
+class Packing(NamedTuple):
+    """Batches of token sequences one after the other along one axis; in a batch all are equally long."""
+
+    shapes: tuple[tuple[int, int], ...]
+    """(sequences, tokens of each) of each batch."""
+    totals: Tensor
+    """int32 (S + 1,), where each sequence starts."""
+
+    @classmethod
+    def of(cls, batches: Sequence[Tensor]) -> Packing:
+        """The packing of batches (B, n, C)."""
+        shapes = tuple((x.shape[0], x.shape[1]) for x in batches)
+        # Made on the device: a list of numbers would have to be copied there.
+        parts, start = [], 0
+        for count, n in shapes:
+            parts.append(torch.arange(start, start + count * n, n, dtype=torch.int32, device=batches[0].device))
+            start += count * n
+        last = torch.full((1,), start, dtype=torch.int32, device=batches[0].device)
+        return cls(shapes, torch.cat([*parts, last]))
+
+    @property
+    def longest(self) -> int:
+        return max(n for _, n in self.shapes)
+
+    def split(self, x: Tensor, dim: int = 0) -> list[Tensor]:
+        """The batches, with (sequences, tokens) in place of the packed axis."""
+        parts = x.split([count * n for count, n in self.shapes], dim)
+        return [part.unflatten(dim, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """(S, 1), one value for each sequence -> one for each of its tokens, (total, 1)."""
+        parts = values.split([count for count, _ in self.shapes])
+        return torch.cat([v.expand(shape).reshape(-1, 1) for v, shape in zip(parts, self.shapes, strict=True)])
+
+
+def drop_path(x: Tensor, rate: float, training: bool, packing: Packing | None = None) -> Tensor:
+    """Zeroes whole samples of x (B, ...) with probability `rate` and scales the others by 1 / (1 - rate).
+
+    With a packing x is (total, C), and a sample is a sequence.
+    """
     if not training or rate == 0:
         return x
     keep = 1 - rate
-    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-    return x * (torch.rand(shape, device=x.device) < keep).to(x.dtype).div_(keep)
+    samples = x.shape[0] if packing is None else len(packing.totals) - 1
+    shape = (samples,) + (1,) * (x.ndim - 1)
+    kept = (torch.rand(shape, device=x.device) < keep).to(x.dtype).div_(keep)
+    return x * (kept if packing is None else packing.per_token(kept))
 
 
 class PatchEmbed(nn.Module):
@@ -82,10 +125,16 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """(B, n, C), or packed (total, C) -> the same."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return self.proj(kernels.attention(q, k, v).flatten(2))
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        if packing is None:
+            out = kernels.attention(q, k, v)
+        else:
+            totals, longest = packing.totals, packing.longest
+            out = kernels.attention_varlen(q, k, v, totals, totals, longest, longest)
+        return self.proj(out.flatten(-2))
 
 
 class Mlp(nn.Module):
@@ -111,9 +160,9 @@ class Block(nn.Module):
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        x = x + drop_path(self.attn(self.norm1(x), packing), self.drop_path, self.training, packing)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training, packing)
 
 
 class VisionTransformer(nn.Module):
@@ -153,19 +202,34 @@ class VisionTransformer(nn.Module):
         indices, or None for all N. With spatial attention every frame must have the same number of visible tokens.
         """
         visible = self.all_visible(video.shape[0]) if visible is None else visible
-        # The fp32 table keeps the residual stream fp32 under autocast.
-        x = self.patch_embed(video, visible) + self.position[visible]
+        x = self._tokens(video, visible)
         batch = x.shape[0]
         if self.config.attention == "spatial":
             x = x.reshape(batch * self.grid.frames, -1, x.shape[-1])
+        return [tap.reshape(batch, -1, tap.shape[-1]) for tap in self._blocks(x, num_taps)]
+
+    def packed(self, batches: Sequence[tuple[Tensor, Tensor]], num_taps: int = 1) -> tuple[list[Tensor], Packing]:
+        """As forward for several batches (video, visible) of different lengths at once, joint attention only.
+
+        Returns the taps, each (total, C), and where in them each batch lies.
+        """
+        tokens = [self._tokens(video, visible) for video, visible in batches]
+        packing = Packing.of(tokens)
+        return self._blocks(torch.cat([x.flatten(0, 1) for x in tokens]), num_taps, packing), packing
+
+    def _tokens(self, video: Tensor, visible: Tensor) -> Tensor:
+        # The fp32 table keeps the residual stream fp32 under autocast.
+        return self.patch_embed(video, visible) + self.position[visible]
+
+    def _blocks(self, x: Tensor, num_taps: int, packing: Packing | None = None) -> list[Tensor]:
         taps = []
         for depth, block in enumerate(self.blocks):
             if depth < self.config.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, packing, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, packing)
             if depth >= len(self.blocks) - num_taps:
-                taps.append(x.reshape(batch, -1, x.shape[-1]))
+                taps.append(x)
         return taps
 
 

@@ -2,13 +2,22 @@
 
 What is computed once that the official step computes several times: the text layers run over plain and masked text
 together; the fusion layers over matched, wrong-text, masked and wrong-clip pairs together; each clip's keys and values once
-for each fusion layer; vocabulary logits at asked positions alone.
+for each fusion layer. What is left out because nothing reads it: the last fusion layer at the pairs' other positions than the
+class token, vocabulary logits at positions that are not asked.
+
+A step may hold clips and images (packed co-training): they go through tower and text layers together; the losses are those
+of each kind, negatives included, and the step's loss is their mean.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
@@ -54,33 +63,88 @@ def stage2_losses(
     Returns:
         fp32 scalars: `loss`, the weighted sum, and `vtc`, `vtm`, `mlm`, `uta` (detached) as far as their weights are not 0.
     """
-    text = model.text_encoder
-    tokens, heads = model.vision_encoder.embed(video, visible, heads=targets is not None and losses.uta > 0)
-    both = text.encode(torch.cat([ids, masked_ids]), torch.cat([mask, mask]))
-    plain, masked = both.chunk(2)
-    found: dict[str, Tensor] = {}
+    pairs = Pairs(video, visible, ids, mask, index, masked_ids, labels, seed, targets, negatives, capacity=capacity)
+    return joint_losses(model, losses, [pairs], rank)
 
-    pooled = model.vision_encoder.pool(tokens)
-    sim = vision_text.similarity(model.project_vision(pooled), model.project_text(plain), index, model.temperature)
+
+class Pairs(NamedTuple):
+    """A batch of clips, or of images, with their captions; see stage2_losses for each.
+
+    image: fp32 (B, D) CLIP's image embeddings, for the alignment of the projected clip, or None.
+    """
+
+    video: Tensor
+    visible: Tensor
+    ids: Tensor
+    mask: Tensor
+    index: Tensor
+    masked_ids: Tensor
+    labels: Tensor
+    seed: Tensor
+    targets: Tensor | None = None
+    negatives: tuple[Tensor, Tensor] | None = None
+    image: Tensor | None = None
+    capacity: int | None = None
+
+
+def joint_losses(model: VideoText, losses: Stage2Losses, batches: Sequence[Pairs], rank: int = 0) -> dict[str, Tensor]:
+    """As stage2_losses, the mean of several batches: what the mean of their single steps would give, gradients too."""
+    heads = losses.uta > 0 and all(pairs.targets is not None for pairs in batches)
+    if len(batches) == 1:
+        seen = [model.vision_encoder.embed(batches[0].video, batches[0].visible, heads=heads)]
+    else:
+        seen = model.vision_encoder.embed_packed([(pairs.video, pairs.visible) for pairs in batches], heads=heads)
+    texts = _encode(model, batches)
+    found: dict[str, Tensor] = {}
+    for pairs, (tokens, outputs), (plain, masked) in zip(batches, seen, texts, strict=True):
+        for name, value in _losses_of(model, losses, pairs, tokens, outputs, plain, masked, rank).items():
+            found[name] = found.get(name, 0) + value / len(batches)
+    total = sum(getattr(losses, name) * value for name, value in found.items())
+    return {"loss": total} | {name: value.detach() for name, value in found.items()}
+
+
+def _encode(model: VideoText, batches: Sequence[Pairs]) -> list[tuple[Tensor, Tensor]]:
+    """Plain and masked text (B, l, W) of each batch, all in one pass, padded to the longest of all batches."""
+    longest = max(pairs.ids.shape[1] for pairs in batches)
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])
+
+    ids = joined([pairs.ids for pairs in batches] + [pairs.masked_ids for pairs in batches])
+    mask = joined([pairs.mask for pairs in batches] * 2)
+    parts = model.text_encoder.encode(ids, mask).split([len(pairs.ids) for pairs in batches] * 2)
+    every = zip(batches, parts[: len(batches)], parts[len(batches) :], strict=True)
+    return [tuple(part[:, : pairs.ids.shape[1]] for part in both) for pairs, *both in every]
+
+
+def _losses_of(
+    model: VideoText, losses: Stage2Losses, pairs: Pairs, tokens: Tensor, heads: Tensor | None, plain: Tensor,
+    masked: Tensor, rank: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The losses of one kind by name, from its vision tokens (B, n, C) and its plain and masked text (B, l, W)."""
+    text, tower, found = model.text_encoder, model.vision_encoder, {}
+    vision = model.project_vision(tower.pool(tokens))
+    sim = vision_text.similarity(vision, model.project_text(plain), pairs.index, model.temperature, losses.gather)
     if losses.vtc:
         found["vtc"] = vision_text.contrastive_loss(sim)
     if losses.vtm or losses.mlm:
-        clip_of, text_of = negatives or vision_text.draw_negatives(sim, seed, rank)
-        # Groups of texts: matched, with a wrong text, masked; last, the texts that ask a wrong clip.
-        groups = torch.stack([plain, plain[text_of], masked, plain])
-        masks = torch.stack([mask, mask[text_of], mask, mask])
-        fused = text.fuse(groups, masks, text.clip_keys(tokens), clip_of)
+        mask, labels = pairs.mask, pairs.labels
+        clip_of, text_of = pairs.negatives or vision_text.draw_negatives(sim, pairs.seed, rank)
+        # Groups of texts: masked, matched, with a wrong text; last, the texts that ask a wrong clip.
+        groups = torch.stack([masked, plain, plain[text_of], plain])
+        masks = torch.stack([mask, mask, mask[text_of], mask])
+        filled, judged = text.fuse_for_losses(groups, masks, text.clip_keys(tokens), clip_of)
         if losses.vtm:
-            found["vtm"] = vision_text.matching_loss(*(model.match(fused[group]) for group in (0, 3, 1)))
+            found["vtm"] = vision_text.matching_loss(*(model.match(judged[group]) for group in (0, 2, 1)))
         if losses.mlm:
-            rows, asked = vision_text.masked_rows(labels, capacity or labels.numel())
-            logits = text.cls.predictions(fused[2].flatten(0, 1)[rows])
+            rows, asked = vision_text.masked_rows(labels, pairs.capacity or labels.numel())
+            logits = text.cls.predictions(filled.flatten(0, 1)[rows])
             found["mlm"] = vision_text.masked_language_loss(logits, asked)
-    if targets is not None and losses.uta:
-        tower = model.vision_encoder
-        found["uta"] = kernels.align_loss(heads, targets, tower.norm_weight, tower.norm_bias, eps=HEAD_EPS)
-    total = sum(getattr(losses, name) * value for name, value in found.items())
-    return {"loss": total} | {name: value.detach() for name, value in found.items()}
+    if heads is not None:
+        found["uta"] = kernels.align_loss(heads, pairs.targets, tower.norm_weight, tower.norm_bias, eps=HEAD_EPS)
+    if losses.vision_projection and pairs.image is not None:
+        found["vision_projection"] = (1 - F.cosine_similarity(vision, pairs.image, dim=-1)).mean()
+    return found
 
 
 class VideoTextPretraining(nn.Module):
@@ -115,32 +179,65 @@ class VideoTextPretraining(nn.Module):
         return min(losses.vtc, losses.vtm, losses.mlm, losses.uta) == 0
 
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
-        """batch: `video` as in stage 1, `ids`, `mask` and `sample` as CaptionLoader gives them. Returns stage2_losses'."""
-        config, video = self.config, batch["video"]
+        """batch: `video` as in stage 1, `ids`, `mask` and `sample` as CaptionLoader gives them, and the same of images with
+        `image_` before their names where clips and images are packed. Returns stage2_losses'."""
+        return self.losses(self.prepare(batch, seed))
+
+    def prepare(self, batch: dict[str, Tensor], seed: Tensor) -> list[Pairs]:
+        """What needs no gradient: masks, teacher, hidden words; clips first where the batch has both kinds."""
+        kinds = [self._pairs(batch, "", seed)]
+        if "image_video" in batch:
+            # The draws of a kind take seed to seed + 2.
+            kinds.append(self._pairs(batch, "image_", seed + 3))
+        return kinds
+
+    def losses(self, batches: list[Pairs]) -> dict[str, Tensor]:
+        """The losses of prepared batches."""
+        device = batches[0].video.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.config.run.dtype == "bf16"):
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            return joint_losses(self.model, self.config.losses, batches, rank)
+
+    def _pairs(self, batch: dict[str, Tensor], prefix: str, seed: Tensor) -> Pairs:
+        config = self.config
+        video, ids, mask, sample = (batch[prefix + name] for name in ("video", "ids", "mask", "sample"))
         frames = video.shape[1] if video.dtype == torch.uint8 else video.shape[2]
         image = frames < config.student.num_frames
-        target = self.teacher(video, config.image_mask if image else config.mask, seed)
+        target = self.teacher(
+            video, config.image_mask if image else config.mask, seed, with_image=config.losses.vision_projection > 0
+        )
         masked, labels = vision_text.mask_tokens(
-            batch["ids"], batch["mask"], probability=config.mask_words, mask_id=self.mask_id,
-            vocab_size=config.text.vocab_size, special=self.special,
+            ids, mask, probability=config.mask_words, mask_id=self.mask_id, vocab_size=config.text.vocab_size,
+            special=self.special,
         )  # fmt: skip
-        with torch.autocast(video.device.type, torch.bfloat16, enabled=config.run.dtype == "bf16"):
-            return stage2_losses(
-                self.model, config.losses, video=video, visible=target.visible, ids=batch["ids"], mask=batch["mask"],
-                index=batch["sample"], masked_ids=masked, labels=labels, seed=seed, targets=target.targets,
-                rank=dist.get_rank() if dist.is_initialized() else 0,
-                capacity=vision_text.masked_capacity(labels.numel(), config.mask_words),
-            )  # fmt: skip
+        return Pairs(
+            video, target.visible, ids, mask, sample, masked, labels, seed, target.targets, image=target.image,
+            capacity=vision_text.masked_capacity(labels.numel(), config.mask_words),
+        )  # fmt: skip
 
     def flops_per_clip(self) -> float:
-        """Matrix-product FLOPs of a clip: teacher, tower, text (forward and backward three times forward)."""
-        config = self.config
+        """Matrix-product FLOPs of a clip; where a step packs as many images, the mean of both."""
+        if self.config.co_training == "alternating":
+            return self.flops_of(self.config)
+        return (self.flops_of(self.config) + self.flops_of(self.config, image=True)) / 2
+
+    @staticmethod
+    def flops_of(config: Stage2Config, *, image: bool = False) -> float:
+        """Matrix-product FLOPs of a clip or image: teacher, tower, text (forward and backward three times forward)."""
+        if image:
+            frames = config.student.tubelet_size
+            config = dataclasses.replace(
+                config, student=dataclasses.replace(config.student, num_frames=frames), mask=config.image_mask
+            )
         text, vit = config.text, config.student
         tower = UnmaskedAlignment.flops_of(config)
-        n = self.model.vision_encoder.encoder.grid.frames * (vit.image_size // vit.patch_size) ** 2
+        n = vit.num_frames // vit.tubelet_size * (vit.image_size // vit.patch_size) ** 2
         n = n - int(n * config.mask.ratio)
         layer = 24 * config.max_length * text.width**2 + 4 * config.max_length**2 * text.width
         cross = 4 * config.max_length * text.width**2 + 4 * config.max_length * n * text.width
         keys = 4 * n * vit.width * text.width
         fusion = text.depth - text.fusion_layer
-        return tower + 3 * (2 * text.fusion_layer * layer + fusion * (4 * (layer + cross) + keys))
+        # The last fusion layer: one group whole, of three the class token, which asks all keys and values.
+        one = layer + cross
+        last = one + 3 * (one / config.max_length + 4 * config.max_length * text.width**2)
+        return tower + 3 * (2 * text.fusion_layer * layer + (fusion - 1) * 4 * one + last + fusion * keys)

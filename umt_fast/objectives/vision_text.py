@@ -6,7 +6,7 @@ Legend: B pairs of this rank, G of all ranks, E embedding width, l text position
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,12 +47,17 @@ def gathered(x: Tensor) -> Tensor:
     return _Gather.apply(x.contiguous()) if dist.is_initialized() else x
 
 
-def similarity(vision: Tensor, text: Tensor, index: Tensor, temperature: Tensor) -> Similarity:
+def similarity(
+    vision: Tensor, text: Tensor, index: Tensor, temperature: Tensor, gather: Literal["full", "official"] = "full"
+) -> Similarity:
     """Similarities of this rank's pairs with those of all ranks.
 
     vision, text: unit vectors (B, E). index: int64 (B,), equal where rows show the same sample; such rows are all right
-    answers and share the target.
+    answers and share the target. gather: how much of the gradient goes on to vision and text, see contrastive_loss.
     """
+    if gather == "official" and dist.is_initialized():
+        share = 1 / dist.get_world_size()
+        vision, text = (x.detach() + (x - x.detach()) * share for x in (vision, text))
     every = gathered(index)
     equal = (index[:, None] == every[None]).float()
     # In fp32 whatever autocast says: a temperature of .01 turns bf16's rounding of a cosine into a change of .4.
@@ -68,7 +73,8 @@ def contrastive_loss(sim: Similarity) -> Tensor:
     """Mean soft-target cross-entropy of both directions over this rank's rows.
 
     Averaged over ranks, as DDP averages gradients, this is the loss of the joint batch with its full gradient. The
-    official code's gathering keeps 1 / ranks of it at the encoders (umt's all_gather returns the local slice alone).
+    official code's gathering keeps 1 / ranks of it at the encoders, though all of it at the temperature (its all_gather
+    returns the local slice alone); similarity(gather="official") gives that.
     """
     both = (F.cross_entropy(part, sim.targets) for part in (sim.v2t, sim.t2v))
     return sum(both) / 2
