@@ -149,16 +149,18 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _convert(arguments: list[str]) -> None:
+    from umt_fast.engine.sharded_checkpoint import read_weights
     from umt_fast.models.weights import load_state, save_state
 
     def command(file: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional], /) -> None:
         """Write the weights of a file alone, flat, under the official names.
 
         Args:
-            file: A checkpoint of a run, or any weights file umt_fast reads (wrappers and prefixes are taken off).
+            file: A checkpoint of a run (.pt or .sharded), or any weights file umt_fast reads (wrappers and prefixes are
+                taken off).
             out: .safetensors, or any other suffix for a PyTorch file.
         """
-        state = load_state(file)
+        state = read_weights(file)["model"] if file.is_dir() else load_state(file)
         save_state(state, out)
         print(f"{out}: {len(state)} tensors, {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} M values")
 

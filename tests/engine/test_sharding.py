@@ -3,6 +3,7 @@
 All runs of two ranks happen once, in one launch (`every_run`), and the tests read what they left.
 """
 
+import functools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from umt_fast.__main__ import main
 from umt_fast.config import (
     AlignConfig,
     MaskConfig,
@@ -31,6 +33,7 @@ from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
 from umt_fast.engine import trainer as trainer_module
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.trainer import NonFiniteError, Stopped, Trainer
+from umt_fast.models.weights import load_state
 from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
@@ -100,7 +103,7 @@ class Loader:
             }  # fmt: skip
 
 
-def train(
+def make(
     out: Path, build=stage1, *, batch: int = 2, rank: int = 0, world_size: int = 1, bad: int = -1, stop_at: int = -1,
     clip_grad: float = 0.5, **run: object,
 ) -> Trainer:  # fmt: skip
@@ -109,15 +112,23 @@ def train(
     optim = OptimConfig(lr=3e-3, lr_batch=0, clip_grad=clip_grad)
     torch.manual_seed(0)
     loader = Loader(batch, rank, world_size, bad=bad, stop_at=stop_at)
-    trainer = Trainer(config, optim, build(config), loader)
+    return Trainer(config, optim, build(config), loader)
+
+
+def train(out: Path, build=stage1, **values: object) -> Trainer:
+    trainer = make(out, build, **values)
     trainer.train()
     return trainer
+
+
+def local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def held_values(owner: Trainer | dict) -> int:
     """How many values of the trained parameters, or of one parameter's moments, this rank holds."""
     tensors = owner.parameters if isinstance(owner, Trainer) else [owner["exp_avg"], owner["exp_avg_sq"]]
-    return sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors)
+    return sum(local(tensor).numel() for tensor in tensors)
 
 
 def act_as_a_gpu() -> None:
@@ -161,10 +172,14 @@ def every_run(out: Path) -> None:
                 train(out / "stopped", accumulate=2, parallel="fsdp", stop_at=heard, log_every=2, **place)
             except Stopped as stop:
                 (out / f"stopped_{ranks.rank}").write_text(str(stop))
+        run = make(out / "bad", parallel="fsdp", bad=6, log_every=4, **place)
         try:
-            train(out / "bad", parallel="fsdp", bad=6, log_every=4, **place)
+            run.train()
         except NonFiniteError as error:
-            (out / f"bad_{ranks.rank}").write_text(str(error))
+            sound = all(torch.isfinite(local(parameter)).all() for parameter in run.parameters)
+            (out / f"bad_{ranks.rank}").write_text(f"weights sound: {sound}. {error}")
+        torch.compile = functools.partial(torch.compile, backend="eager")
+        train(out / "compiled", accumulate=2, parallel="fsdp", compile=True, max_steps=2, **place)
 
 
 @pytest.fixture(scope="module")
@@ -230,12 +245,14 @@ def test_each_layout_continues_the_other(kind: str, runs: Path) -> None:
     assert names == [f"checkpoint-{step:08d}.{suffix}" for step in (5, 6)], "keep 2, nothing partial left"
 
 
+def test_compiled_units_give_the_same_losses(runs: Path) -> None:
+    assert rows(runs / "compiled") == pytest.approx(rows(runs / "fsdp")[:2], rel=1e-6)
+
+
 def test_a_cut_shard_is_damage(runs: Path) -> None:
-    error = (runs / "stderr").read_text()
-    assert (
-        "checkpoint-00000006.sharded is damaged" in error
-        and "continuing from" not in error.split("is damaged")[0][-80:]
-    )
+    """It was passed over on both ranks, the step repeated, and the folder replaced by a sound one."""
+    assert (runs / "stderr").read_text().count("checkpoint-00000006.sharded is damaged") == 2
+    assert sharded_checkpoint.read_weights(runs / "crossing_sharded" / "checkpoint-00000006.sharded")["model"]
 
 
 def test_sharded_and_full_hold_the_same_weights(runs: Path) -> None:
@@ -245,6 +262,18 @@ def test_sharded_and_full_hold_the_same_weights(runs: Path) -> None:
     for name, value in whole.items():
         torch.testing.assert_close(parts["model"][name], value, rtol=1e-4, atol=1e-5, msg=name)
     assert all(isinstance(value, Tensor) and type(value) is Tensor for value in whole.values())
+
+
+def test_the_commands_read_a_sharded_checkpoint(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = runs / "crossing_sharded" / "checkpoint-00000006.sharded"
+    assert main(["convert", str(folder), str(tmp_path / "out.safetensors")]) == 0
+    whole = sharded_checkpoint.read_weights(folder)["model"]
+    converted = load_state(tmp_path / "out.safetensors")
+    assert converted.keys() == whole.keys() and all(torch.equal(converted[name], whole[name]) for name in whole)
+    assert main(["eval", str(folder), "list.csv"]) == 2
+    assert "is of a stage-1 run" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path), "list.csv"]) == 2
+    assert "is not a checkpoint" in capsys.readouterr().err
 
 
 def test_another_model_does_not_fit_a_sharded_checkpoint(runs: Path) -> None:
@@ -270,7 +299,7 @@ def test_sigterm_on_one_rank_saves_the_shards_of_all(runs: Path) -> None:
 
 def test_a_bad_clip_on_one_rank_reaches_no_shard(runs: Path) -> None:
     errors = [(runs / f"bad_{rank}").read_text() for rank in range(2)]
-    assert all("is not finite at step 2" in error for error in errors)
+    assert all("weights sound: True" in error and "is not finite at step 2" in error for error in errors)
     assert "on another rank" in errors[0] and "6, 7" in errors[1]
     assert not checkpoint.checkpoints(runs / "bad")
 

@@ -1,7 +1,8 @@
 """The one training loop. It knows no model and no data set: an objective turns a batch into a loss, a loader gives batches.
 
-An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save;
-`flops_per_clip()`; optionally `has_unused_parameters`, true where some get no gradient. A loader is iterable and sized,
+An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save, with
+`shard_units` for run.parallel fsdp (see sharding.py); `flops_per_clip()`; optionally `has_unused_parameters`, true where some
+get no gradient, the same in every step. A loader is iterable and sized,
 with set_epoch, state_dict and load_state_dict.
 
 Randomness: before each micro-step the generators are seeded from (run.seed, rank, step, micro-step), and the objective
