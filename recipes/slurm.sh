@@ -31,6 +31,10 @@ if [ ! -f "$ROOT/recipes/$recipe.sh" ]; then
     exit 2
 fi
 
+# torchrun kills workers that have not ended half a minute after SIGTERM; a save may take longer. Releases without this setting
+# keep to the half minute.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
+
 told=0
 srun --kill-on-bad-exit=1 bash "$ROOT/recipes/$recipe.sh" "$@" &
 step=$!

@@ -76,10 +76,16 @@ def test_a_failure_is_not_queued_again(cluster: dict[str, str], tmp_path: Path) 
 
 def test_stage_2_goes_through_its_own_launcher(cluster: dict[str, str], tmp_path: Path) -> None:
     corpora = {"WEBVID2M": "webvid.json", "CC3M": "cc3m.json", "INIT": "stage1.pth"}
-    job = start(cluster | corpora, tmp_path, f'echo "python $*" >>{tmp_path}/events', "stage2_5m")
+    job = start(
+        cluster | corpora,
+        tmp_path,
+        f'echo "python $* wait $TORCH_ELASTIC_SHUTDOWN_TIMEOUT" >>{tmp_path}/events',
+        "stage2_5m",
+    )
     _, error = job.communicate(timeout=30)
     assert job.returncode == 0, error
-    assert "recipes/stage2.py:b16 --videos webvid.json --images cc3m.json" in (tmp_path / "events").read_text()
+    text = (tmp_path / "events").read_text()
+    assert "recipes/stage2.py:b16 --videos webvid.json --images cc3m.json" in text and "wait 110" in text
 
 
 def test_an_unknown_launcher_is_named(cluster: dict[str, str], tmp_path: Path) -> None:
