@@ -1,52 +1,57 @@
 #!/usr/bin/env bash
-# Everything only a GPU can show, in parts of under ten minutes each:
+# Everything only a GPU can show, in parts meant to take under ten minutes each on an H200:
 #
-#   bash benchmarks/gpu.sh [tests|kernels|step|all]     OUT=folder for the figures (default benchmarks/results/new)
+#   bash benchmarks/gpu.sh [tests|kernels|attention|step|teacher|profile|all]   OUT=folder (default benchmarks/results/new)
 #
-#   tests     the kernel tests, native: values and gradients against float64, compile, sampling statistics
-#   kernels   bench_kernels.py at B/16 and L/16: GB/s, share of the copy rate, against plain, compiled and textbook roads
-#   step      bench_stage1.py, B/16 and L/16, fast and plain road, several batch sizes; a profile of the B/16 step
+#   tests      the kernel tests, native: values and gradients against float64, compile, sampling statistics
+#   kernels    every operation at B/16 and L/16: GB/s, share of the copy rate, against plain, compiled and textbook roads
+#   attention  every attention road at the token counts of student, teacher and classifier
+#   step       whole stage-1 steps: fast, fast compiled and plain road at several batch sizes, with peak memory
+#   teacher    the teacher in each of its precisions
+#   profile    where a step spends its time
 #
-# Needs torch, triton, pytest and pytest-benchmark alone; flash-attn and xformers are timed where they are installed.
-# PYTHON chooses the interpreter. UMT_SIZES="tiny" tries the script on any machine.
+# Each writes into OUT beside machine.json (the device, its measured matmul and copy rates) and renews table.md and plot.svg;
+# figures of one table come from one process, so their ratios hold. A part can be cut short: lines written so far count.
+#
+# kernels and attention need torch and triton, tests also pytest; the other parts run umt_fast's step and need numpy and
+# safetensors too. flash-attn and xformers are timed where they are installed. PYTHON chooses the interpreter, UMT_BATCHES the
+# batch sizes. UMT_SIZES="tiny" tries the script on any machine, UMT_SIZES="l16" does one size alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 part=${1:-all}
-case $part in tests | kernels | step | all) ;; *)
-    echo "benchmarks/gpu.sh: unknown part '$part'; choose tests, kernels, step or all" >&2
+case $part in tests | kernels | attention | step | teacher | profile | all) ;; *)
+    echo "benchmarks/gpu.sh: unknown part '$part'; choose tests, kernels, attention, step, teacher, profile or all" >&2
     exit 2
     ;;
 esac
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results/new}
 SIZES=${UMT_SIZES:-b16 l16}
+read -r -a BATCHES <<<"${UMT_BATCHES:-16 64 128}"
 mkdir -p "$OUT"
-run() { "$PYTHON" -m pytest -q -p no:cacheprovider "$@"; }
+wanted() { [[ $part == "$1" || $part == all ]]; }
 
-"$PYTHON" - >"$OUT/machine.json" <<'PY'
-import json, platform, torch, triton
-gpu = torch.cuda.is_available()
-print(json.dumps({
-    "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
-    "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
-}))
-PY
-
-if [[ $part == tests || $part == all ]]; then
-    run tests/kernels
+"$PYTHON" -m benchmarks.machine >"$OUT/machine.json.partial"
+mv "$OUT/machine.json.partial" "$OUT/machine.json"
+if wanted tests; then
+    "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels
 fi
-if [[ $part == kernels || $part == all ]]; then
-    for size in $SIZES; do
-        UMT_BENCH=$size run benchmarks/bench_kernels.py --benchmark-json="$OUT/kernels_$size.json" --benchmark-columns=median
-    done
-fi
-if [[ $part == step || $part == all ]]; then
-    for size in $SIZES; do
-        for batch in ${UMT_BATCHES:-16 64}; do
-            UMT_BENCH=$size UMT_BENCH_BATCH=$batch run benchmarks/bench_stage1.py \
-                --benchmark-json="$OUT/step_${size}_$batch.json" --benchmark-columns=median
-        done
-    done
-    "$PYTHON" -m benchmarks.profile_step "${SIZES%% *}" >"$OUT/profile.txt"
-fi
-"$PYTHON" -m benchmarks.report "$OUT" | tee "$OUT/table.md"
+for size in $SIZES; do
+    if wanted kernels; then
+        UMT_BENCH=$size "$PYTHON" -m benchmarks.bench_kernels "$OUT/kernels_$size.jsonl" \
+            patch_gather token_gather gather_norm semantic_mask align_loss
+    fi
+    if wanted attention; then
+        UMT_BENCH=$size "$PYTHON" -m benchmarks.bench_kernels "$OUT/attention_$size.jsonl" attention
+    fi
+    if wanted step; then
+        "$PYTHON" -m benchmarks.steps "$size" "$OUT/steps_$size.jsonl" "${BATCHES[@]}"
+    fi
+    if wanted teacher; then
+        "$PYTHON" -m benchmarks.teacher "$size" "$OUT/teacher_$size.jsonl"
+    fi
+    if wanted profile; then
+        "$PYTHON" -m benchmarks.profile_step "$size" "$OUT/profile_$size.json" >"$OUT/profile_$size.txt"
+    fi
+done
+"$PYTHON" -m benchmarks.report "$OUT"

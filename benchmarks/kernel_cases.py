@@ -146,19 +146,25 @@ def cases() -> Iterator[Case]:
         _backward(lambda road: kernels.align_loss(student, target, weight, bias, road=road), [student, weight, bias]),
         6 * rows * out * 3 * element,
     )
-    yield Case("attention", dict(_attention_roads(floats(3, batch, FRAMES * kept, heads, 64))),
-               flops=4 * batch * heads * (FRAMES * kept) ** 2 * 64)  # fmt: skip
+    # What the student, the teacher and a fine-tuned classifier ask for: rows of tokens that see each other.
+    for name, count, length in (
+        ("visible tokens", batch, FRAMES * kept),
+        ("tokens of a frame", batch * FRAMES, 1 + tokens),
+        ("all tokens", max(1, batch // 4), every),
+    ):
+        roads = dict(_attention_roads(floats(3, count, length, heads, 64)))
+        yield Case(f"attention, {name}", roads, flops=4 * count * heads * length**2 * 64)
 
 
 def _attention_roads(qkv: Tensor) -> Iterator[tuple[str, Call]]:
     q, k, v = qkv.unbind(0)
     yield "ours", lambda: kernels.attention(q, k, v)
-    for road in ("flash_attn", "xformers", "sdpa"):
+    for road in ("math", "flash_attn", "xformers", "sdpa"):
         try:
             kernels.attention(q[:1], k[:1], v[:1], road=road)
         except ValueError:
             continue  # not installed, or not for this device: the table shows what is there
-        yield road, lambda road=road: kernels.attention(q, k, v, road=road)
+        yield "plain" if road == "math" else road, lambda road=road: kernels.attention(q, k, v, road=road)
     if DEVICE.type == "cuda":
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
 

@@ -1,16 +1,43 @@
-"""Where a stage-1 step spends its time, operator by operator: `python -m benchmarks.profile_step [tiny|b16|l16]`."""
+"""Where a stage-1 step spends its time: `python -m benchmarks.profile_step [tiny|b16|l16] [OUT.json]`."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from umt_fast.bench.stage1 import fast_steps, stage1_config
 
+# In this order: an attention kernel built on a matrix product's library is attention.
+KINDS = {
+    "attention": ("fmha", "flash", "attention", "scaled_dot"),
+    "our kernels": ("_gather", "semantic", "sample_visible", "align", "_scatter", "umt"),
+    "matrix products": ("gemm", "cutlass", "cublas", "nvjet", "xmma", "::mm", "addmm", "bmm"),
+    "normalisation": ("layer_norm", "layernorm"),
+    "optimizer": ("adam",),
+    "copies and casts": ("memcpy", "memset", "copy_", "_to_copy", "cast"),
+}
 
-def main(model: str) -> None:
+
+def kind_of(name: str) -> str:
+    """The kind of work an operator or GPU kernel does, by its name."""
+    low = name.lower()
+    return next((kind for kind, words in KINDS.items() if any(word in low for word in words)), "other element-wise")
+
+
+def shares(times: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """(name, time) pairs -> the share of each kind, largest first."""
+    sums: dict[str, float] = {}
+    for name, time in times:
+        sums[kind_of(name)] = sums.get(kind_of(name), 0.0) + time
+    total = sum(sums.values()) or 1.0
+    return {kind: round(sums[kind] / total, 4) for kind in sorted(sums, key=sums.get, reverse=True)}
+
+
+def main(model: str = "b16", out: str = "") -> None:
     """Prints the thirty most expensive operators of three steps, by device time on a GPU and by CPU time without one."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
@@ -27,9 +54,17 @@ def main(model: str) -> None:
             step(number)
         if gpu:
             torch.cuda.synchronize()
+    rows = trace.key_averages()
     key = "self_device_time_total" if gpu else "self_cpu_time_total"
-    print(trace.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60))
+    print(rows.table(sort_by=key, row_limit=30, max_name_column_width=60))
+    # On a GPU the operators' rows repeat the time of the kernels they launched.
+    kernels = [row for row in rows if not gpu or row.device_type == torch.autograd.DeviceType.CUDA]
+    found = shares((row.key, getattr(row, key)) for row in kernels)
+    print(found)
+    if out:
+        with open(out, "w") as file:
+            json.dump({"model": model, "batch_size": batch, "shares": found}, file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "tiny")
+    main(*sys.argv[1:])

@@ -33,7 +33,7 @@ def at_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("train", "scan", "bench", "eval", "convert", "report", "quickstart"):
+    for command in ("train", "plan", "scan", "bench", "eval", "convert", "report", "quickstart"):
         assert f"\n  {command} " in text
 
 

@@ -2,6 +2,7 @@
 
 Commands:
   train RECIPE [--section.key value ...]   one training run; `train RECIPE --help` lists every key
+  plan RECIPE --gpus N [--gpu h100] [...]  hours, clips/s and what bounds them, with every assumption
   scan LIST --out MANIFEST                 decode every clip once, write a manifest and a list of bad files
   bench stage1|stage2 [...]                time a whole training step on random clips, one JSON line
   eval CHECKPOINT LIST [--key value ...]    accuracy of a classifier, or retrieval with a stage-2 model
@@ -52,6 +53,24 @@ def _train(arguments: list[str]) -> None:
     from umt_fast.train import train
 
     train(config)
+
+
+def _plan(arguments: list[str]) -> None:
+    from umt_fast import plan, recipe
+
+    if not arguments or (arguments[0].startswith("-") and arguments not in (["--help"], ["-h"])):
+        raise ConfigError(f"plan needs a recipe first; known: {', '.join(recipe.names())}")
+    options, rest = tyro.cli(
+        plan.PlanOptions,
+        args=arguments if arguments[0].startswith("-") else arguments[1:],
+        prog=f"python -m umt_fast plan {'RECIPE' if arguments[0].startswith('-') else arguments[0]}",
+        description="Hours of a run and what bounds them. Any key of the recipe may follow (--run.batch_size 32 ...).",
+        use_underscores=True,
+        return_unknown_args=True,
+    )
+    base = recipe.load(arguments[0])
+    config = _cli(type(base), rest, f"plan {arguments[0]}", default=base)
+    print(plan.report(arguments[0], config, options))
 
 
 def _scan(arguments: list[str]) -> None:
@@ -131,16 +150,18 @@ def _eval(arguments: list[str]) -> None:
 
 
 def _convert(arguments: list[str]) -> None:
+    from umt_fast.engine.sharded_checkpoint import read_weights
     from umt_fast.models.weights import load_state, save_state
 
     def command(file: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional], /) -> None:
         """Write the weights of a file alone, flat, under the official names.
 
         Args:
-            file: A checkpoint of a run, or any weights file umt_fast reads (wrappers and prefixes are taken off).
+            file: A checkpoint of a run (.pt or .sharded), or any weights file umt_fast reads (wrappers and prefixes are
+                taken off).
             out: .safetensors, or any other suffix for a PyTorch file.
         """
-        state = load_state(file)
+        state = read_weights(file)["model"] if file.is_dir() else load_state(file)
         save_state(state, out)
         print(f"{out}: {len(state)} tensors, {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} M values")
 
@@ -180,7 +201,7 @@ def _quickstart(arguments: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": _train, "scan": _scan, "bench": _bench, "eval": _eval, "convert": _convert, "report": _report,
+    "train": _train, "plan": _plan, "scan": _scan, "bench": _bench, "eval": _eval, "convert": _convert, "report": _report,
     "quickstart": _quickstart,
 }  # fmt: skip
 

@@ -97,10 +97,18 @@ class RunConfig:
     seed: int = 0
     compile: bool = False
     """torch.compile the objective."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several ranks: `ddp` keeps the model whole on each; `fsdp` cuts trained parameters, their gradients and optimizer
+    state over the ranks and gathers them block by block, for models that do not fit. The losses are the same."""
+    compress: Literal["none", "bf16"] = "none"
+    """How gradients cross the network: as they are, or rounded to bf16 (half the bytes)."""
     log_every: int = 10
     """Steps between log lines; the only steps on which the host waits for the device."""
     save_every: int = 0
     """Steps between checkpoints besides the one at each epoch's end; 0: none."""
+    checkpoint: Literal["full", "sharded"] = "full"
+    """`full`: one file, gathered and written by the first rank; `sharded`: a folder to which every rank writes its part, for
+    models too large for one host (all nodes must share `out`). Either is continued under either `parallel`."""
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted after a newer one is safely on disk."""
     keep_every_epochs: int = 0

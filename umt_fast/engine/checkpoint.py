@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, found again newest first, kept by policy.
 
 A file is `checkpoint-<step>.pt`, a dictionary of plain values and tensors that torch reads with weights_only=True:
-`model` in the official layout, `optimizer`, `trainer`, `loader` (one state per rank), `config`.
+`model` in the official layout, `optimizer`, `trainer`, `loader` (one state per rank), `config`. The form of many files,
+`checkpoint-<step>.sharded`, is sharded_checkpoint.py's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import torch
 
 log = logging.getLogger("umt_fast")
 
-_NAME = re.compile(r"checkpoint-(\d{8})\.pt")
+_NAME = re.compile(r"checkpoint-(\d{8})\.(pt|sharded)")
 
 
 class CheckpointError(RuntimeError):
@@ -24,8 +27,8 @@ class CheckpointError(RuntimeError):
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, file) of a run's checkpoints, oldest first."""
-    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*.pt"))
+    """(step, file or folder) of a run's checkpoints, oldest first."""
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.glob("checkpoint-*"))
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -38,6 +41,15 @@ def prepare_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise CheckpointError(f"run.out {folder} cannot be written: {error.strerror}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Puts the names of a folder's files on disk: a file's own fsync does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
@@ -53,11 +65,7 @@ def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # the new name itself must survive too
-        finally:
-            os.close(descriptor)
+        sync_folder(folder)  # the new name itself must survive too
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
@@ -73,20 +81,34 @@ def prune(folder: Path, step_saved: int, keep: int, permanent_steps: int) -> Non
     Files of later steps do not count: after a resume from an earlier step they are the damaged ones passed over.
     """
     for step, path in [entry for entry in checkpoints(folder) if entry[0] <= step_saved][:-keep]:
-        if not (permanent_steps and step % permanent_steps == 0):
+        if permanent_steps and step % permanent_steps == 0:
+            continue
+        if path.is_dir():
+            # Renamed first: a folder deleted by half must not be taken for a checkpoint.
+            leaving = path.with_name(path.name + ".partial")
+            os.replace(path, leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 
-def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of a one-file checkpoint, on the CPU."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_newest(folder: Path, read: Callable[[Path], dict[str, Any]] = read_file) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that can be read, or None where there is none.
 
-    A damaged file is named in a warning and passed over. Raises CheckpointError when all are damaged, or one may not be
+    A damaged one is named in a warning and passed over. Raises CheckpointError when all are damaged, or one may not be
     read: going on from an older one would throw sound work away.
     """
     found = checkpoints(folder)
     for _, path in reversed(found):
         try:
-            return path, torch.load(path, map_location="cpu", weights_only=True)
+            return path, read(path)
+        except CheckpointError:
+            raise
         except PermissionError as error:
             raise CheckpointError(f"{path} may not be read: {error.strerror}; give this user access to it") from error
         except Exception as error:  # a cut file fails in many ways: zip, pickle, storage

@@ -1,7 +1,8 @@
 """The one training loop. It knows no model and no data set: an objective turns a batch into a loss, a loader gives batches.
 
-An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save;
-`flops_per_clip()`; optionally `has_unused_parameters`, true where some get no gradient. A loader is iterable and sized,
+An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save, with
+`shard_units` for run.parallel fsdp (see sharding.py); `flops_per_clip()`; optionally `has_unused_parameters`, true where some
+get no gradient, the same in every step. A loader is iterable and sized,
 with set_epoch, state_dict and load_state_dict.
 
 Randomness: before each micro-step the generators are seeded from (run.seed, rank, step, micro-step), and the objective
@@ -14,7 +15,6 @@ The host waits for the device on log steps only: until then losses, gradient nor
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import math
 import signal
@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from umt_fast.config import ConfigError, OptimConfig, RunConfig
-from umt_fast.engine import checkpoint
+from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
 from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
 from umt_fast.engine.logging import MetricsLog, progress_line
 from umt_fast.engine.optim import LayerOf, build_optimizer
@@ -76,6 +75,10 @@ class Trainer:
         self.ranks = current_ranks(run)
         self.device = self.ranks.device
         self.folder = Path(run.out)
+        # One rank has nothing to share out.
+        self.sharded = run.parallel == "fsdp" and self.ranks.world_size > 1
+        if self.sharded:
+            sharding.shard(objective, run, self.device)
         self.objective = objective.to(self.device).train()
         self.steps_per_epoch = len(loader) // run.accumulate
         if self.steps_per_epoch == 0:
@@ -162,15 +165,14 @@ class Trainer:
             number = step_seed(self.run.seed, self.ranks.rank, self.step, micro)
             torch.manual_seed(number)
             seed = torch.full((1,), number, dtype=torch.int64, device=self.device)
-            last = micro == self.run.accumulate - 1
-            synchronise = last or not isinstance(run_step, DistributedDataParallel)
-            with contextlib.nullcontext() if synchronise else run_step.no_sync():
+            with sharding.micro_step(run_step, last=micro == self.run.accumulate - 1):
                 values = run_step(batch, seed)
                 (values["loss"] / self.run.accumulate).backward()
             for key, value in values.items():
                 sums[key] = sums.get(key, 0) + value.detach() / self.run.accumulate
+        sharding.average_whole(self.parameters)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = sharding.total_norm(gradients)
         if self.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         # The fused optimizer leaves everything as it is where this is 1; the host learns of it at the next log step.
@@ -236,36 +238,46 @@ class Trainer:
         name_of = getattr(self.loader, "name_of", str)
         newest = checkpoint.checkpoints(self.folder)
         saved = f"{newest[-1][1]} is sound" if newest else "no checkpoint was due yet"
-        where = "on this rank" if not all(map(math.isfinite, mine)) else "on another rank; this rank's were"
+        # The gradient norm is everybody's: only a loss tells whose batch it was.
+        others = not all(map(math.isfinite, list(values.values())[1:])) and all(map(math.isfinite, mine[1:]))
+        where = "on another rank; this rank's were" if others else "on this rank"
         raise NonFiniteError(
             f"{', '.join(bad)} is not finite at step {entry['step']}; nothing of it was saved ({saved}). "
             f"Files of the batch {where}: {', '.join(name_of(n) for n in numbers)}"
         )
 
     def _save(self) -> None:
-        loader_states = gather(self.loader.state_dict())
-        if self.ranks.first:
-            content = {
-                "model": self.objective.trainable.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "trainer": {
-                    "step": self.step,
-                    "epoch": self.step / self.steps_per_epoch,
-                    "steps_per_epoch": self.steps_per_epoch,
-                    "clips_per_step": self.clips_per_step,
-                    "world_size": self.ranks.world_size,
-                },
-                "loader": loader_states,
-                "config": self.config_record,
-            }
-            path = checkpoint.save(self.folder, self.step, content)
+        rest = {
+            "trainer": {
+                "step": self.step,
+                "epoch": self.step / self.steps_per_epoch,
+                "steps_per_epoch": self.steps_per_epoch,
+                "clips_per_step": self.clips_per_step,
+                "world_size": self.ranks.world_size,
+            },
+            "loader": gather(self.loader.state_dict()),
+            "config": self.config_record,
+        }
+        module, optimizer, first = self.objective.trainable, self.optimizer, self.ranks.first
+        if self.run.checkpoint == "sharded":
+            path = sharded_checkpoint.save(self.folder, self.step, module, optimizer, rest, first=first)
+        else:
+            parts = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
+            parts = sharding.gathered(parts, keep=first)
+            path = checkpoint.save(self.folder, self.step, parts | rest) if first else self.folder
+        if first:
             checkpoint.prune(self.folder, self.step, self.run.keep, self.steps_per_epoch * self.run.keep_every_epochs)
             log.info("saved %s", path)
         # Time spent saving is not the step's.
         self.window_start = time.perf_counter()
 
     def _resume(self) -> None:
-        newest = checkpoint.load_newest(self.folder) if self.run.resume else None
+        def read(path: Path) -> dict[str, Any]:
+            if path.is_dir():
+                return sharded_checkpoint.read(path, self.objective.trainable, self.optimizer)
+            return checkpoint.read_file(path)
+
+        newest = checkpoint.load_newest(self.folder, read) if self.run.resume else None
         if newest is None:
             if not self.run.resume and checkpoint.checkpoints(self.folder):
                 raise checkpoint.CheckpointError(
@@ -286,8 +298,7 @@ class Trainer:
                     "from these weights (--init)"
                 )
         try:
-            self.objective.trainable.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
+            sharding.load_states(self.objective.trainable, self.optimizer, content["model"], content["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} does not fit the configured model: {' '.join(str(error).split())[:1000]}"
@@ -298,16 +309,13 @@ class Trainer:
 
     def _wrapped(self) -> nn.Module:
         module = self.objective
+        if self.sharded:
+            return module
         if self.run.compile:
             module = torch.compile(module)
         if self.ranks.world_size > 1:
-            # Buffers are constant; newer releases call the switch that keeps them out of every step another name.
-            renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-            constant = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
             unused = getattr(self.objective, "has_unused_parameters", False)
-            module = DistributedDataParallel(
-                module, gradient_as_bucket_view=True, find_unused_parameters=unused, **constant
-            )
+            module = sharding.replicate(module, self.run, unused=unused)
         return module
 
     def _announce(self) -> None:

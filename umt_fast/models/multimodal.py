@@ -79,6 +79,15 @@ class VideoText(nn.Module):
         self.temp = nn.Parameter(torch.tensor(temperature))
 
     @property
+    def shard_units(self) -> list[nn.Module]:
+        """The modules whose parameters are used in their own forward alone: blocks of the tower and text layers.
+
+        Not the fusion layers: clips' keys come from a part of theirs, before and apart from the rest.
+        """
+        text = self.text_encoder
+        return [*self.vision_encoder.shard_units, *text.bert.encoder.layer[: text.config.fusion_layer]]
+
+    @property
     def temperature(self) -> Tensor:
         """The learned temperature within its official bounds."""
         return self.temp.clamp(0.001, 0.5)

@@ -31,6 +31,11 @@ class Student(nn.Module):
         self.register_buffer("position", sinusoid_table(self.encoder.grid.size, vit.width), persistent=False)
 
     @property
+    def shard_units(self) -> list[nn.Module]:
+        """The modules whose parameters are used in their own forward alone, in its order."""
+        return self.encoder.shard_units
+
+    @property
     def norm_weight(self) -> Tensor:
         """(K, D) LayerNorm weights of the heads."""
         return torch.stack([head.norm.weight for head in self.clip_decoder])

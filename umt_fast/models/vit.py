@@ -191,6 +191,11 @@ class VisionTransformer(nn.Module):
         self.register_buffer("every", torch.arange(self.grid.size, dtype=torch.int32), persistent=False)
         self.apply(_initialise)
 
+    @property
+    def shard_units(self) -> list[nn.Module]:
+        """The modules whose parameters are used in their own forward alone, in its order."""
+        return list(self.blocks)
+
     def all_visible(self, batch: int) -> Tensor:
         """Indices (B, N) of an unmasked clip."""
         return self.every.expand(batch, -1)

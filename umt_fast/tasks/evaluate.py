@@ -10,7 +10,9 @@ import torch
 
 from umt_fast.config import DataConfig, FinetuneConfig, Stage2Config, from_dict
 from umt_fast.data.captions import Tokens, load_tokenizer, read_captions
+from umt_fast.engine.checkpoint import read_file
 from umt_fast.engine.precision import pick_device
+from umt_fast.engine.sharded_checkpoint import read_weights
 from umt_fast.models.multimodal import VideoText
 from umt_fast.models.weights import WeightsError
 from umt_fast.objectives.supervised import Supervised
@@ -19,12 +21,20 @@ from umt_fast.tasks.classification import accuracy
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         raise WeightsError(f"no checkpoint at {checkpoint}")
     try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        content = read_weights(checkpoint) if checkpoint.is_dir() else read_file(checkpoint)
         return dict(content["config"]), content["model"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        FileNotFoundError,
+    ) as error:
         raise WeightsError(
             f"{checkpoint} is not a checkpoint of an umt_fast run (truncated, or of another kind)"
         ) from error
