@@ -118,7 +118,7 @@ def test_a_count_that_disagrees_with_the_packets_is_not_trusted(tmp_path: Path, 
 
 
 def packets(stamps: list[int | None], idr: set[int], parameters: set[int] = frozenset()) -> list[Packet]:
-    return [Packet(pts, n % 2 == 0 or n in idr, n in parameters) for n, pts in enumerate(stamps)]
+    return [Packet(pts, n % 2 == 0 or n in idr, n in idr, n in parameters) for n, pts in enumerate(stamps)]
 
 
 def test_what_counts_as_proof() -> None:

@@ -15,7 +15,10 @@ class DataConfig:
     """Which clips, and how they are cut."""
 
     train: str = ""
-    """An official list (path, label), a manifest written by `scan`, or empty: then the run stops and says so."""
+    """An official list (path, label), a manifest written by `scan`, a folder written by `prepare`, or empty: then the run
+    stops and says so."""
+    prepared: tuple[str, ...] = ()
+    """Folders written by `prepare`: clips of any list that are found there by path are read there."""
     root: str = ""
     """Folder put before relative paths of the list; empty: the list's own folder."""
     separator: str = ","

@@ -10,6 +10,7 @@ import numpy as np
 from umt_fast.config import DataConfig
 from umt_fast.data import sampling, transforms
 from umt_fast.data.manifest import Clip
+from umt_fast.data.prepared import read_prepared
 from umt_fast.data.video import VideoError, decode_frames, read_frame_folder
 
 # How many other clips may stand in for an unreadable one before the loader gives up on that place of the batch.
@@ -50,6 +51,8 @@ class ClipReader:
                 return sampling.sparse_train(count, self.num_frames, rng)
             return sampling.sparse_center(count, self.num_frames)
 
+        if clip.shard:
+            return read_prepared(clip, choose)
         if clip.frame_folder:
             return read_frame_folder(clip.path, choose, clip.num_frames, self.data.frame_pattern)
         if not Path(clip.path).exists():

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from umt_fast.config import DataConfig
 from umt_fast.data.cpu import ClipReader, Sample
 from umt_fast.data.manifest import Clip, DataError
+from umt_fast.data.prepared import check_use, locate
 from umt_fast.data.video import VideoError
 
 log = logging.getLogger("umt_fast.data")
@@ -115,6 +116,8 @@ class ClipLoader:
                 f"{len(clips)} clips do not fill one step of {batch_size} clips x {world_size} ranks; "
                 "lower run.batch_size or give a longer list"
             )
+        clips = locate(clips, data.prepared)
+        check_use(clips, data, num_frames, train)
         self.clips, self.data, self.batch_size, self.train = clips, data, batch_size, train
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch, self.position = 0, 0
