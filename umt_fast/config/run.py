@@ -23,6 +23,8 @@ class DataConfig:
     """Folder put before relative paths of the list; empty: the list's own folder."""
     separator: str = ","
     """Field separator of the list."""
+    reader: Literal["auto", "cpu", "dali"] = "auto"
+    """`cpu`: decoding processes; `dali`: NVIDIA DALI decodes on the GPU. `auto` is cpu: dali was not yet measured on one."""
     sampling: Literal["sparse", "dense"] = "sparse"
     """`sparse`: one random frame in each of T equal segments; `dense`: T frames `sampling_rate` apart."""
     sampling_rate: int = 4

@@ -134,11 +134,26 @@ def _index(
     return Index(count, described if proven else None), held if proven and size <= _HELD_BYTES else None
 
 
-def count_pictures(path: str | Path) -> int:
-    """The number of pictures the container holds, read without decoding; damage may make fewer decodable."""
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A video without its pictures."""
+
+    count: int
+    width: int
+    """As decoded, before rotation; so is height."""
+    height: int
+    rotation: int
+    """Degrees counter-clockwise."""
+    codec: str
+
+
+def outline(path: str | Path) -> Outline:
+    """Counts the pictures and decodes the first. Raises VideoError: it cannot, or the file holds none."""
     container, stream = open_video(path)
     with container:
-        return _index(path, container, stream)[0].count
+        count, codec = _index(path, container, stream)[0].count, stream.codec_context.codec.canonical_name
+    first = next(iterate_frames(path))
+    return Outline(count, first.width, first.height, rotation_of(first), codec)
 
 
 def _pick_selectively(
