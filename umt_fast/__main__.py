@@ -4,6 +4,7 @@ Commands:
   train RECIPE [--section.key value ...]   one training run; `train RECIPE --help` lists every key
   plan RECIPE --gpus N [--gpu h100] [...]  hours, clips/s and what bounds them, with every assumption
   scan LIST --out MANIFEST                 decode every clip once, write a manifest and a list of bad files
+  prepare LIST --out DIR [--shard i/n]      pack candidate frames of every clip, for training that is not bound by decoding
   bench stage1|stage2 [...]                time a whole training step on random clips, one JSON line
   eval CHECKPOINT LIST [--key value ...]    accuracy of a classifier, or retrieval with a stage-2 model
   convert FILE OUT                         the weights of a checkpoint, in the official layout, as safetensors or .pth
@@ -97,6 +98,61 @@ def _scan(arguments: list[str]) -> None:
         scan(list_path, out, workers=workers, data=DataConfig(separator=separator, root=root))
 
     _cli(command, arguments, "scan")
+
+
+def _prepare(arguments: list[str]) -> None:
+    from umt_fast.config import DataConfig
+    from umt_fast.data.prepare import prepare, verify
+    from umt_fast.data.prepared import Settings
+
+    def command(
+        list_path: Annotated[Path, tyro.conf.Positional],
+        /,
+        out: Path,
+        shard: str = "0/1",
+        segments: int = 8,
+        per_segment: int = 3,
+        short_side: int = 256,
+        quality: int = 90,
+        seed: int = 0,
+        shard_mib: int = 1024,
+        workers: int = 4,
+        separator: str = ",",
+        root: str = "",
+        check: Annotated[bool, tyro.conf.arg(name="verify")] = False,
+    ) -> None:
+        """Pack candidate frames of every clip as JPEGs, for sparse sampling: train with --data.train DIR.
+
+        Args:
+            list_path: A list with labels, a manifest, or a caption list (then train with --data.prepared DIR).
+            out: Folder for the shards. The same command again continues an interrupted preparation.
+            shard: i/n: every n-th clip from the i-th on, so that n machines share a list.
+            segments: Segments of a clip; the frames a training run takes must divide segments x per_segment.
+            per_segment: Random candidates of each segment; training draws one of them.
+            short_side: Larger frames are shrunk to this short side, in pixels.
+            quality: JPEG quality, 1 to 100.
+            seed: Seed of the candidates.
+            shard_mib: Size of a shard file in MiB.
+            workers: Decoding processes; 0 decodes in this one.
+            separator: Field separator of the list.
+            root: Folder put before relative paths; empty: the list's own folder.
+            check: Then read every record of the folder against its checksum.
+        """
+        parts = shard.split("/")
+        if len(parts) != 2 or not all(part.isdigit() for part in parts):
+            raise ConfigError(f"--shard is {shard!r}; give i/n, as 0/4")
+        settings = Settings(
+            segments=segments, per_segment=per_segment, short_side=short_side, quality=quality, seed=seed
+        )  # fmt: skip
+        data = DataConfig(separator=separator, root=root)
+        prepare(
+            list_path, out, settings=settings, part=(int(parts[0]), int(parts[1])), shard_bytes=shard_mib << 20,
+            workers=workers, data=data,
+        )  # fmt: skip
+        if check:
+            verify(out)
+
+    _cli(command, arguments, "prepare")
 
 
 def _bench(arguments: list[str]) -> None:
@@ -201,7 +257,8 @@ def _quickstart(arguments: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": _train, "plan": _plan, "scan": _scan, "bench": _bench, "eval": _eval, "convert": _convert, "report": _report,
+    "train": _train, "plan": _plan, "scan": _scan, "prepare": _prepare, "bench": _bench, "eval": _eval, "convert": _convert,
+    "report": _report,
     "quickstart": _quickstart,
 }  # fmt: skip
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, to_dict
+from umt_fast.config import ConfigError, DataConfig, FinetuneConfig, Stage1Config, Stage2Config, to_dict
 from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_corpora
 from umt_fast.data.cotraining import AlternatingLoader, PackedLoader
-from umt_fast.data.loader import ClipLoader
+from umt_fast.data.loader import ClipLoader, open_loader
 from umt_fast.data.manifest import Clip, read_list
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.precision import pick_device, usable_dtype
@@ -40,12 +41,14 @@ def build_objective(config: AnyConfig) -> torch.nn.Module:
     raise ConfigError(f"no objective for {type(config).__name__}")
 
 
-def build_loader(config: AnyConfig, rank: int, world_size: int) -> ClipLoader | AlternatingLoader | PackedLoader:
+def build_loader(
+    config: AnyConfig, rank: int, world_size: int, device: torch.device
+) -> ClipLoader | AlternatingLoader | PackedLoader:
     """The training clips of a configuration; for stage 2 captioned clips and images, in turn or packed."""
 
-    def clips_of(clips: list[Clip], num_frames: int) -> ClipLoader:
-        return ClipLoader(
-            clips, config.data, num_frames=num_frames, image_size=config.student.image_size,
+    def clips_of(clips: list[Clip], num_frames: int, data: DataConfig = config.data) -> ClipLoader:
+        return open_loader(
+            clips, data, device=device, num_frames=num_frames, image_size=config.student.image_size,
             batch_size=config.run.batch_size, rank=rank, world_size=world_size, seed=config.run.seed,
         )  # fmt: skip
 
@@ -65,7 +68,9 @@ def build_loader(config: AnyConfig, rank: int, world_size: int) -> ClipLoader | 
         if entries:
             corpus = read_corpora(entries)
             tokens = Tokens(corpus.captions, tokenizer, max_length=config.max_length, sep=config.sep_token)
-            parts.append(CaptionLoader(clips_of(corpus.clips, frames), tokens, corpus.sample))
+            # Single pictures cost a CPU little, and are no videos to DALI.
+            data = config.data if entries is config.videos else dataclasses.replace(config.data, reader="cpu")
+            parts.append(CaptionLoader(clips_of(corpus.clips, frames, data), tokens, corpus.sample))
     return PackedLoader(*parts) if packed else AlternatingLoader(parts, config.run.seed)
 
 
@@ -85,7 +90,7 @@ def train(config: AnyConfig) -> Path:
 def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], torch.nn.Module]) -> Path:
     """Trains an objective, or one built once the list has been read, with a configuration's data, schedule and folder."""
     with distributed_run(config.run) as ranks:
-        loader = build_loader(config, ranks.rank, ranks.world_size)
+        loader = build_loader(config, ranks.rank, ranks.world_size, ranks.device)
         objective = objective if isinstance(objective, torch.nn.Module) else objective()
         # A packed step has as many images as clips besides.
         kinds = len(loader.parts) if isinstance(loader, PackedLoader) else 1

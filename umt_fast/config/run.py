@@ -15,11 +15,16 @@ class DataConfig:
     """Which clips, and how they are cut."""
 
     train: str = ""
-    """An official list (path, label), a manifest written by `scan`, or empty: then the run stops and says so."""
+    """An official list (path, label), a manifest written by `scan`, a folder written by `prepare`, or empty: then the run
+    stops and says so."""
+    prepared: tuple[str, ...] = ()
+    """Folders written by `prepare`: clips of any list that are found there by path are read there."""
     root: str = ""
     """Folder put before relative paths of the list; empty: the list's own folder."""
     separator: str = ","
     """Field separator of the list."""
+    reader: Literal["auto", "cpu", "dali"] = "auto"
+    """`cpu`: decoding processes; `dali`: NVIDIA DALI decodes on the GPU. `auto` is cpu: dali was not yet measured on one."""
     sampling: Literal["sparse", "dense"] = "sparse"
     """`sparse`: one random frame in each of T equal segments; `dense`: T frames `sampling_rate` apart."""
     sampling_rate: int = 4

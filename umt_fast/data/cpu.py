@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 
 from umt_fast.config import DataConfig
 from umt_fast.data import sampling, transforms
 from umt_fast.data.manifest import Clip
-from umt_fast.data.video import VideoError, decode_frames, read_frame_folder
+from umt_fast.data.prepared import read_prepared
+from umt_fast.data.video import Chooser, VideoError, decode_frames, read_frame_folder
 
 # How many other clips may stand in for an unreadable one before the loader gives up on that place of the batch.
 MAX_ATTEMPTS = 20
+
+Read = TypeVar("Read")
 
 
 @dataclass(slots=True)
@@ -35,8 +41,8 @@ class ClipReader:
         self.clips, self.data = clips, data
         self.num_frames, self.image_size, self.seed, self.train = num_frames, image_size, seed, train
 
-    def frames(self, clip: Clip, random_key: tuple[int, ...]) -> np.ndarray:
-        """The chosen frames of a clip, uint8 (T, H, W, 3). Raises VideoError."""
+    def chooser(self, random_key: tuple[int, ...]) -> Chooser:
+        """Frame count -> T frame numbers of the clip with that key."""
 
         def choose(count: int) -> np.ndarray:
             # A fresh generator each time: asked again with another count, the draws are the same ones.
@@ -50,16 +56,22 @@ class ClipReader:
                 return sampling.sparse_train(count, self.num_frames, rng)
             return sampling.sparse_center(count, self.num_frames)
 
+        return choose
+
+    def frames(self, clip: Clip, random_key: tuple[int, ...]) -> np.ndarray:
+        """The chosen frames of a clip, uint8 (T, H, W, 3). Raises VideoError."""
+        choose = self.chooser(random_key)
+        if clip.shard:
+            return read_prepared(clip, choose)
         if clip.frame_folder:
             return read_frame_folder(clip.path, choose, clip.num_frames, self.data.frame_pattern)
         if not Path(clip.path).exists():
             raise VideoError(f"{clip.path}: no such file")
         return decode_frames(clip.path, choose, clip.num_frames or None)
 
-    def crops(self, frames: np.ndarray, random_key: tuple[int, ...]) -> np.ndarray:
-        """num_sample augmented crops, uint8 (num_sample, T, S, S, 3)."""
-        height, width = frames.shape[1:3]
-        out = []
+    def windows(self, width: int, height: int, random_key: tuple[int, ...]) -> list[transforms.Crop]:
+        """The num_sample crops of a clip of width x height pixels."""
+        crops = []
         for repeat in range(self.data.num_sample if self.train else 1):
             rng = np.random.default_rng((*random_key, 1, repeat))
             if self.train and self.data.augment == "random_resized_crop":
@@ -68,22 +80,42 @@ class ClipReader:
                 crop = transforms.multi_scale_crop(width, height, self.image_size, self.data.flip, rng)
             else:
                 crop = transforms.center_crop(width, height)
-            out.append(transforms.apply(frames, crop, self.image_size))
-        return np.stack(out)
+            crops.append(crop)
+        return crops
+
+    def crops(self, frames: np.ndarray, random_key: tuple[int, ...]) -> np.ndarray:
+        """num_sample augmented crops, uint8 (num_sample, T, S, S, 3)."""
+        height, width = frames.shape[1:3]
+        return np.stack(
+            [transforms.apply(frames, crop, self.image_size) for crop in self.windows(width, height, random_key)]
+        )
 
     def read(self, epoch: int, index: int) -> Sample:
-        """The sample of clip `index` in an epoch, or of the clip that stands in for it.
+        """The sample of clip `index` in an epoch, or of the clip that stands in for it (`with_stand_ins`)."""
+
+        def read_one(chosen: int) -> np.ndarray:
+            clip, key = self.clips[chosen], (self.seed, epoch, chosen)
+            return self.crops(self.frames(clip, key), key)
+
+        chosen, video, bad = self.with_stand_ins(epoch, index, read_one)
+        return Sample(video, chosen, self.clips[chosen].label, bad)
+
+    def with_stand_ins(
+        self, epoch: int, index: int, read_one: Callable[[int], Read], known: Mapping[int, str] = MappingProxyType({})
+    ) -> tuple[int, Read, dict[int, str]]:
+        """What `read_one` gives for clip `index`, or for the first stand-in that can be read: (its number, that, bad clips).
 
         In training, an unreadable clip is replaced by another one drawn from (seed, epoch, index, attempt). In
-        evaluation it raises VideoError: a score over other clips than the list's would be wrong.
+        evaluation it raises VideoError: a score over other clips than the list's would be wrong. `known` are clips that
+        proved unreadable before, with reasons.
         """
         bad: dict[int, str] = {}
         chosen = index
         for attempt in range(MAX_ATTEMPTS):
-            clip, key = self.clips[chosen], (self.seed, epoch, chosen)
             try:
-                video = self.crops(self.frames(clip, key), key)
-                return Sample(video, chosen, clip.label, bad)
+                if chosen in known:
+                    raise VideoError(known[chosen])
+                return chosen, read_one(chosen), bad
             except VideoError as error:
                 if not self.train:
                     raise

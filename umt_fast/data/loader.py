@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from umt_fast.config import DataConfig
 from umt_fast.data.cpu import ClipReader, Sample
 from umt_fast.data.manifest import Clip, DataError
+from umt_fast.data.prepared import check_use, locate
 from umt_fast.data.video import VideoError
 
 log = logging.getLogger("umt_fast.data")
@@ -115,6 +116,8 @@ class ClipLoader:
                 f"{len(clips)} clips do not fill one step of {batch_size} clips x {world_size} ranks; "
                 "lower run.batch_size or give a longer list"
             )
+        clips = locate(clips, data.prepared)
+        check_use(clips, data, num_frames, train)
         self.clips, self.data, self.batch_size, self.train = clips, data, batch_size, train
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch, self.position = 0, 0
@@ -163,7 +166,7 @@ class ClipLoader:
             [(self.epoch, clip) for clip in batch] for batch in self.order(self.epoch)[self.position :]
         ]
         try:
-            for read in self._loader:
+            for read in self._reads():
                 if isinstance(read, VideoError):
                     raise DataError(str(read))
                 for number, reason in read.bad.items():
@@ -178,17 +181,26 @@ class ClipLoader:
                 ) from error
             raise
 
+    def _reads(self) -> Iterator[_Read | VideoError]:
+        """The batches still to come of this epoch."""
+        return iter(self._loader)
+
+    def _work(self) -> tuple[Dataset, Callable[[list[Any]], Any]]:
+        """What a worker does for a place, and how it makes a batch of the results."""
+        return _Places(self._reader), _stack
+
     @functools.cached_property
     def _loader(self) -> DataLoader:
         """Made at the first epoch; its workers, and their copies of the list, stay for all later ones."""
         workers = min(self.data.workers, len(self._batches))
+        dataset, collate = self._work()
         return DataLoader(
-            _Places(self._reader),
+            dataset,
             batch_sampler=self._batches,
             num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=self.data.prefetch if workers else None,
-            collate_fn=_stack,
+            collate_fn=collate,
             worker_init_fn=_one_thread,
             multiprocessing_context=_fork_server() if workers else None,
         )
@@ -205,3 +217,21 @@ class ClipLoader:
                 f"{len(self.bad_files)} of {len(self.clips)} clips are unreadable, more than data.max_bad_share "
                 f"{self.data.max_bad_share} allows; the last: {reason}. `scan` the list to find them all"
             )
+
+
+def open_loader(clips: list[Clip], data: DataConfig, *, device: torch.device, **kind: Any) -> ClipLoader:
+    """A loader of the road that data.reader names; `kind` as ClipLoader takes it.
+
+    Raises DataError: what the list lacks, or a road that is not installed.
+    """
+    if data.reader != "dali":
+        return ClipLoader(clips, data, **kind)
+    try:
+        from umt_fast.data.dali import DaliLoader
+    except ImportError as error:
+        if not (error.name or "").startswith("nvidia"):
+            raise
+        raise DataError(
+            "data.reader is dali, but NVIDIA DALI is not installed; pip install 'umt_fast[dali]', or take data.reader cpu"
+        ) from error
+    return DaliLoader(clips, data, device=device, **kind)

@@ -34,17 +34,25 @@ class Clip:
     """Mean frames from one key frame to the next."""
     checksum: str = ""
     """BLAKE2b-128 of the file."""
+    shard: str = ""
+    """File that holds the clip's prepared frames from byte `offset` on, `size` bytes; `num_frames` then counts those."""
+    offset: int = 0
+    size: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
 
 def read_list(path: str | Path, data: DataConfig) -> list[Clip]:
-    """The clips of a list or manifest, in its order, with paths resolved against data.root or the list's folder.
+    """The clips of a list, manifest or prepared folder, in its order; paths start at data.root or at the list's folder.
 
     Raises DataError: no such file, an empty list, a malformed line (its number and text are named).
     """
     path = Path(path)
+    if path.is_dir():
+        from umt_fast.data.prepared import read_folder  # builds on this module
+
+        return read_folder(path)
     if not path.is_file():
         raise DataError(f"no list at {path}; give a file with one video per line (path{data.separator}label)")
     if data.root and not Path(data.root).is_dir():

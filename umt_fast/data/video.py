@@ -1,18 +1,25 @@
 """Exact frames of video files and frame folders through PyAV.
 
 Frame i is the i-th picture a plain sequential decode shows, whatever the header says. Pictures that are not asked for
-are decoded, since others depend on them, but never converted to RGB.
+are never converted to RGB; those that no wanted picture needs are not even decoded where the packets prove which these
+are (`selective`), so damage inside them goes unseen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
 from av.error import FFmpegError
 from PIL import Image, UnidentifiedImageError
+
+from umt_fast.data import selective
+
+# Packets of a larger file are read twice rather than held.
+_HELD_BYTES = 64 << 20
 
 Chooser = Callable[[int], np.ndarray]
 
@@ -50,16 +57,6 @@ def rotation_of(frame: av.VideoFrame) -> int:
     return round(frame.rotation / 90) * 90 % 360
 
 
-def count_packets(path: str | Path) -> int:
-    """The number of pictures the container holds, read without decoding; damage may make fewer decodable."""
-    container, stream = open_video(path)
-    try:
-        with container:
-            return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-    except FFmpegError as error:
-        raise VideoError(f"{path}: {_reason(error)}") from error
-
-
 def iterate_frames(path: str | Path) -> Iterator[av.VideoFrame]:
     """Yields the decoded frames (av.VideoFrame) in presentation order until the end or the first damage.
 
@@ -79,6 +76,10 @@ def iterate_frames(path: str | Path) -> Iterator[av.VideoFrame]:
         raise VideoError(f"{path}: no frame can be decoded")
 
 
+def _picture(frame: av.VideoFrame) -> np.ndarray:
+    return _rotated(frame.to_ndarray(format="rgb24"), rotation_of(frame))
+
+
 def _pick(path: str | Path, wanted: np.ndarray) -> tuple[dict[int, np.ndarray], int]:
     """RGB pictures by frame number, and how many frames were seen before stopping."""
     needed, last = set(wanted.tolist()), int(wanted.max())
@@ -86,10 +87,96 @@ def _pick(path: str | Path, wanted: np.ndarray) -> tuple[dict[int, np.ndarray], 
     number = -1
     for number, frame in enumerate(iterate_frames(path)):
         if number in needed:
-            pictures[number] = _rotated(frame.to_ndarray(format="rgb24"), rotation_of(frame))
+            pictures[number] = _picture(frame)
         if number == last:
             break
     return pictures, number + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What a demux tells of a video without decoding it."""
+
+    count: int
+    """Pictures the container holds; damage may make fewer decodable."""
+    packets: list[selective.Packet] | None
+    """The packets, if they prove which of them is which picture; else a sequential decode must count."""
+
+
+def _index(
+    path: str | Path, container: av.container.InputContainer, stream: av.VideoStream
+) -> tuple[Index, list[av.Packet] | None]:
+    """Also the packets themselves, unless they are too large to hold."""
+    length_size = selective.length_size_of(stream)
+    described: list[selective.Packet] = []
+    held: list[av.Packet] = []
+    count = size = 0
+    proven = length_size > 0
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            count += not packet.is_discard
+            if not proven:
+                continue
+            entry = selective.describe(packet, length_size)
+            proven = entry is not None and not packet.is_discard and not packet.is_corrupt
+            if proven:
+                described.append(entry)
+                size += packet.size
+                if size <= _HELD_BYTES:
+                    held.append(packet)
+    except FFmpegError as error:
+        raise VideoError(f"{path}: {_reason(error)}") from error
+    # The attribute came with av 16; without it nothing can be proven.
+    depth = getattr(stream.codec_context, "reorder_depth", None)
+    proven = proven and depth is not None and selective.regular(described, depth)
+    return Index(count, described if proven else None), held if proven and size <= _HELD_BYTES else None
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A video without its pictures."""
+
+    count: int
+    width: int
+    """As decoded, before rotation; so is height."""
+    height: int
+    rotation: int
+    """Degrees counter-clockwise."""
+    codec: str
+
+
+def outline(path: str | Path) -> Outline:
+    """Counts the pictures and decodes the first. Raises VideoError: it cannot, or the file holds none."""
+    container, stream = open_video(path)
+    with container:
+        count, codec = _index(path, container, stream)[0].count, stream.codec_context.codec.canonical_name
+    first = next(iterate_frames(path))
+    return Outline(count, first.width, first.height, rotation_of(first), codec)
+
+
+def _pick_selectively(
+    path: str | Path,
+    stream: av.VideoStream,
+    packets: list[selective.Packet],
+    held: list[av.Packet] | None,
+    wanted: np.ndarray,
+) -> dict[int, np.ndarray] | None:
+    """RGB pictures by frame number, or None if the stream is not what its packets promised."""
+    stamps = sorted(packet.pts for packet in packets)
+    number_of = {stamps[number]: number for number in wanted.tolist()}
+    groups = selective.groups_to_feed(packets, set(number_of))
+    try:
+        if held is None:
+            again, stream = open_video(path)
+            with again:
+                frames = selective.decode(stream.codec_context, again.demux(stream), packets, groups)
+                return {number_of[frame.pts]: _picture(frame) for frame in frames if frame.pts in number_of}
+        frames = selective.decode(stream.codec_context, held, packets, groups)
+        return {number_of[frame.pts]: _picture(frame) for frame in frames if frame.pts in number_of}
+    except (FFmpegError, selective.Irregular):
+        return None
 
 
 def decode_frames(path: str | Path, choose: Chooser, num_frames: int | None = None) -> np.ndarray:
@@ -99,12 +186,20 @@ def decode_frames(path: str | Path, choose: Chooser, num_frames: int | None = No
         path: any file PyAV reads.
         choose: frame count -> T frame numbers; must give the same answer when asked again with the same count. When
             fewer frames decode than were announced it is asked again with the true count.
-        num_frames: the decodable count, if known; else the packets are counted first.
+        num_frames: the decodable count, if known; else the packets are counted.
 
     Raises:
         VideoError: the file cannot be read, or its pictures change size.
     """
-    count = count_packets(path) if num_frames is None else num_frames
+    container, stream = open_video(path)
+    with container:
+        index, held = _index(path, container, stream)
+        count = num_frames or index.count
+        if index.packets is not None and count == index.count:
+            chosen = choose(count)
+            pictures = _pick_selectively(path, stream, index.packets, held, chosen)
+            if pictures is not None:
+                return _stack(path, pictures, chosen)
     if count < 1:
         # A container may not tell; then the count is what a decode gives.
         count = sum(1 for _ in iterate_frames(path))
@@ -115,6 +210,10 @@ def decode_frames(path: str | Path, choose: Chooser, num_frames: int | None = No
         pictures, seen = _pick(path, chosen)
         if seen <= chosen.max():
             raise VideoError(f"{path}: decodes to a different number of frames each time")
+    return _stack(path, pictures, chosen)
+
+
+def _stack(path: str | Path, pictures: dict[int, np.ndarray], chosen: np.ndarray) -> np.ndarray:
     sizes = {pictures[number].shape for number in chosen.tolist()}
     if len(sizes) > 1:
         raise VideoError(f"{path}: frames change size: {sorted(sizes)}")

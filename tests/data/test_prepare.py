@@ -1,0 +1,255 @@
+"""Prepared shards: the right frames, whatever interrupts their making, read like any list."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from umt_fast.config import DataConfig
+from umt_fast.data import prepared
+from umt_fast.data.captions import CaptionLoader, Tokens, read_captions
+from umt_fast.data.loader import ClipLoader
+from umt_fast.data.manifest import Clip, DataError, read_list
+from umt_fast.data.prepare import prepare, verify
+from umt_fast.data.prepared import Settings, candidates, read_prepared
+from umt_fast.data.sampling import sparse_train
+from umt_fast.data.video import VideoError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+KIND = {"num_frames": 4, "image_size": 32, "batch_size": 2, "seed": 3}
+
+
+def grey_video(path: Path, count: int, first: int = 0) -> None:
+    """Frame i is grey of value first + 4 i."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "4"})
+        stream.width, stream.height, stream.pix_fmt = 80, 64, "yuv420p"
+        for number in range(count):
+            picture = np.full((64, 80, 3), first + 4 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Seven clips: two long, one short, one missing, one broken, one named twice."""
+    for name, count in (("a.mp4", 60), ("b.mp4", 45), ("short.mp4", 5)):
+        grey_video(tmp_path / name, count)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    names = ["a.mp4", "missing.mp4", "b.mp4", "short.mp4", "broken.mp4", "a.mp4"]
+    path = tmp_path / "list.csv"
+    path.write_text("".join(f"{name},{number}\n" for number, name in enumerate(names)))
+    return path
+
+
+def test_candidates_make_every_frame_of_a_segment_equally_likely() -> None:
+    settings, rng = Settings(segments=4, per_segment=3), np.random.default_rng(0)
+    drawn = []
+    for _ in range(2000):
+        kept = candidates(39, settings, rng)
+        assert len(kept) == 12 and (np.diff(kept) > 0).all()
+        drawn.append(kept[sparse_train(12, 4, rng)])
+    for segment, column in enumerate(np.stack(drawn).T):
+        values, counts = np.unique(column, return_counts=True)
+        assert values.tolist() == list(range(9 * segment, 9 * segment + 9))
+        # chi-square with 8 degrees of freedom: 26.1 is exceeded once in a thousand
+        assert ((counts - 2000 / 9) ** 2 / (2000 / 9)).sum() < 26.1
+    assert candidates(12, settings, rng).tolist() == list(range(12))
+
+
+def test_stored_frames_are_the_candidates(table: Path, tmp_path: Path) -> None:
+    settings = Settings(segments=4, per_segment=2, short_side=48)
+    counts = prepare(table, tmp_path / "out", settings=settings, workers=0)
+    assert (counts["good"], counts["bad"], counts["resumed"]) == (3, 2, 0)
+    clips = read_list(tmp_path / "out", DataConfig())
+    assert [(Path(clip.path).name, clip.label, clip.num_frames) for clip in clips] == [
+        ("a.mp4", 0, 8),
+        ("b.mp4", 2, 8),
+        ("short.mp4", 3, 5),
+    ]
+    for clip, number, frames in zip(clips, (0, 2, 3), (60, 45, 5), strict=True):
+        pictures = read_prepared(clip, lambda count: np.arange(count))
+        assert pictures.shape[1:] == (48, 60, 3)
+        expected = candidates(frames, settings, np.random.default_rng((0, number)))
+        np.testing.assert_allclose(pictures.mean((1, 2, 3)), 4 * expected, atol=2)
+    bad = [json.loads(line) for line in (tmp_path / "out" / "part-0-of-1.bad.jsonl").read_text().splitlines()]
+    assert [(line["number"], Path(line["path"]).name) for line in bad] == [(1, "missing.mp4"), (4, "broken.mp4")]
+    assert all(line["reason"] for line in bad)
+
+
+def test_jpegs_are_close_to_the_frames(tmp_path: Path, shared: Path) -> None:
+    from umt_fast.data.video import decode_frames
+
+    name = str(shared / "videos" / "part_0.mp4")
+    (tmp_path / "list.csv").write_text(f"{name},0\n")
+    prepare(tmp_path / "list.csv", tmp_path / "out", workers=0, settings=Settings(segments=8, per_segment=4))
+    (clip,) = read_list(tmp_path / "out", DataConfig())
+    stored = read_prepared(clip, lambda count: np.array([0, 31])).astype(float)
+    decoded = decode_frames(name, lambda count: np.array([0, 31]))
+    assert 10 * np.log10(255**2 / ((stored - decoded) ** 2).mean()) > 35  # dB
+
+
+def test_parts_from_several_machines_make_the_whole_list(table: Path, tmp_path: Path) -> None:
+    prepare(table, tmp_path / "whole", workers=0)
+    for part in range(2):
+        with pytest.raises(DataError, match="holds no prepared|is not finished"):
+            read_list(tmp_path / "out", DataConfig()) if part else prepared.read_folder(tmp_path / "out")
+        prepare(table, tmp_path / "out", part=(part, 2), workers=0)
+    first, second = (read_list(tmp_path / name, DataConfig()) for name in ("whole", "out"))
+    assert [(clip.path, clip.label, clip.size) for clip in first] == [
+        (clip.path, clip.label, clip.size) for clip in second
+    ]
+    assert [prepared.read_record(clip) for clip in first] == [prepared.read_record(clip) for clip in second]
+    assert verify(tmp_path / "out") == 3
+
+
+def test_another_list_or_setting_in_the_same_folder_is_refused(table: Path, tmp_path: Path) -> None:
+    prepare(table, tmp_path / "out", workers=0)
+    with pytest.raises(DataError, match="settings"):
+        prepare(table, tmp_path / "out", settings=Settings(quality=50), workers=0)
+    table.write_text("b.mp4,0\n")
+    with pytest.raises(DataError, match="another list"):
+        prepare(table, tmp_path / "out", workers=0)
+
+
+def loaded(clips: list[Clip], **changes: object) -> list[dict[str, torch.Tensor]]:
+    return list(ClipLoader(clips, DataConfig(workers=0, max_bad_share=1, **changes), **KIND))
+
+
+def test_training_reads_them_and_resumes_exactly(table: Path, tmp_path: Path) -> None:
+    prepare(table, tmp_path / "out", settings=Settings(segments=4), workers=0)
+    clips = [replace(clip, label=n) for n, clip in enumerate(read_list(tmp_path / "out", DataConfig()) * 3)]
+    data = DataConfig(workers=0, num_sample=2)
+    whole = list(ClipLoader(clips, data, **KIND))
+    assert whole[0]["video"].shape == (4, 4, 32, 32, 3) and len(whole) == 4
+    first = ClipLoader(clips, data, **KIND)
+    iterator = iter(first)
+    next(iterator)
+    second = ClipLoader(clips, DataConfig(workers=1, num_sample=2), **KIND)
+    second.load_state_dict(first.state_dict())
+    for resumed, expected in zip(second, whole[1:], strict=True):
+        assert all(torch.equal(resumed[key], expected[key]) for key in expected)
+
+
+def test_a_list_finds_its_prepared_clips(table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepare(table, tmp_path / "out", settings=Settings(segments=4), workers=0)
+    clips = read_list(table, DataConfig())
+    for name in ("a.mp4", "b.mp4"):  # so that only the shards can have answered
+        (tmp_path / name).unlink()
+    with caplog.at_level("INFO"):
+        batches = loaded(clips, prepared=(str(tmp_path / "out"),))
+    assert "4 of 6 clips" in caplog.text
+    assert {index for batch in batches for index in batch["index"].tolist()} <= {0, 2, 3, 5}
+
+
+def test_captions_keep_working(table: Path, tmp_path: Path) -> None:
+    captions = tmp_path / "captions.json"
+    rows = [{"video": "a.mp4", "caption": ["one", "two"]}, {"video": "b.mp4", "caption": "three"}]
+    captions.write_text(json.dumps(rows))
+    assert prepare(captions, tmp_path / "out", settings=Settings(segments=4), workers=0)["good"] == 2
+    found = read_captions(captions)
+    (tmp_path / "a.mp4").unlink(), (tmp_path / "b.mp4").unlink()
+
+    class Words:
+        cls_token_id, sep_token_id, pad_token_id = 0, 1, 2
+
+        def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[len(text)] for text in texts]}
+
+    data = DataConfig(workers=0, prepared=(str(tmp_path / "out"),), max_bad_share=0)
+    loader = CaptionLoader(
+        ClipLoader(found.clips, data, **(KIND | {"batch_size": 3})), Tokens(found.captions, Words(), max_length=4), found.sample
+    )  # fmt: skip
+    (batch,) = list(loader)
+    assert sorted(batch["ids"][:, 1].tolist()) == [3, 3, 5] and sorted(batch["sample"].tolist()) == [0, 0, 2]
+
+
+def test_what_shards_cannot_give_is_refused(table: Path, tmp_path: Path) -> None:
+    prepare(table, tmp_path / "out", settings=Settings(segments=4), workers=0)
+    clips = read_list(tmp_path / "out", DataConfig())
+    with pytest.raises(DataError, match="--segments 8"):
+        ClipLoader(clips, DataConfig(), **(KIND | {"num_frames": 8}))
+    with pytest.raises(DataError, match="sparse"):
+        ClipLoader(clips, DataConfig(sampling="dense"), **KIND)
+
+
+def test_damage_is_found_and_made_good(table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(table, out, workers=0, shard_bytes=1)  # a shard for each clip
+    whole = {path.name: path.read_bytes() for path in out.glob("*.clips")}
+    clips = read_list(out, DataConfig())
+    shard = Path(clips[1].shard)
+    content = bytearray(shard.read_bytes())
+    content[-40] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(VideoError, match="b.mp4.*damaged"):
+        read_prepared(clips[1], lambda count: np.arange(count))
+    with pytest.raises(DataError, match=rf"{shard.name} \(1 clips\)"):
+        verify(out)
+    shard.unlink(), shard.with_suffix(".jsonl").unlink()
+    assert prepare(table, out, workers=0, shard_bytes=1)["good"] == 3 and verify(out) == 3
+    assert sorted(path.read_bytes() for path in out.glob("*.clips")) == sorted(whole.values())
+
+
+def test_a_missing_shard_costs_its_clips_alone(table: Path, tmp_path: Path) -> None:
+    prepare(table, tmp_path / "out", settings=Settings(segments=4), workers=0, shard_bytes=1)
+    clips = read_list(tmp_path / "out", DataConfig()) * 2
+    Path(clips[0].shard).unlink()
+    loader = ClipLoader(clips, DataConfig(workers=0, max_bad_share=1), **KIND)
+    assert len(list(loader)) == 3 and list(loader.bad_files) == [clips[0].path]
+
+
+def test_a_killed_preparation_ends_with_the_same_bytes(table: Path, tmp_path: Path) -> None:
+    """A real SIGKILL to the whole process group, at two places, the second with torn writes."""
+    names = [f"{'ab'[number % 2]}{number}.mp4" for number in range(40)]
+    for name in names:
+        os.link(tmp_path / f"{name[0]}.mp4", tmp_path / name)
+    table.write_text("".join(f"{name},{number}\n" for number, name in enumerate([*names, "missing.mp4"])))
+
+    def command(out: Path) -> list[str]:
+        settings = ["--workers", "0", "--segments", "4", "--shard_mib", "1", "--verify", "True"]
+        return [sys.executable, "-m", "umt_fast", "prepare", str(table), "--out", str(out), *settings]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    prepare(table, whole, settings=Settings(segments=4), workers=1, shard_bytes=1 << 20)
+    journal = killed / "part-0-of-1-00000.jsonl.writing"
+    for wanted in (1, 15):
+        with subprocess.Popen(
+            command(killed), cwd=REPOSITORY, start_new_session=True, stderr=subprocess.DEVNULL
+        ) as process:
+            while process.poll() is None and (not journal.exists() or len(journal.read_bytes().splitlines()) < wanted):
+                time.sleep(0.002)
+            assert process.poll() is None, "the preparation ended before it could be killed"
+            os.killpg(process.pid, signal.SIGKILL)
+        with pytest.raises(DataError, match="not finished"):
+            read_list(killed, DataConfig())
+    # As a loss of power may leave it: half a record, and a line that was not written to its end.
+    with open(killed / "part-0-of-1-00000.clips.writing", "ab") as file:
+        file.write(b"half a record")
+    with open(journal, "ab") as file:
+        file.write(b'{"number": 39, "pa')
+    done = subprocess.run(command(killed), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "were prepared before" in done.stderr, done.stderr[-2000:]
+    assert "40 clips verified" in done.stderr
+    left = {path.name: path.read_bytes() for path in killed.iterdir()}
+    assert left == {path.name: path.read_bytes() for path in whole.iterdir()}
+
+
+def test_pictures_can_be_prepared(tmp_path: Path) -> None:
+    Image.fromarray(np.full((300, 400, 3), 77, np.uint8)).save(tmp_path / "a.jpg")
+    (tmp_path / "list.csv").write_text("a.jpg,0\n")
+    prepare(tmp_path / "list.csv", tmp_path / "out", workers=0)
+    (clip,) = read_list(tmp_path / "out", DataConfig())
+    assert clip.num_frames == 1
+    pictures = read_prepared(clip, lambda count: np.zeros(1, int))
+    assert pictures.shape == (1, 256, 341, 3) and abs(pictures.mean() - 77) < 2

@@ -1,0 +1,244 @@
+"""Prepared clips: a few candidate frames of each as JPEGs, packed in shard files, read instead of the videos.
+
+A folder of them holds, for each part i of n (`prepare --shard i/n`):
+
+- `part-i-of-n.json`: the settings, and once finished the counts.
+- `part-i-of-n-00000.clips`, ...: records one after another. A record is three little-endian uint32 (stored frames, frames
+  of the source, 0), then per stored frame three more (its number in the source, bytes, CRC-32), then the JPEGs.
+- `part-i-of-n-00000.jsonl`, ...: a line per clip of the list: number in the list, path, label, and either offset, size,
+  num_frames (stored) and checksum (BLAKE2b-128) of its record, or the reason why there is none.
+
+Parts made on several machines need only be put into one folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from umt_fast.config import DataConfig
+from umt_fast.data.manifest import Clip, DataError
+from umt_fast.data.video import VideoError
+
+log = logging.getLogger("umt_fast.data")
+
+_HEAD = 12
+_ENTRY = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a prepared clip holds."""
+
+    segments: int = 8
+    per_segment: int = 3
+    """Candidate frames of each of the `segments` equal segments; a clip with no more frames than that is kept whole."""
+    short_side: int = 256
+    """Larger frames are shrunk to this short side, in pixels; smaller ones stay."""
+    quality: int = 90
+    """Of the JPEGs, as Pillow counts, 4:2:0."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("segments", "per_segment", "short_side"):
+            if getattr(self, name) < 1:
+                raise DataError(f"prepare: {name} is {getattr(self, name)}; it must be at least 1")
+        if not 1 <= self.quality <= 100:
+            raise DataError(f"prepare: quality is {self.quality}; it must lie in 1 to 100")
+
+
+def candidates(num_frames: int, settings: Settings, rng: np.random.Generator) -> np.ndarray:
+    """Frame numbers to keep, ascending: in each official segment one random frame of each of `per_segment` equal stretches.
+
+    Training then draws one of `per_segment` candidates per segment. Over preparations and draws together every frame of a
+    segment is as likely as with the file (up to stretches that differ by one frame); for one preparation a clip has
+    per_segment ** segments selections instead of length ** segments. A clip of at most segments * per_segment frames is
+    kept whole and sampled as from its file.
+    """
+    if num_frames <= settings.segments * settings.per_segment:
+        return np.arange(num_frames)
+    length = num_frames // settings.segments
+    edges = np.arange(settings.per_segment + 1) * length // settings.per_segment
+    offsets = rng.integers(edges[:-1], edges[1:], size=(settings.segments, settings.per_segment))
+    return (np.arange(settings.segments)[:, None] * length + offsets).ravel()
+
+
+def pack(frames: np.ndarray, numbers: np.ndarray, source_frames: int, settings: Settings) -> bytes:
+    """The record of some frames, uint8 (K, H, W, 3), that are the given numbers of their source."""
+    height, width = frames.shape[1:3]
+    scale = settings.short_side / min(width, height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    pictures = []
+    for frame in frames:
+        picture = Image.fromarray(frame)
+        picture = picture.resize(size, Image.Resampling.BICUBIC) if scale < 1 else picture
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=settings.quality, subsampling="4:2:0")
+        pictures.append(buffer.getvalue())
+    head = [len(pictures), source_frames, 0]
+    for number, picture in zip(numbers.tolist(), pictures, strict=True):
+        head += [number, len(picture), zlib.crc32(picture)]
+    return np.array(head, "<u4").tobytes() + b"".join(pictures)
+
+
+def checksum(record: bytes) -> str:
+    return hashlib.blake2b(record, digest_size=16).hexdigest()
+
+
+def read_record(clip: Clip) -> bytes:
+    """A prepared clip's record. Raises VideoError where the shard is missing or too short."""
+    try:
+        with open(clip.shard, "rb", buffering=0) as file:
+            file.seek(clip.offset)
+            record = file.read(clip.size)
+    except OSError as error:
+        raise VideoError(f"{clip.path}: {clip.shard}: {error.strerror}") from error
+    if len(record) < clip.size:
+        raise VideoError(f"{clip.path}: {clip.shard} ends inside it; run `prepare` with --verify True")
+    return record
+
+
+def jpegs_of(clip: Clip, choose: Callable[[int], np.ndarray]) -> dict[int, bytes]:
+    """The chosen stored frames by number, still encoded, each checked. Raises VideoError."""
+    record = read_record(clip)
+    count = int.from_bytes(record[:4], "little")
+    first = _HEAD + _ENTRY * count
+    if count < 1 or first > len(record):
+        raise VideoError(f"{clip.path}: damaged in {clip.shard}; run `prepare` with --verify True")
+    table = np.frombuffer(record, "<u4", 3 * count, _HEAD).reshape(count, 3).astype(np.int64)
+    ends = first + np.cumsum(table[:, 1])
+    found = {}
+    for number in choose(count).tolist():
+        jpeg = record[ends[number] - table[number, 1] : ends[number]]
+        if zlib.crc32(jpeg) != table[number, 2]:
+            raise VideoError(f"{clip.path}: damaged in {clip.shard}; run `prepare` with --verify True")
+        found[number] = jpeg
+    return found
+
+
+def read_prepared(clip: Clip, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+    """The chosen stored frames, uint8 (T, H, W, 3). Raises VideoError."""
+    chosen: list[int] = []
+
+    def remember(count: int) -> np.ndarray:
+        chosen[:] = choose(count).tolist()
+        return np.array(chosen)
+
+    pictures = {}
+    for number, jpeg in jpegs_of(clip, remember).items():
+        try:
+            pictures[number] = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise VideoError(f"{clip.path}: {clip.shard}: {error}") from error
+    return np.stack([pictures[number] for number in chosen])
+
+
+def part_of(folder: Path, number: int, parts: int) -> Path:
+    """The settings file of a part."""
+    return folder / f"part-{number}-of-{parts}.json"
+
+
+def read_part(path: Path) -> dict[str, Any]:
+    """The content of a settings file. Raises DataError: not one."""
+    try:
+        content = json.loads(path.read_text())
+        return content | {"settings": Settings(**content["settings"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} was not written by `prepare` ({error})") from error
+
+
+def index_lines(part: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(shard, line) of every clip of a part, the bad ones too."""
+    for index in sorted(part.parent.glob(f"{part.stem}-*.jsonl")):
+        for line in index.read_text().splitlines():
+            yield index.with_suffix(".clips"), json.loads(line)
+
+
+def _finished_parts(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("part-*-of-*.json"))
+    if not found:
+        raise DataError(f"{folder} holds no prepared clips; make them with `prepare LIST --out {folder}`")
+    contents = [read_part(path) for path in found]
+    if len({(content["settings"], content["parts"], content["list"]) for content in contents}) > 1:
+        raise DataError(f"the parts in {folder} were made with different settings, lists or numbers of parts")
+    parts = contents[0]["parts"]
+    missing = [
+        str(number)
+        for number in range(parts)
+        if part_of(folder, number, parts) not in found or not read_part(part_of(folder, number, parts))["finished"]
+    ]
+    if missing:
+        raise DataError(
+            f"{folder}: part {', '.join(missing)} of {parts} is not finished; run `prepare --shard i/{parts}`"
+        )
+    return found
+
+
+def read_folder(folder: Path) -> list[Clip]:
+    """The clips of a prepared folder in their list's order, the bad ones left out. Raises DataError."""
+    good = []
+    for part in _finished_parts(folder):
+        for shard, line in index_lines(part):
+            if "reason" not in line:
+                good.append((line["number"], _clip(shard, line)))
+    if not good:
+        raise DataError(f"{folder} holds no good clip; reasons are in its *.bad.jsonl")
+    return [clip for _, clip in sorted(good, key=lambda entry: entry[0])]
+
+
+def _clip(shard: Path, line: dict[str, Any]) -> Clip:
+    return Clip(
+        path=line["path"],
+        label=line["label"],
+        num_frames=line["num_frames"],
+        shard=str(shard),
+        offset=line["offset"],
+        size=line["size"],
+    )
+
+
+def locate(clips: list[Clip], folders: Sequence[str]) -> list[Clip]:
+    """The same clips, those that some prepared folder holds (by their absolute path) to be read from there."""
+    where = {clip.path: clip for folder in folders for clip in read_folder(Path(folder))}
+    if not where:
+        return clips
+    found = 0
+    located = []
+    for clip in clips:
+        there = where.get(os.path.abspath(clip.path))
+        found += there is not None
+        if there is not None:
+            clip = replace(
+                clip, num_frames=there.num_frames, shard=there.shard, offset=there.offset, size=there.size,
+                frame_folder=False,
+            )  # fmt: skip
+        located.append(clip)
+    log.info("%d of %d clips are read from data.prepared, the others from their files", found, len(clips))
+    return located
+
+
+def check_use(clips: list[Clip], data: DataConfig, num_frames: int, train: bool) -> None:
+    """Raises DataError where prepared clips do not hold what a run would draw from their files."""
+    for folder in {os.path.dirname(shard) for shard in {clip.shard for clip in clips if clip.shard}}:
+        settings = read_part(next(Path(folder).glob("part-*-of-*.json")))["settings"]
+        stored = settings.segments * settings.per_segment
+        if data.sampling != "sparse":
+            raise DataError(
+                f"{folder} holds candidates for sparse sampling; train on the files with data.sampling dense"
+            )
+        if train and stored % num_frames:
+            raise DataError(
+                f"{folder} holds {settings.segments} segments x {settings.per_segment} frames of a clip, which "
+                f"{num_frames} frames do not divide; prepare with --segments {num_frames}"
+            )
