@@ -12,6 +12,7 @@ decode: the clips at the rate of this GPU's share of the cores, beside the rest.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, VitConfig, require
+from umt_fast.data.manifest import read_list
 from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.supervised import Supervised
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
@@ -127,9 +129,7 @@ class Projection:
 
 def meta_objective(config: AnyConfig) -> nn.Module:
     """The objective without any weights: its shapes and FLOPs."""
-    from copy import deepcopy
-
-    config = deepcopy(config)
+    config = copy.deepcopy(config)
     config.init = ""
     log = logging.getLogger("umt_fast")
     level = log.level
@@ -219,8 +219,6 @@ def _measured(path: str) -> tuple[float, float, str]:
 
 
 def _clips(config: AnyConfig, options: PlanOptions) -> tuple[int, str]:
-    from umt_fast.data.manifest import read_list
-
     if options.clips:
         return options.clips, "given"
     if config.data.train and not isinstance(config, Stage2Config):

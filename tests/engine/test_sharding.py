@@ -150,9 +150,9 @@ def every_run(out: Path) -> None:
             held = [held_values(whole), *(held_values(state) for state in whole.optimizer.state.values())]
             (out / f"held_{parallel}_{ranks.rank}").write_text(json.dumps([held[0], sum(held[1:])]))
             train(out / f"stage2_{parallel}", stage2, parallel=parallel, max_steps=4, **place)
-            train(out / f"bf16_{parallel}", accumulate=2, compress="bf16", parallel=parallel, **place)
-            train(out / f"half_{parallel}", dtype="bf16", parallel=parallel, max_steps=4, **place)
-        train(out / "static", **place)
+            train(out / f"bf16_{parallel}", accumulate=2, compress="bf16", parallel=parallel, max_steps=4, **place)
+            train(out / f"half_{parallel}", dtype="bf16", parallel=parallel, max_steps=3, **place)
+        train(out / "static", max_steps=5, **place)
         for kind in ("full", "sharded"):
             for parallel, last in (("fsdp", 2), ("ddp", 4), ("fsdp", 6)):
                 run = {"parallel": parallel, "checkpoint": kind, "max_steps": last, "save_every": 5}
@@ -224,7 +224,7 @@ def test_each_rank_holds_its_shard(runs: Path) -> None:
 
 
 def test_static_graph_has_the_losses_of_one_process(runs: Path, tmp_path: Path) -> None:
-    train(tmp_path, batch=4)
+    train(tmp_path, batch=4, max_steps=5)
     assert rows(runs / "static") == pytest.approx(rows(tmp_path), rel=2e-6)
 
 
@@ -306,7 +306,7 @@ def test_a_bad_clip_on_one_rank_reaches_no_shard(runs: Path) -> None:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_sent_as_bf16_train_alike(parallel: str, runs: Path) -> None:
-    exact, rounded = rows(runs / "ddp"), rows(runs / f"bf16_{parallel}")
+    exact, rounded = rows(runs / "ddp")[:4], rows(runs / f"bf16_{parallel}")
     assert rounded == pytest.approx(exact, rel=1e-2)
     assert rounded[1:] != pytest.approx(exact[1:], rel=1e-6), "nothing was rounded"
 

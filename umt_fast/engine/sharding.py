@@ -57,8 +57,8 @@ def replicate(module: nn.Module, run: RunConfig, *, unused: bool) -> Distributed
     # Buffers are constant; newer releases call the switch that keeps them out of every step another name.
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     constant = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    # A static graph is learnt from the first backward pass. With accumulation that pass does not synchronise, and its
-    # gradients would be lost; a compiled module hides the graph.
+    # DDP learns a static graph in the first backward pass and ends that pass with a reduction. With accumulation the first
+    # pass must not reduce, so there is no static graph then, nor over a compiled module, which hides the graph.
     static = run.accumulate == 1 and not run.compile
     replica = DistributedDataParallel(
         module,

@@ -26,15 +26,11 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         content = read_weights(checkpoint) if checkpoint.is_dir() else read_file(checkpoint)
         return dict(content["config"]), content["model"]
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        FileNotFoundError,
-    ) as error:
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{checkpoint} is not a checkpoint of an umt_fast run: it has no {error.filename}"
+        ) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{checkpoint} is not a checkpoint of an umt_fast run (truncated, or of another kind)"
         ) from error
