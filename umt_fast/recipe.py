@@ -17,11 +17,13 @@ from typing import Any
 from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config
 
 CONFIGS = (Stage1Config, Stage2Config, FinetuneConfig)
-BUNDLED = Path(__file__).resolve().parent.parent / "recipes"
+HERE = Path(__file__).resolve().parent
+# A wheel carries the repository's pages within the package (pyproject.toml); a checkout has them beside it.
+BUNDLED = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes"
 
 
 def folders() -> list[Path]:
-    """Where named recipes are looked for: ./recipes, then the repository's own."""
+    """Where named recipes are looked for: ./recipes, then our own."""
     return list(dict.fromkeys([Path.cwd() / "recipes", BUNDLED]))
 
 

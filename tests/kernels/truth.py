@@ -1,0 +1,24 @@
+"""How close to float64 a result must be."""
+
+import torch
+from torch import Tensor
+
+
+def assert_as_good_as_reference(
+    ours: Tensor, reference: Tensor, truth: Tensor, computed_in: torch.dtype = torch.float32
+) -> None:
+    """The limit is relative to plain PyTorch in the same dtype: the kernel's error against float64 may be at most twice the
+    reference's own error, plus a floor of four units in the last place of the dtype at the size of the result. The reference
+    itself may be off by 64 units: what both roads share, constants above all, must be right too.
+    """
+    assert ours.shape == truth.shape and not ours.isnan().any()
+    if truth.numel() == 0:
+        return
+    scale = truth.abs().max().item()
+    # A few units: sums over a row are ordered differently on the two roads.
+    floor = 4 * torch.finfo(reference.dtype).eps * max(scale, 1e-3)
+    error = (ours.double() - truth).abs().max().item()
+    own = (reference.double() - truth).abs().max().item()
+    limit = 16 * floor * max(1, torch.finfo(computed_in).eps / torch.finfo(reference.dtype).eps)
+    assert own <= limit, f"the reference's error {own:.3e} exceeds {limit:.3e}"
+    assert error <= 2 * own + floor, f"error {error:.3e} exceeds {2 * own + floor:.3e}"
