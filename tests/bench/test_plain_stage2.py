@@ -6,7 +6,7 @@ import torch
 from umt_fast.bench import stage2
 from umt_fast.bench.measure import Case, normalised
 from umt_fast.bench.plain_stage2 import PlainStage2, Words
-from umt_fast.config import Stage2Config
+from umt_fast.config import ConfigError, Stage2Config
 from umt_fast.objectives.stage2 import VideoTextPretraining
 
 
@@ -77,3 +77,8 @@ def test_bench_reports_what_it_measured(road: str, media: str) -> None:
     assert sum(result["ms_per_part"].values()) > 0
     flops = VideoTextPretraining.flops_of(stage2.stage2_config("tiny", 2, "fp32"), image=media == "image")
     assert result["tflops"] == pytest.approx(result["clips_per_s"] * flops / 1e12, rel=1e-2, abs=1e-4)
+
+
+def test_one_pair_alone_has_no_negative() -> None:
+    with pytest.raises(ConfigError, match="hard negative"):
+        stage2.main("tiny", batch_size=1)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -62,3 +63,7 @@ def test_kill_and_resume_is_bit_exact(co_training: str, tmp_path: Path, caption_
     assert process.returncode == -signal.SIGKILL and 5 <= len(rows(killed)) < 24, "it ended before the kill"
     assert finish(killed) == whole
     assert [row["step"] for row in whole] == list(range(1, 25))
+    saved = torch.load(killed / "checkpoint-00000024.pt", weights_only=True)["trainer"]
+    # Batches of two: four of clips and three of images in turn, or four of both.
+    packed = co_training == "packed"
+    assert (saved["clips_per_step"], saved["steps_per_epoch"]) == ((4, 4) if packed else (2, 7))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import statistics
 import time
@@ -61,7 +62,7 @@ class Case:
     steps: int
     compiled: bool = False
 
-    @property
+    @functools.cached_property
     def computed_in(self) -> str:
         """The plain road does as it is told, as the official code would; the fast one does what `train` does."""
         return usable_dtype(self.dtype, self.device) if self.road == "fast" else self.dtype

@@ -107,7 +107,7 @@ def plain_steps(config: Stage2Config, video: Tensor, captions: dict[str, Tensor]
     pixels = normalised(video)
     objective = PlainStage2(config, MASK_ID).to(device).train()
     fill_at_random(objective.teacher)
-    # One group of parameters and the loop over them, as the official optimizer; decay as the official rule.
+    # As the official optimizer: not fused, no decay for one-dimensional parameters.
     parameters = list(objective.model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim != 1], "weight_decay": config.optim.weight_decay},
