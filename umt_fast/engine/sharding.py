@@ -46,8 +46,6 @@ def shard(objective: nn.Module, run: RunConfig, device: torch.device) -> None:
     rest = MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
     for module in objective.trainable.shard_units:
         if any(parameter not in whole for parameter in module.parameters()):
-            if run.compile:  # inside the gathering, whose hooks no compiler takes
-                module.forward = torch.compile(module.forward)
             fully_shard(module, mesh=mesh, mp_policy=unit, ignored_params=whole)
     fully_shard(objective, mesh=mesh, mp_policy=rest, ignored_params=whole)
 
