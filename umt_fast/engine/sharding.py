@@ -56,7 +56,7 @@ def replicate(module: nn.Module, run: RunConfig, *, unused: bool) -> Distributed
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     constant = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     # DDP learns a static graph in the first backward pass and ends that pass with a reduction. With accumulation the first
-    # pass must not reduce, so there is no static graph then, nor over a compiled module, which hides the graph.
+    # pass must not reduce, and DDP fails with an internal error; a compiled module hides the graph.
     static = run.accumulate == 1 and not run.compile
     replica = DistributedDataParallel(
         module,
