@@ -128,6 +128,10 @@ class RunConfig:
         for name in ("warmup_epochs", "max_steps", "save_every", "keep_every_epochs"):
             require(getattr(self, name) >= 0, f"run.{name} is {getattr(self, name)}; it must not be negative")
         require(
+            not (self.compile and self.parallel == "fsdp"),
+            "run.compile does not go with run.parallel fsdp yet; switch one of them off",
+        )
+        require(
             self.warmup_epochs < self.epochs,
             f"run.warmup_epochs {self.warmup_epochs} must be less than run.epochs {self.epochs}",
         )

@@ -46,8 +46,6 @@ def shard(objective: nn.Module, run: RunConfig, device: torch.device) -> None:
     rest = MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
     for module in objective.trainable.shard_units:
         if any(parameter not in whole for parameter in module.parameters()):
-            if run.compile:  # inside the gathering, whose hooks no compiler takes
-                module.forward = torch.compile(module.forward)
             fully_shard(module, mesh=mesh, mp_policy=unit, ignored_params=whole)
     fully_shard(objective, mesh=mesh, mp_policy=rest, ignored_params=whole)
 
@@ -58,7 +56,7 @@ def replicate(module: nn.Module, run: RunConfig, *, unused: bool) -> Distributed
     renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     constant = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
     # DDP learns a static graph in the first backward pass and ends that pass with a reduction. With accumulation the first
-    # pass must not reduce, so there is no static graph then, nor over a compiled module, which hides the graph.
+    # pass must not reduce, and DDP fails with an internal error; a compiled module hides the graph.
     static = run.accumulate == 1 and not run.compile
     replica = DistributedDataParallel(
         module,

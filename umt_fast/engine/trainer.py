@@ -78,6 +78,10 @@ class Trainer:
         # One rank has nothing to share out.
         self.sharded = run.parallel == "fsdp" and self.ranks.world_size > 1
         if self.sharded:
+            if optim.fused == "apex":
+                raise ConfigError(
+                    "optim.fused apex takes no sharded parameters (run.parallel fsdp); use --optim.fused torch"
+                )
             sharding.shard(objective, run, self.device)
         self.objective = objective.to(self.device).train()
         self.steps_per_epoch = len(loader) // run.accumulate
