@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, to_dict
+import kernels
+from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, TeacherConfig, to_dict
 from umt_fast.data.captions import AlternatingLoader, CaptionLoader, Tokens, load_tokenizer, read_corpora
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import Clip, read_list
@@ -71,10 +72,22 @@ def train(config: AnyConfig) -> Path:
     holds checkpoints continues from the newest one unless run.resume is false.
     """
     config = copy.deepcopy(config)
-    config.run.dtype = usable_dtype(config.run.dtype, pick_device(config.run.device))
+    device = pick_device(config.run.device)
+    config.run.dtype = usable_dtype(config.run.dtype, device)
+    if not isinstance(config, FinetuneConfig):
+        require_precision(config.teacher, device)
     # Seeded by the run alone: every rank starts from the same weights.
     torch.manual_seed(config.run.seed)
     return fit_objective(config, lambda: build_objective(config))
+
+
+def require_precision(teacher: TeacherConfig, device: torch.device) -> None:
+    """Raises ConfigError where the device cannot compute in teacher.precision."""
+    if teacher.precision != "native":
+        try:
+            kernels.quantized_road(teacher.precision, device)
+        except ValueError as error:
+            raise ConfigError(f"teacher.precision is {teacher.precision!r}: {error}") from error
 
 
 def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], torch.nn.Module]) -> Path:

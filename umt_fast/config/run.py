@@ -96,7 +96,9 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     seed: int = 0
     compile: bool = False
-    """torch.compile the objective."""
+    """torch.compile the whole objective (teacher, mask, student, loss and their backward) as one graph, or fail."""
+    cuda_graph: bool = False
+    """Record forward and backward as a CUDA graph and replay it (one GPU; also with compile). Fails where it cannot."""
     log_every: int = 10
     """Steps between log lines; the only steps on which the host waits for the device."""
     save_every: int = 0

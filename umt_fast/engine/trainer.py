@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from umt_fast.config import ConfigError, OptimConfig, RunConfig
 from umt_fast.engine import checkpoint
 from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
+from umt_fast.engine.graphed import GraphedStep, require_graphs
 from umt_fast.engine.logging import MetricsLog, progress_line
 from umt_fast.engine.optim import LayerOf, build_optimizer
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
@@ -75,6 +76,8 @@ class Trainer:
         self.run, self.loader, self.config_record = run, loader, config_record or {}
         self.ranks = current_ranks(run)
         self.device = self.ranks.device
+        if run.cuda_graph:
+            require_graphs(self.device, self.ranks.world_size)
         self.folder = Path(run.out)
         self.objective = objective.to(self.device).train()
         self.steps_per_epoch = len(loader) // run.accumulate
@@ -127,7 +130,7 @@ class Trainer:
             if metrics is not None:
                 metrics.close()
 
-    def _epoch(self, run_step: nn.Module, metrics: MetricsLog | None) -> None:
+    def _epoch(self, run_step: nn.Module | GraphedStep, metrics: MetricsLog | None) -> None:
         epoch = self.step // self.steps_per_epoch
         self.loader.set_epoch(epoch)
         batches = iter(self.loader)
@@ -148,7 +151,7 @@ class Trainer:
                 break
         batches.close()
 
-    def _train_step(self, run_step: nn.Module, batches: Iterator[dict[str, Tensor]], epoch: int) -> None:
+    def _train_step(self, run_step: nn.Module | GraphedStep, batches: Iterator[dict[str, Tensor]], epoch: int) -> None:
         rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
@@ -163,10 +166,13 @@ class Trainer:
             torch.manual_seed(number)
             seed = torch.full((1,), number, dtype=torch.int64, device=self.device)
             last = micro == self.run.accumulate - 1
-            synchronise = last or not isinstance(run_step, DistributedDataParallel)
-            with contextlib.nullcontext() if synchronise else run_step.no_sync():
+            if isinstance(run_step, GraphedStep):
                 values = run_step(batch, seed)
-                (values["loss"] / self.run.accumulate).backward()
+            else:
+                synchronise = last or not isinstance(run_step, DistributedDataParallel)
+                with contextlib.nullcontext() if synchronise else run_step.no_sync():
+                    values = run_step(batch, seed)
+                    (values["loss"] / self.run.accumulate).backward()
             for key, value in values.items():
                 sums[key] = sums.get(key, 0) + value.detach() / self.run.accumulate
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
@@ -176,7 +182,7 @@ class Trainer:
         # The fused optimizer leaves everything as it is where this is 1; the host learns of it at the next log step.
         self.optimizer.found_inf = torch.isfinite(norm).logical_not().float()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not isinstance(run_step, GraphedStep))
         self.step += 1
         self.pending.append(
             {"step": self.step, "epoch": epoch, "lr": rate, "values": sums, "norm": norm, "at": indices}
@@ -296,10 +302,13 @@ class Trainer:
         self.step = saved["step"]
         log.info("continuing from %s", path)
 
-    def _wrapped(self) -> nn.Module:
+    def _wrapped(self) -> nn.Module | GraphedStep:
         module = self.objective
         if self.run.compile:
-            module = torch.compile(module)
+            # One graph or an error: a break would cost speed in silence. Batches of images and of clips get one each.
+            module = torch.compile(module, fullgraph=True, dynamic=False)
+        if self.run.cuda_graph:
+            return GraphedStep(module, self.parameters, self.run.accumulate)
         if self.ranks.world_size > 1:
             # Buffers are constant; newer releases call the switch that keeps them out of every step another name.
             renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
