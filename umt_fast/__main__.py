@@ -4,6 +4,7 @@ Commands:
   train RECIPE [--section.key value ...]   one training run; `train RECIPE --help` lists every key
   scan LIST --out MANIFEST                 decode every clip once, write a manifest and a list of bad files
   bench stage1 [...]                       time a whole training step on random clips, one JSON line
+  bench fidelity [...]                     how far an 8-bit teacher is from the exact one
   eval CHECKPOINT LIST [--key value ...]    accuracy of a classifier, or retrieval with a stage-2 model
   convert FILE OUT                         the weights of a checkpoint, in the official layout, as safetensors or .pth
   report RUN                               write RUN/report.html from a run's metrics and results
@@ -81,12 +82,13 @@ def _scan(arguments: list[str]) -> None:
 
 
 def _bench(arguments: list[str]) -> None:
-    from umt_fast.bench import stage1
+    from umt_fast.bench import fidelity, stage1
 
-    if not arguments or arguments[0] != "stage1":
+    known = {"stage1": stage1.main, "fidelity": fidelity.main}
+    if not arguments or arguments[0] not in known:
         given = f"unknown benchmark {arguments[0]!r}" if arguments else "bench needs the name of a benchmark"
-        raise ConfigError(f"{given}; there is: stage1")
-    _cli(stage1.main, arguments[1:], "bench stage1")
+        raise ConfigError(f"{given}; there are: {', '.join(known)}")
+    _cli(known[arguments[0]], arguments[1:], f"bench {arguments[0]}")
 
 
 def _eval(arguments: list[str]) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-import kernels
-from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, TeacherConfig, to_dict
+from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, to_dict
 from umt_fast.data.captions import AlternatingLoader, CaptionLoader, Tokens, load_tokenizer, read_corpora
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import Clip, read_list
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.precision import pick_device, usable_dtype
 from umt_fast.engine.trainer import Trainer
+from umt_fast.models.quantized import require_precision
 from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.supervised import Supervised
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
@@ -79,15 +79,6 @@ def train(config: AnyConfig) -> Path:
     # Seeded by the run alone: every rank starts from the same weights.
     torch.manual_seed(config.run.seed)
     return fit_objective(config, lambda: build_objective(config))
-
-
-def require_precision(teacher: TeacherConfig, device: torch.device) -> None:
-    """Raises ConfigError where the device cannot compute in teacher.precision."""
-    if teacher.precision != "native":
-        try:
-            kernels.quantized_road(teacher.precision, device)
-        except ValueError as error:
-            raise ConfigError(f"teacher.precision is {teacher.precision!r}: {error}") from error
 
 
 def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], torch.nn.Module]) -> Path:

@@ -16,6 +16,7 @@ from tests.assets import tiny
 from umt_fast.config import Stage1Config
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.engine.trainer import Trainer
+from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -110,16 +111,10 @@ def test_a_planted_wait_is_found(planted: Callable[[Tensor], object], name: str)
     assert any(found.startswith(name) for found in waits.found), waits.found
 
 
-@pytest.mark.parametrize("precision", ["native", "int8"])
-def test_the_whole_objective_is_one_graph(precision: str) -> None:
+def test_the_whole_objective_is_one_graph() -> None:
     torch.manual_seed(0)
     settings = config(16)
-    settings.student.drop_path, settings.teacher.precision = 0.0, precision
-    if precision == "int8":
-        try:
-            kernels.quantized_road("int8", torch.device("cpu"))
-        except ValueError as error:
-            pytest.skip(str(error))
+    settings.student.drop_path = 0.0
     objective = UnmaskedAlignment(settings).train()
     batch = {"video": torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)}
     compiled = torch.compile(objective, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -129,6 +124,23 @@ def test_the_whole_objective_is_one_graph(precision: str) -> None:
         values = module(batch, torch.tensor([5]))
         values["loss"].backward()
         found.append([values["loss"].detach(), *(p.grad.clone() for p in objective.student.parameters())])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_the_whole_objective_of_stage_2_is_one_graph() -> None:
+    settings = tiny.captions()
+    settings.student.drop_path = settings.text.hidden_dropout = settings.text.attention_dropout = 0.0
+    objective = VideoTextPretraining(settings, mask_id=3, special=(0, 1, 2)).train()
+    batch = {
+        "video": torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8), "ids": torch.randint(4, 16, (2, 6)),
+        "mask": torch.ones(2, 6, dtype=torch.bool), "sample": torch.arange(2),
+    }  # fmt: skip
+    # Graph breaks show without a compiler behind the tracer, and the tracer is the quick part.
+    compiled = torch.compile(objective, fullgraph=True, dynamic=False, backend="eager")
+    found = []
+    for module in (objective, compiled):
+        torch.manual_seed(1)
+        found.append({name: value.detach() for name, value in module(batch, torch.tensor([5])).items()})
     torch.testing.assert_close(found[0], found[1])
 
 

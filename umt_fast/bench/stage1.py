@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,9 +21,18 @@ from torch import Tensor
 
 import kernels
 from umt_fast.bench.plain import PlainStage1
-from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, AlignConfig, ConfigError, RunConfig, Stage1Config
+from umt_fast.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AlignConfig,
+    ConfigError,
+    RunConfig,
+    Stage1Config,
+    TeacherPrecision,
+)
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes, usable_dtype
+from umt_fast.models.quantized import require_precision
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
@@ -30,13 +40,13 @@ Model = Literal["tiny", "b16", "l16"]
 TEACHER_OF = {"tiny": "clip_tiny", "b16": "clip_b16", "l16": "clip_l14"}
 
 
-def stage1_config(model: Model, batch_size: int, dtype: str) -> Stage1Config:
+def stage1_config(model: Model, batch_size: int, dtype: str, precision: TeacherPrecision = "native") -> Stage1Config:
     """The official stage-1 sizes of a model with an untrained teacher."""
     student = student_size(model)
     return Stage1Config(
         run=RunConfig(batch_size=batch_size, dtype=dtype),
         student=student,
-        teacher=teacher_size(TEACHER_OF[model], weights="untrained"),
+        teacher=teacher_size(TEACHER_OF[model], weights="untrained", precision=precision),
         align=AlignConfig(num_layers=min(6, student.depth)),
     )
 
@@ -72,7 +82,7 @@ def fast_steps(
     """The training step, and the same step with a clock at each part's end."""
     objective = UnmaskedAlignment(config).to(device).train()
     optimizer = build_optimizer(objective.trainable, config.optim, lr=1e-4)
-    run = torch.compile(objective) if compiled else objective
+    run = torch.compile(objective, fullgraph=True, dynamic=False) if compiled else objective
     batch = {"video": video}
     autocast = _autocast(device, config.run.dtype)
 
@@ -155,7 +165,14 @@ def _autocast(device: torch.device, dtype: str) -> torch.autocast | nullcontext:
 
 
 def measure(
-    model: Model, batch_size: int, device: torch.device, dtype: str, road: str, steps: int, compiled: bool
+    model: Model,
+    batch_size: int,
+    device: torch.device,
+    dtype: str,
+    road: str,
+    steps: int,
+    compiled: bool,
+    precision: TeacherPrecision = "native",
 ) -> dict[str, object]:
     """Times `steps` steps after two warm-up steps; every figure of the JSON line, by name.
 
@@ -164,7 +181,7 @@ def measure(
     """
     # The plain road does as it is told, as the official code would; the fast one does what `train` does.
     computed = usable_dtype(dtype, device) if road == "fast" else dtype
-    config = stage1_config(model, batch_size, computed)
+    config = stage1_config(model, batch_size, computed, precision)
     side, frames = config.student.image_size, config.student.num_frames
     generator = torch.Generator().manual_seed(0)
     video = torch.randint(256, (batch_size, frames, side, side, 3), dtype=torch.uint8, generator=generator).to(device)
@@ -200,6 +217,7 @@ def measure(
         "torch": torch.__version__,
         "dtype": dtype,
         "computed_in": computed,
+        "teacher_precision": precision,
         "batch_size": batch_size,
         "steps": steps,
         "clips_per_s": round(batch_size / seconds, 4),
@@ -220,6 +238,8 @@ def main(
     road: Literal["fast", "plain"] = "fast",
     steps: int = 5,
     compile: bool = False,
+    precision: TeacherPrecision = "native",
+    profile: bool = False,
 ) -> None:
     """Time a whole stage-1 training step on random clips; one JSON line.
 
@@ -231,12 +251,30 @@ def main(
         road: fast is what `train` runs; plain does what the official step does.
         steps: Timed steps, after two that are not.
         compile: torch.compile the objective (fast road only).
+        precision: As --teacher.precision of a run (fast road only).
+        profile: Time the parts beside their floors instead, as a table on stderr and a JSON line (fast road only).
     """
     if batch_size < 1 or steps < 1:
         raise ConfigError(f"batch_size is {batch_size} and steps is {steps}; both must be at least 1")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no GPU; use --device cpu")
-    if compile and road == "plain":
-        raise ConfigError("compile is for the fast road; the plain road is the official eager step")
+    if road == "plain" and (compile or profile or precision != "native"):
+        raise ConfigError(
+            "compile, precision and profile are for the fast road; the plain one is the official eager step"
+        )
+    if compile and profile:
+        raise ConfigError("profile times the parts of an eager step; leave compile out")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    print(json.dumps(measure(model, batch_size, torch.device(name), dtype, road, steps, compile)))
+    place = torch.device(name)
+    require_precision(teacher_size(TEACHER_OF[model], precision=precision), place)
+    if not profile:
+        print(json.dumps(measure(model, batch_size, place, dtype, road, steps, compile, precision)))
+        return
+    from umt_fast.bench import profile as parts
+
+    config = stage1_config(model, batch_size, usable_dtype(dtype, place), precision)
+    found = parts.profile(config, place, steps)
+    print(parts.table(found), file=sys.stderr)
+    print(
+        json.dumps({"bench": "profile", "model": model, "batch_size": batch_size, "torch": torch.__version__} | found)
+    )

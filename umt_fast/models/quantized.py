@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 import kernels
-from umt_fast.config import TeacherPrecision
+from umt_fast.config import ConfigError, TeacherConfig, TeacherPrecision
 
 
 class QuantizedLinear(nn.Module):
@@ -22,3 +23,12 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
         """(..., K) -> (..., N); factor multiplies the product, not the bias."""
         return kernels.quantized_linear(x, self.weight, self.scale if factor == 1 else self.scale * factor, self.bias)
+
+
+def require_precision(teacher: TeacherConfig, device: torch.device) -> None:
+    """Raises ConfigError where the device cannot compute in teacher.precision."""
+    if teacher.precision != "native":
+        try:
+            kernels.quantized_road(teacher.precision, device)
+        except ValueError as error:
+            raise ConfigError(f"teacher.precision is {teacher.precision!r}: {error}") from error
