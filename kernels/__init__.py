@@ -8,6 +8,7 @@ from kernels._launch import checked, force_road
 from kernels.align_loss import align_features, align_loss
 from kernels.attention import attention, attention_road, attention_varlen
 from kernels.patch_gather import patch_gather
+from kernels.quantized_linear import quantize_rows, quantize_weight, quantized_linear, quantized_road
 from kernels.semantic_mask import class_attention, sample_visible, semantic_mask
 from kernels.token_gather import gather_norm, token_gather
 
@@ -22,6 +23,10 @@ __all__ = [
     "force_road",
     "gather_norm",
     "patch_gather",
+    "quantize_rows",
+    "quantize_weight",
+    "quantized_linear",
+    "quantized_road",
     "sample_visible",
     "semantic_mask",
     "token_gather",

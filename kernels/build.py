@@ -60,9 +60,10 @@ def cases() -> Iterator[Case]:
         every = FRAMES * tokens
         yield Case(
             f"patch_gather {size}", patch_gather_kernel,
-            {"out": p16, "video": p8, "visible": i32, "scale": p32, "shift": p32, "origin": i32},
+            {"out": p16, "video": p8, "visible": i32, "origin": i32},
             {"n": n, "rows": 14, "columns": 14, "stride_b": FRAMES * 224 * 224 * 3, "stride_t": 224 * 224 * 3,
-             "stride_y": 224 * 3, "stride_x": 3, "stride_c": 1},
+             "stride_y": 224 * 3, "stride_x": 3, "stride_c": 1,
+             **{f"{part}_{channel}": 0.5 for part in ("scale", "shift") for channel in "rgb"}},
             {"TUBELET": 1, "PATCH": 16, "BLOCK": 1024, "SCALED": True, "WINDOW": False},
             warps=4, bytes_moved=rows * (768 * 3 + 4),
         )  # fmt: skip

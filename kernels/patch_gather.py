@@ -22,8 +22,9 @@ from kernels._launch import Road, check_visible, power_of_two, use_triton, value
 
 @triton.jit
 def patch_gather_kernel(
-    out, video, visible, scale, shift, origin,
+    out, video, visible, origin,
     n, rows, columns, stride_b, stride_t, stride_y, stride_x, stride_c,
+    scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     TUBELET: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One program per visible token; offsets in int64 because a batch of videos exceeds 2^31 bytes."""
@@ -45,7 +46,8 @@ def patch_gather_kernel(
     source = i_batch * stride_b + (frame + dt) * stride_t + (top + dy) * stride_y + (left + dx) * stride_x
     value = tl.load(video + source + channel * stride_c, mask=inside, other=0).to(tl.float32)
     if SCALED:
-        value = value * tl.load(scale + channel, mask=inside, other=0) + tl.load(shift + channel, mask=inside, other=0)
+        scale = tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
+        value = value * scale + tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
     tl.store(out + i_row * (3 * TUBELET * PATCH * PATCH) + o, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -58,8 +60,8 @@ def _channel_last(video: Tensor) -> Tensor:
 def _patch_gather(
     video: Tensor,
     visible: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    scale: Sequence[float] | None,
+    shift: Sequence[float] | None,
     origin: Tensor | None,
     rows: int,
     columns: int,
@@ -73,8 +75,8 @@ def _patch_gather(
     out = torch.empty(batch, n, width, dtype=dtype, device=video.device)
     if out.numel():
         patch_gather_kernel[(batch * n,)](
-            out, view, visible, scale, shift, None if origin is None else origin.contiguous(),
-            n, rows, columns, *view.stride(),
+            out, view, visible, None if origin is None else origin.contiguous(),
+            n, rows, columns, *view.stride(), *(scale or (1.0,) * 3), *(shift or (0.0,) * 3),
             TUBELET=tubelet, PATCH=patch, BLOCK=power_of_two(width), SCALED=scale is not None,
             WINDOW=origin is not None, num_warps=4,
         )  # fmt: skip
@@ -96,8 +98,8 @@ _patch_gather.register_autograd(_no_gradient)
 def _reference(
     video: Tensor,
     visible: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    scale: Sequence[float] | None,
+    shift: Sequence[float] | None,
     origin: Tensor | None,
     rows: int,
     columns: int,
@@ -123,7 +125,8 @@ def _reference(
         picked = view[clip, t[..., None, None], y[:, :, None, :, None], x[:, :, None, None, :]].movedim(-1, 2)
     picked = picked.to(torch.float64 if picked.dtype == torch.float64 else torch.float32)
     if scale is not None:
-        picked = picked * scale.view(3, 1, 1, 1) + shift.view(3, 1, 1, 1)
+        scale, shift = (picked.new_tensor(values).view(3, 1, 1, 1) for values in (scale, shift))
+        picked = picked * scale + shift
     return picked.flatten(2).to(dtype)
 
 
@@ -183,8 +186,9 @@ def patch_gather(
     check_visible(visible, batch, frames // tubelet_size * rows * columns)
     scale = shift = None
     if mean is not None:
-        scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32, device=video.device)
-        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32, device=video.device)
+        # Numbers, not tensors: making a tensor of them on a GPU would make the host wait for the copy.
+        scale = [1 / (255 * s) for s in std]
+        shift = [-m / s for m, s in zip(mean, std, strict=True)]
     run = _patch_gather if use_triton(road, video) else _reference
     return run(video, visible, scale, shift, origin, rows, columns, patch_size, tubelet_size, dtype)
 

@@ -17,6 +17,7 @@ from umt_fast.data.manifest import Clip, read_list
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.precision import pick_device, usable_dtype
 from umt_fast.engine.trainer import Trainer
+from umt_fast.models.quantized import require_precision
 from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.supervised import Supervised
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
@@ -81,7 +82,10 @@ def train(config: AnyConfig) -> Path:
     holds checkpoints continues from the newest one unless run.resume is false.
     """
     config = copy.deepcopy(config)
-    config.run.dtype = usable_dtype(config.run.dtype, pick_device(config.run.device))
+    device = pick_device(config.run.device)
+    config.run.dtype = usable_dtype(config.run.dtype, device)
+    if not isinstance(config, FinetuneConfig):
+        require_precision(config.teacher, device)
     # Seeded by the run alone: every rank starts from the same weights.
     torch.manual_seed(config.run.seed)
     return fit_objective(config, lambda: build_objective(config))

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, ConfigError
+from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, ConfigError, TeacherPrecision
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes, usable_dtype
 
 Model = Literal["tiny", "b16", "l16"]
@@ -61,6 +61,7 @@ class Case:
     road: str
     steps: int
     compiled: bool = False
+    precision: TeacherPrecision = "native"
 
     @functools.cached_property
     def computed_in(self) -> str:
@@ -102,6 +103,7 @@ class Case:
             "torch": torch.__version__,
             "dtype": self.dtype,
             "computed_in": computed,
+            "teacher_precision": self.precision,
             "batch_size": self.batch_size,
             "steps": self.steps,
             "clips_per_s": round(self.batch_size / seconds, 4),

@@ -8,6 +8,7 @@ for the plain one, as each trainer delivers it).
 from __future__ import annotations
 
 import json
+import sys
 from typing import Literal
 
 import torch
@@ -26,19 +27,20 @@ from umt_fast.bench.measure import (
     random_video,
 )
 from umt_fast.bench.plain import PlainStage1, draw_mask, fill_at_random
-from umt_fast.config import AlignConfig, RunConfig, Stage1Config
+from umt_fast.config import AlignConfig, ConfigError, RunConfig, Stage1Config, TeacherPrecision
 from umt_fast.engine.optim import build_optimizer
+from umt_fast.models.quantized import require_precision
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
 
-def stage1_config(model: Model, batch_size: int, dtype: str) -> Stage1Config:
+def stage1_config(model: Model, batch_size: int, dtype: str, precision: TeacherPrecision = "native") -> Stage1Config:
     """The official stage-1 sizes of a model with an untrained teacher."""
     student = student_size(model)
     return Stage1Config(
         run=RunConfig(batch_size=batch_size, dtype=dtype),
         student=student,
-        teacher=teacher_size(TEACHER_OF[model], weights="untrained"),
+        teacher=teacher_size(TEACHER_OF[model], weights="untrained", precision=precision),
         align=AlignConfig(num_layers=min(6, student.depth)),
     )
 
@@ -47,7 +49,7 @@ def fast_steps(config: Stage1Config, video: Tensor, device: torch.device, compil
     """The training step, and the same step with a clock at each part's end."""
     objective = UnmaskedAlignment(config).to(device).train()
     optimizer = build_optimizer(objective.trainable, config.optim, lr=1e-4)
-    run = torch.compile(objective) if compiled else objective
+    run = torch.compile(objective, fullgraph=True, dynamic=False) if compiled else objective
     batch = {"video": video}
     precision = autocast(device, config.run.dtype)
 
@@ -121,7 +123,7 @@ def plain_steps(config: Stage1Config, video: Tensor, device: torch.device) -> St
 
 def measure(case: Case) -> dict[str, object]:
     """Every figure of the JSON line, by name; see Case.measure."""
-    config = stage1_config(case.model, case.batch_size, case.computed_in)
+    config = stage1_config(case.model, case.batch_size, case.computed_in, case.precision)
     video = random_video(case.batch_size, config.student.num_frames, config.student.image_size, case.device)
     roads = {
         "fast": lambda: fast_steps(config, video, case.device, case.compiled),
@@ -138,6 +140,8 @@ def main(
     road: Literal["fast", "plain"] = "fast",
     steps: int = 5,
     compile: bool = False,
+    precision: TeacherPrecision = "native",
+    profile: bool = False,
 ) -> None:
     """Time a whole stage-1 training step on random clips; one JSON line.
 
@@ -149,8 +153,26 @@ def main(
         road: fast is what `train` runs; plain does what the official step does.
         steps: Timed steps, after two that are not.
         compile: torch.compile the objective (fast road only).
+        precision: As --teacher.precision of a run (fast road only).
+        profile: Time the parts beside their floors instead, as a table on stderr and a JSON line (fast road only).
     """
+    if road == "plain" and (profile or precision != "native"):
+        raise ConfigError("precision and profile are for the fast road; the plain one is the official eager step")
+    if compile and profile:
+        raise ConfigError("profile times the parts of an eager step; leave compile out")
     case = checked_case(
-        model=model, batch_size=batch_size, device=device, dtype=dtype, road=road, steps=steps, compiled=compile
+        model=model, batch_size=batch_size, device=device, dtype=dtype, road=road, steps=steps, compiled=compile,
+        precision=precision,
     )  # fmt: skip
-    print(json.dumps(measure(case)))
+    require_precision(teacher_size(TEACHER_OF[model], precision=precision), case.device)
+    if not profile:
+        print(json.dumps(measure(case)))
+        return
+    from umt_fast.bench import profile as parts
+
+    config = stage1_config(model, batch_size, case.computed_in, precision)
+    found = parts.profile(config, case.device, steps)
+    print(parts.table(found), file=sys.stderr)
+    print(
+        json.dumps({"bench": "profile", "model": model, "batch_size": batch_size, "torch": torch.__version__} | found)
+    )

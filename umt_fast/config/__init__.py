@@ -11,6 +11,7 @@ from umt_fast.config.models import (
     MaskKind,
     Stage2Losses,
     TeacherConfig,
+    TeacherPrecision,
     TextConfig,
     VitConfig,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Stage2Config",
     "Stage2Losses",
     "TeacherConfig",
+    "TeacherPrecision",
     "TextConfig",
     "VitConfig",
     "from_dict",

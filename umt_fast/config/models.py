@@ -8,6 +8,7 @@ from typing import Literal
 from umt_fast.config.core import require
 
 MaskKind = Literal["semantic", "random", "tube"]
+TeacherPrecision = Literal["native", "int8", "fp8"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,6 +76,9 @@ class TeacherConfig:
     weights: str = "ViT-B-16:openai"
     """`ARCH:TAG` for open_clip, a local file (OpenAI, open_clip or official layout), or `untrained`:
     random weights, which train nothing useful and are announced loudly."""
+    precision: TeacherPrecision = "native"
+    """`native`: as run.dtype says. `int8` (CPUs with VNNI, GPUs from A100 on) and `fp8` (from H100 on) compute all blocks
+    but the last in 8 bits; the targets then differ a little: `bench fidelity` says by how much for given weights."""
 
     def __post_init__(self) -> None:
         require(

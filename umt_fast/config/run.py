@@ -101,7 +101,9 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     seed: int = 0
     compile: bool = False
-    """torch.compile the objective."""
+    """torch.compile the whole objective (teacher, mask, student, loss and their backward) as one graph, or fail."""
+    cuda_graph: bool = False
+    """Record forward and backward as a CUDA graph and replay it (one GPU; also with compile). Fails where it cannot."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several ranks: `ddp` keeps the model whole on each; `fsdp` cuts trained parameters, their gradients and optimizer
     state over the ranks and gathers them block by block, for models that do not fit. The losses are the same."""

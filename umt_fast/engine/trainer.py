@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from umt_fast.config import ConfigError, OptimConfig, RunConfig
 from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
 from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
+from umt_fast.engine.graphed import GraphedStep, require_graphs
 from umt_fast.engine.logging import MetricsLog, progress_line
 from umt_fast.engine.optim import LayerOf, build_optimizer
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
@@ -74,6 +75,8 @@ class Trainer:
         self.run, self.loader, self.config_record = run, loader, config_record or {}
         self.ranks = current_ranks(run)
         self.device = self.ranks.device
+        if run.cuda_graph:
+            require_graphs(self.device, self.ranks.world_size)
         self.folder = Path(run.out)
         # One rank has nothing to share out.
         self.sharded = run.parallel == "fsdp" and self.ranks.world_size > 1
@@ -134,7 +137,7 @@ class Trainer:
             if metrics is not None:
                 metrics.close()
 
-    def _epoch(self, run_step: nn.Module, metrics: MetricsLog | None) -> None:
+    def _epoch(self, run_step: nn.Module | GraphedStep, metrics: MetricsLog | None) -> None:
         epoch = self.step // self.steps_per_epoch
         self.loader.set_epoch(epoch)
         batches = iter(self.loader)
@@ -155,7 +158,7 @@ class Trainer:
                 break
         batches.close()
 
-    def _train_step(self, run_step: nn.Module, batches: Iterator[dict[str, Tensor]], epoch: int) -> None:
+    def _train_step(self, run_step: nn.Module | GraphedStep, batches: Iterator[dict[str, Tensor]], epoch: int) -> None:
         rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
@@ -169,9 +172,12 @@ class Trainer:
             number = step_seed(self.run.seed, self.ranks.rank, self.step, micro)
             torch.manual_seed(number)
             seed = torch.full((1,), number, dtype=torch.int64, device=self.device)
-            with sharding.micro_step(run_step, last=micro == self.run.accumulate - 1):
+            if isinstance(run_step, GraphedStep):
                 values = run_step(batch, seed)
-                (values["loss"] / self.run.accumulate).backward()
+            else:
+                with sharding.micro_step(run_step, last=micro == self.run.accumulate - 1):
+                    values = run_step(batch, seed)
+                    (values["loss"] / self.run.accumulate).backward()
             for key, value in values.items():
                 sums[key] = sums.get(key, 0) + value.detach() / self.run.accumulate
         sharding.average_whole(self.parameters)
@@ -182,7 +188,7 @@ class Trainer:
         # The fused optimizer leaves everything as it is where this is 1; the host learns of it at the next log step.
         self.optimizer.found_inf = torch.isfinite(norm).logical_not().float()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not isinstance(run_step, GraphedStep))
         self.step += 1
         self.pending.append(
             {"step": self.step, "epoch": epoch, "lr": rate, "values": sums, "norm": norm, "at": indices}
@@ -311,12 +317,15 @@ class Trainer:
         self.step = saved["step"]
         log.info("continuing from %s", path)
 
-    def _wrapped(self) -> nn.Module:
+    def _wrapped(self) -> nn.Module | GraphedStep:
         module = self.objective
         if self.sharded:
             return module
         if self.run.compile:
-            module = torch.compile(module)
+            # One graph or an error: a break would cost speed in silence. Batches of images and of clips get one each.
+            module = torch.compile(module, fullgraph=True, dynamic=False)
+        if self.run.cuda_graph:
+            return GraphedStep(module, self.parameters, self.run.accumulate)
         if self.ranks.world_size > 1:
             unused = getattr(self.objective, "has_unused_parameters", False)
             module = sharding.replicate(module, self.run, unused=unused)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, TeacherConfig
+from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, TeacherConfig, TeacherPrecision
+from umt_fast.models.quantized import QuantizedLinear
 from umt_fast.tokens import TokenGrid, draw_uniform, flatten_frames, num_visible
 
 
@@ -46,13 +47,17 @@ class Attention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.in_proj: QuantizedLinear | None = None
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def project(self, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
         """Some of (q, k, v), each (..., H, head dim): parts is a slice of range(3)."""
         width = x.shape[-1]
-        rows = slice(parts.start * width, parts.stop * width)
-        out = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        if self.in_proj is not None and parts == slice(0, 3):
+            out = self.in_proj(x)
+        else:
+            rows = slice(parts.start * width, parts.stop * width)
+            out = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
         return out.unflatten(-1, (parts.stop - parts.start, self.num_heads, -1)).unbind(-3)
 
 
@@ -73,6 +78,8 @@ class Mlp(nn.Module):
             return self.c_proj(hidden * torch.sigmoid(1.702 * hidden))
         # x * sigmoid(ax) = silu(ax) / a: two passes in place, and the division rides on the matrix product.
         hidden = F.silu(hidden.mul_(1.702), inplace=True)
+        if isinstance(self.c_proj, QuantizedLinear):
+            return self.c_proj(hidden, 1 / 1.702)
         out = torch.addmm(self.c_proj.bias, hidden.flatten(0, -2), self.c_proj.weight.t(), alpha=1 / 1.702)
         return out.view(*x.shape)
 
@@ -91,6 +98,15 @@ class Block(nn.Module):
         """(R, 1 + L, C) -> the same."""
         q, k, v = self.attn.project(self.ln_1(x), slice(0, 3))
         return self.finish(x, q, k, v)
+
+    def quantize(self, precision: TeacherPrecision) -> None:
+        """Puts the four large matrices into 8 bits; for a block that is always computed whole."""
+        attn, mlp = self.attn, self.mlp
+        attn.in_proj = QuantizedLinear(attn.in_proj_weight, attn.in_proj_bias, precision)
+        attn.in_proj_weight = attn.in_proj_bias = None
+        attn.out_proj = QuantizedLinear(attn.out_proj.weight, attn.out_proj.bias, precision)
+        mlp.c_fc = QuantizedLinear(mlp.c_fc.weight, mlp.c_fc.bias, precision)
+        mlp.c_proj = QuantizedLinear(mlp.c_proj.weight, mlp.c_proj.bias, precision)
 
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The block's output for the tokens x (R, m, C) whose queries are q (R, m, H, d), given all keys and values."""
@@ -113,6 +129,8 @@ class ClipTeacher(nn.Module):
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(Block(config) for _ in range(config.depth))})
         self.ln_post = LayerNorm(config.width)
         self.proj = nn.Parameter(config.width**-0.5 * torch.randn(config.width, config.output_dim))
+        self.register_buffer("pixel_mean", 255 * torch.tensor(IMAGENET_MEAN), persistent=False)
+        self.register_buffer("pixel_std", 255 * torch.tensor(IMAGENET_STD), persistent=False)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> ClipTeacher:
@@ -121,10 +139,20 @@ class ClipTeacher(nn.Module):
 
     def compute_in(self, dtype: torch.dtype) -> ClipTeacher:
         """Casts the matrix weights once; LayerNorms stay fp32. No autocast is then needed, nor any cast per step."""
-        self.to(dtype)
         for module in self.modules():
-            if isinstance(module, LayerNorm):
-                module.float()
+            if not isinstance(module, (LayerNorm, QuantizedLinear)):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+        return self
+
+    def quantize(self, precision: TeacherPrecision) -> ClipTeacher:
+        """Computes all blocks but the last in 8 bits from now on (`native` changes nothing).
+
+        The last block draws the mask and costs 3% of the tower's work at B/16: it stays exact.
+        """
+        if precision != "native":
+            for block in self.blocks[:-1]:
+                block.quantize(precision)
         return self
 
     @property
@@ -138,9 +166,7 @@ class ClipTeacher(nn.Module):
         if height == size:
             return video
         if video.dtype == torch.uint8:
-            mean = torch.tensor(IMAGENET_MEAN, device=video.device) * 255
-            std = torch.tensor(IMAGENET_STD, device=video.device) * 255
-            frames = ((video - mean) / std).flatten(0, 1).permute(0, 3, 1, 2)
+            frames = ((video - self.pixel_mean) / self.pixel_std).flatten(0, 1).permute(0, 3, 1, 2)
             batch = video.shape[0]
         else:
             batch = video.shape[0]

@@ -173,6 +173,7 @@ def load_encoder(classifier: nn.Module, path: str | Path) -> None:
 def load_teacher(teacher: ClipTeacher, config: TeacherConfig) -> None:
     """Fills a teacher as its configuration says: `untrained`, `ARCH:TAG` of open_clip, or a local file.
 
+    The weights are then quantised, if config.precision says so.
     Raises WeightsError: weights that cannot be fetched or read, or that belong to another tower.
     """
     weights = config.weights
@@ -180,6 +181,7 @@ def load_teacher(teacher: ClipTeacher, config: TeacherConfig) -> None:
         log.warning(
             "WARNING: the teacher is untrained (random weights). The student learns nothing useful; this is for trials."
         )
+        teacher.quantize(config.precision)
         return
     if ":" in weights and not Path(weights).exists():
         state = _open_clip_state(config)
@@ -187,6 +189,7 @@ def load_teacher(teacher: ClipTeacher, config: TeacherConfig) -> None:
         state = load_state(weights)
     visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
     fit(teacher, _adapt(visual or state, teacher), f"teacher weights {weights}")
+    teacher.quantize(config.precision)
 
 
 def _open_clip_state(config: TeacherConfig) -> dict[str, Tensor]:

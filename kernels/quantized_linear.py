@@ -1,0 +1,156 @@
+"""quantized_linear: a frozen linear layer in 8 bits, its activations quantised row by row as they come.
+
+    r = max|x[i]| / 127,  a = round(x[i] / r);    c = max|w[j]| / 127,  b = round(w[j] / c)
+    out[i, j] = r[i] * c[j] * (a[i] . b[j]) + bias[j]
+
+int8: the products are summed exactly in int32. fp8 (e4m3): the same with 448 in place of 127, float rounding in place of
+integers, and sums in fp32. Each number is off by at most r / 2 or c / 2 (int8), or 1/16 of itself (fp8, above its
+smallest normal number). 2*M*N*K operations on M*K + N*K bytes, at two to four times the rate of bf16 or fp32; quantising
+reads x once and writes a quarter of it.
+
+Roads: "reference" (float64 products: the definition), "onednn" (int8, CPUs with VNNI or AMX), "cublas" (int8 on CUDA) and
+"scaled_mm" (fp8, compute capability 9.0 and above). "auto" takes the one that fits weight and device and raises where none
+does. Neither CUDA road has been run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+QuantizedRoad = Literal["auto", "reference", "onednn", "cublas", "scaled_mm"]
+Precision = Literal["int8", "fp8"]
+_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# Keeps a row of zeros from dividing by zero; any smaller row is as good as zero.
+_TINY = 1e-30
+
+# Before VNNI, oneDNN sums pairs of products in 16 bits, which overflow.
+_CPU_MULTIPLIES_INT8 = torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
+_ROAD_OF = {("int8", "cpu"): "onednn", ("int8", "cuda"): "cublas", ("fp8", "cuda"): "scaled_mm"}
+
+_packed_weights = WeakTensorKeyDictionary()
+
+
+def _largest_of_rows(x: Tensor) -> Tensor:
+    # Two reductions are faster than one over a copy of absolute values.
+    return torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_()).float()
+
+
+def quantize_rows(x: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
+    """x (M, K) floating -> its 8-bit values (M, K) and fp32 scales (M, 1), x = values * scales up to rounding.
+
+    A row with a number that is not finite gets a scale that is not finite.
+    """
+    dtype = _DTYPES[precision]
+    largest = _largest_of_rows(x)
+    values = x * (_LARGEST[dtype] / largest.clamp_min(_TINY))
+    if dtype == torch.int8:
+        values = values.round_()
+    return values.to(dtype), largest / _LARGEST[dtype]
+
+
+def quantize_weight(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> its 8-bit values (N, K) and fp32 scales (N,) of its output channels."""
+    values, scale = quantize_rows(weight.float(), precision)
+    return values, scale.flatten()
+
+
+def quantized_road(precision: Precision, device: torch.device) -> str:
+    """The road "auto" takes for weights of this precision. Raises ValueError where the device has none."""
+    road = _ROAD_OF.get((precision, device.type))
+    if road is None:
+        raise ValueError(
+            f"{precision} has no road on {device.type}; int8 runs on CPUs with VNNI and on CUDA, fp8 on Hopper"
+        )
+    if road == "onednn" and not _CPU_MULTIPLIES_INT8:
+        raise ValueError("int8 on a CPU needs AVX512-VNNI or AMX, which this one lacks; use the native precision")
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        wanted, has = (8, 0) if precision == "int8" else (9, 0), torch.cuda.get_device_capability(device)
+        if has < wanted:
+            raise ValueError(
+                f"{precision} needs compute capability {wanted[0]}.{wanted[1]}; this GPU has {has[0]}.{has[1]}"
+            )
+    return road
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's own order, made once: weights are frozen."""
+    if weight not in _packed_weights:
+        _packed_weights[weight] = torch.ops.onednn.qlinear_prepack(weight, None)
+    return _packed_weights[weight]
+
+
+@torch.library.custom_op("umt_kernels::int8_linear_onednn", mutates_args=())
+def _int8_linear_onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    largest = _largest_of_rows(x)
+    # VNNI wants unsigned activations: shifted by 128, which oneDNN takes off again; the cast rounds down.
+    shifted = x.float().mul(127 / largest.clamp_min(_TINY)).add_(128.5).to(torch.uint8)
+    zero_points = torch.zeros(scale.shape, dtype=torch.int64)
+    out = torch.ops.onednn.qlinear_pointwise(
+        shifted, 1.0, 128, _packed(weight), scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return torch.addcmul(bias, out, largest.div_(127), out=out).to(x.dtype)
+
+
+@_int8_linear_onednn.register_fake
+def _(x, weight, scale, bias):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _cublas(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    values, rows = quantize_rows(x, "int8")
+    return torch.addcmul(bias, torch._int_mm(values, weight.t()) * rows, scale).to(x.dtype)
+
+
+def _scaled_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    values, rows = quantize_rows(x, "fp8")
+    out = torch._scaled_mm(values, weight.t(), rows, scale[None], out_dtype=torch.bfloat16, use_fast_accum=True)
+    return (out + bias).to(x.dtype)
+
+
+def _reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    values, rows = quantize_rows(x, "int8" if weight.dtype == torch.int8 else "fp8")
+    return ((values.double() @ weight.double().t()) * rows * scale + bias).to(x.dtype)
+
+
+_ROADS = {"onednn": _int8_linear_onednn, "cublas": _cublas, "scaled_mm": _scaled_mm, "reference": _reference}
+
+
+def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *, road: QuantizedRoad = "auto") -> Tensor:
+    """x @ (weight * scale).T + bias, with x quantised row by row.
+
+    Args:
+        x: (..., K) fp32, bf16 or fp16.
+        weight, scale: (N, K) int8 or float8_e4m3fn and (N,) fp32, from quantize_weight. Constant: the onednn road keeps its
+            own packed copy of a weight from the first call on. On CUDA K and N are multiples of 16.
+        bias: (N,) fp32.
+        road: which library computes it; one that does not fit the weight or the device raises.
+
+    Returns:
+        (..., N) in x's dtype. No gradient: for frozen layers.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, an x that requires a gradient, or a device without such products.
+    """
+    if weight.dtype not in _LARGEST or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight is {weight.dtype} {tuple(weight.shape)} and x {tuple(x.shape)}; they must be int8 or float8_e4m3fn "
+            "(N, K) and (..., K)"
+        )
+    if scale.shape != weight.shape[:1] or bias.shape != weight.shape[:1]:
+        raise ValueError(f"scale {tuple(scale.shape)} and bias {tuple(bias.shape)} must be ({weight.shape[0]},)")
+    if road not in ("auto", *_ROADS):
+        raise ValueError(f"road is {road!r}; choose one of auto, {', '.join(_ROADS)}")
+    precision = "int8" if weight.dtype == torch.int8 else "fp8"
+    if road != "reference":
+        fits = quantized_road(precision, x.device)
+        if road not in ("auto", fits):
+            raise ValueError(f"road={road!r} does not fit {precision} on {x.device}; {fits!r} does")
+        road = fits
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError("quantized_linear has no gradient, but x requires one; call it on detached x or under no_grad")
+    return _ROADS[road](x.reshape(-1, x.shape[-1]), weight, scale, bias).view(*x.shape[:-1], -1)

@@ -1,0 +1,61 @@
+"""The profile's counts against the objective's own, and the fidelity of an 8-bit teacher."""
+
+import json
+
+import pytest
+import torch
+
+import kernels
+from umt_fast.__main__ import main
+from umt_fast.bench.fidelity import compare
+from umt_fast.bench.profile import costs
+from umt_fast.bench.stage1 import stage1_config
+from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+
+
+@pytest.mark.parametrize("model", ["tiny", "b16", "l16"])
+def test_parts_add_up_to_the_step(model: str) -> None:
+    config = stage1_config(model, 3, "bf16")
+    total = sum(cost.flops for cost in costs(config, 1000).values())
+    assert total == pytest.approx(3 * UnmaskedAlignment.flops_of(config), rel=1e-6)
+
+
+def test_bytes_of_parts_counted_by_hand() -> None:
+    parts = costs(stage1_config("b16", 64, "bf16"), 88_005_888)
+    assert parts["loss"].bytes == 2 * 6 * 64 * 320 * 512 * 2
+    assert parts["optimizer"].bytes == 8 * 4 * 88_005_888
+    # uint8 pixels in, bf16 rows written and read, tokens out in fp32.
+    assert parts["student patches"].bytes == 64 * 320 * (768 * 5 + 768 * 4)
+
+
+def test_profile_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "stage1", "--model", "tiny", "--batch_size", "2", "--device", "cpu", "--dtype", "fp32",
+                 "--steps", "1", "--profile", "True"]) == 0  # fmt: skip
+    out = capsys.readouterr()
+    found = json.loads(out.out)
+    names = [row["part"] for row in found["parts"]]
+    assert names == list(costs(stage1_config("tiny", 2, "fp32"), 1)) and all(row["ms"] > 0 for row in found["parts"])
+    assert all(f"| {name} |" in out.err for name in [*names, "sum"])
+    memory = found["memory_gib"]
+    assert memory["peak"] > memory["student"] + memory["gradients"] + memory["optimizer"] + memory["teacher"] > 0
+
+
+def test_fidelity_sees_what_eight_bits_lose() -> None:
+    try:
+        kernels.quantized_road("int8", torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error))
+    config = stage1_config("tiny", 2, "fp32")
+    video = torch.randint(256, (2, 8, 64, 64, 3), dtype=torch.uint8)
+    found = compare(config, "int8", [video], torch.device("cpu"))
+    assert all(0.99 < cosine < 1 for cosine in found["cosine_per_layer"])
+    assert found["mask_overlap"] > 0.9 and found["loss_int8"] == pytest.approx(found["loss_native"], abs=0.01)
+    assert found["loss_int8"] != found["loss_native"]
+    same = compare(config, "native", [video], torch.device("cpu"))
+    assert same["mask_overlap"] == 1 and all(cosine > 0.99999 for cosine in same["cosine_per_layer"])
+
+
+def test_impossible_precision_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "fidelity", "--model", "tiny", "--device", "cpu", "--precision", "fp8"]
+    assert main(arguments) == 2
+    assert "teacher.precision is 'fp8': fp8 has no road on cpu" in capsys.readouterr().err

@@ -1,0 +1,205 @@
+"""`bench stage1 --profile True`: what each part of a step costs beside what it could cost at best.
+
+A part's floor is the larger of its FLOPs over the matmul rate and its bytes over the copy rate, both measured in the same
+run. FLOPs and bytes are counted from shapes: matrix products, and what these and the passes between them read and write
+when every elementwise operation is fused into a neighbour. The parts are timed eagerly within whole steps, the device
+waited for at each boundary.
+
+Legend: B clips, T frames, L patches a frame, N = T * L, n visible tokens a clip, C width, K aligned layers, D output width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from umt_fast.bench.stage1 import Clock
+from umt_fast.config import Stage1Config
+from umt_fast.engine.optim import build_optimizer
+from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
+from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tokens import TokenGrid, visible_per_clip
+
+# Elements a token, in widths, that a transformer block reads and writes: norm 2, qkv 4, attention 4, projection and
+# residual 3, norm 2, first linear 5, second linear and residual 6.
+BLOCK_TRAFFIC = 26
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """FLOPs of matrix products and bytes moved, of a batch."""
+
+    flops: float
+    bytes: float
+
+
+def costs(config: Stage1Config, trained: int) -> dict[str, Cost]:
+    """The cost of each part of a step of run.batch_size clips; trained: number of trained values."""
+    vit, clip, layers, batch = config.student, config.teacher, config.align.num_layers, config.run.batch_size
+    grid = TokenGrid.of(
+        num_frames=vit.num_frames, tubelet_size=vit.tubelet_size, image_size=vit.image_size, patch_size=vit.patch_size
+    )
+    n = visible_per_clip(config.mask.kind, grid, config.mask.ratio)
+    size = 2 if config.run.dtype == "bf16" else 4
+    c, d, frames = clip.width, clip.output_dim, grid.frames
+    tokens, kept = grid.per_frame + 1, n / frames
+    rows, patch = batch * frames * tokens, 3 * vit.tubelet_size * clip.patch_size**2
+    teacher_weight = size if clip.precision == "native" else 1
+    inner = clip.depth - 1
+    last = batch * frames * (tokens * c * c * 4 + kept * c * c * 20 + 4 * kept * tokens * c)
+    width, student_patch = vit.width, 3 * vit.tubelet_size * vit.patch_size**2
+    seen, span = batch * n, n if vit.attention == "joint" else n // frames
+    block = Cost(
+        seen * width * (width * (8 + 4 * vit.mlp_ratio) + 4 * span),
+        size * (seen * BLOCK_TRAFFIC * width + (4 + 2 * vit.mlp_ratio) * width**2),
+    )
+    embed = Cost(2 * seen * width * student_patch, seen * (student_patch * (1 + 2 * size) + 4 * width))
+    heads = Cost(layers * 2 * seen * width * d, layers * seen * size * (3 * width + d))
+    forward = Cost(vit.depth * block.flops, vit.depth * block.bytes)
+    return {
+        "teacher patches": Cost(
+            2 * batch * grid.size * c * patch, batch * grid.size * (patch * (1 + 2 * size) + size * c)
+        ),
+        "teacher blocks": Cost(
+            inner * (rows * 24 * c * c + 4 * rows * tokens * c),
+            inner * (size * rows * BLOCK_TRAFFIC * c + teacher_weight * 12 * c * c),
+        ),
+        "last block, mask, targets": Cost(
+            last + layers * 2 * seen * c * d,
+            size * (6 * rows * c + seen * BLOCK_TRAFFIC * c + 12 * c * c + layers * seen * (2 * c + d)),
+        ),
+        "student patches": embed,
+        "student blocks": forward,
+        "student heads": heads,
+        "loss": Cost(0, 2 * layers * seen * d * size),
+        # Two products for each one of forward; the pixels take no gradient.
+        "backward": Cost(
+            2 * (forward.flops + heads.flops) + embed.flops,
+            2 * (forward.bytes + heads.bytes) + embed.bytes + 3 * layers * seen * d * size,
+        ),
+        # Gradient norm; then AdamW reads parameter, gradient and two moments and writes three of them.
+        "optimizer": Cost(0, 4 * 8 * trained),
+    }
+
+
+def measure_copy_rate(device: torch.device) -> float:
+    """Bytes per second, read and written, of copying a buffer far larger than any cache; the best of several."""
+    source = torch.empty((1 << 30) if device.type == "cuda" else (1 << 27), dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    clock, best = Clock(device), float("inf")
+    for _ in range(5):
+        start = clock.now()
+        target.copy_(source)
+        best = min(best, clock.now() - start)
+    return 2 * source.numel() / best
+
+
+@contextlib.contextmanager
+def laps_at(clock: Clock, places: list[tuple[nn.Module, bool, str]]) -> Iterator[None]:
+    """A lap of the clock where each module (begins if true, else ends), under a name."""
+    handles = []
+    for module, before, name in places:
+        hook = module.register_forward_pre_hook if before else module.register_forward_hook
+        handles.append(hook(lambda *_, name=name: clock.lap(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def timed_step(
+    objective: UnmaskedAlignment, optimizer: torch.optim.Optimizer, video: Tensor, number: int, clock: Clock
+) -> None:
+    """One training step with a lap at the end of each part that `costs` names."""
+    config, teacher, student = objective.config, objective.teacher, objective.student
+    seed = torch.full((1,), number, dtype=torch.int64, device=video.device)
+    blocks, last = teacher.blocks, "last block, mask, targets"
+    places = [(blocks[0], True, "teacher patches")] if len(blocks) > 1 else []
+    places += [(blocks[-2], False, "teacher blocks")] if len(blocks) > 1 else []
+    places += [
+        (teacher, False, last), (student.encoder.blocks[0], True, "student patches"),
+        (student.encoder, False, "student blocks"),
+    ]  # fmt: skip
+    clock.restart()
+    with laps_at(clock, places):
+        target = teacher(video, config.mask, seed)
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=config.run.dtype == "bf16"):
+            heads = student(video, target.visible)
+        clock.lap("student heads")
+    loss = kernels.align_loss(heads, target.targets, student.norm_weight, student.norm_bias)
+    clock.lap("loss")
+    loss.backward()
+    clock.lap("backward")
+    torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    clock.lap("optimizer")
+
+
+def _gib(tensors: list[Tensor]) -> float:
+    return round(sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30, 3)
+
+
+def profile(config: Stage1Config, device: torch.device, steps: int) -> dict[str, object]:
+    """Times the parts of `steps` steps after two warm-up steps; a table of them and of the memory, by name."""
+    torch.manual_seed(0)
+    objective = UnmaskedAlignment(config).to(device).train()
+    optimizer = build_optimizer(objective.trainable, config.optim, lr=1e-4)
+    side, frames = config.student.image_size, config.student.num_frames
+    video = torch.randint(256, (config.run.batch_size, frames, side, side, 3), dtype=torch.uint8).to(device)
+    for number in range(2):
+        timed_step(objective, optimizer, video, number, Clock(device))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    clock = Clock(device)
+    for number in range(steps):
+        timed_step(objective, optimizer, video, number, clock)
+    peak = peak_memory_bytes(device)
+    rates = {
+        "matmul": measure_matmul_rate(device, torch.bfloat16 if config.run.dtype == "bf16" else torch.float32),
+        "copy": measure_copy_rate(device),
+    }
+    parameters = list(objective.student.parameters())
+    cost_of = costs(config, sum(parameter.numel() for parameter in parameters))
+    parts = []
+    for name, taken in clock.milliseconds().items():
+        cost = cost_of[name]
+        floor = 1e3 * max(cost.flops / rates["matmul"], cost.bytes / rates["copy"])
+        parts.append(
+            {"part": name, "ms": taken, "gflop": round(cost.flops / 1e9, 3), "mb": round(cost.bytes / 1e6, 3),
+             "floor_ms": round(floor, 3), "share_of_floor": round(floor / taken, 3)}
+        )  # fmt: skip
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    teacher = [*objective.teacher.parameters(), *objective.teacher.buffers()]
+    return {
+        "parts": parts,
+        "matmul_tflops": round(rates["matmul"] / 1e12, 4),
+        "copy_gb_per_s": round(rates["copy"] / 1e9, 2),
+        "memory_gib": {
+            "student": _gib(parameters), "gradients": _gib(parameters), "optimizer": _gib(state),
+            "teacher": _gib(teacher), "peak": round(peak / 2**30, 3),
+        },
+    }  # fmt: skip
+
+
+def table(found: dict[str, object]) -> str:
+    """The profile for people: a line for each part, their sum, the rates and the memory."""
+    parts = found["parts"]
+    lines = ["| part | ms | GFLOP | MB | floor ms | share of floor |", "| --- | --- | --- | --- | --- | --- |"]
+    total = {key: sum(row[key] for row in parts) for key in ("ms", "gflop", "mb", "floor_ms")}
+    for row in [*parts, {"part": "sum", **total, "share_of_floor": total["floor_ms"] / total["ms"]}]:
+        lines.append(
+            f"| {row['part']} | {row['ms']:.1f} | {row['gflop']:.1f} | {row['mb']:.1f} | {row['floor_ms']:.1f} | "
+            f"{100 * row['share_of_floor']:.0f}% |"
+        )
+    memory = ", ".join(f"{name} {value:.2f}" for name, value in found["memory_gib"].items())
+    lines.append(
+        f"\nmatmul {found['matmul_tflops']:.3f} TFLOP/s, copy {found['copy_gb_per_s']:.1f} GB/s; GiB: {memory}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,34 @@
+"""A frozen linear layer in 8 bits, for the teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from umt_fast.config import ConfigError, TeacherConfig, TeacherPrecision
+
+
+class QuantizedLinear(nn.Module):
+    """Takes the place of a Linear: 8-bit weights, activations quantised row by row (kernels.quantized_linear)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, precision: TeacherPrecision) -> None:
+        """weight (N, K) and bias (N,) fp32; precision int8 or fp8."""
+        super().__init__()
+        values, scale = kernels.quantize_weight(weight.detach(), precision)
+        self.register_buffer("weight", values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias.detach().float())
+
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """(..., K) -> (..., N); factor multiplies the product, not the bias."""
+        return kernels.quantized_linear(x, self.weight, self.scale if factor == 1 else self.scale * factor, self.bias)
+
+
+def require_precision(teacher: TeacherConfig, device: torch.device) -> None:
+    """Raises ConfigError where the device cannot compute in teacher.precision."""
+    if teacher.precision != "native":
+        try:
+            kernels.quantized_road(teacher.precision, device)
+        except ValueError as error:
+            raise ConfigError(f"teacher.precision is {teacher.precision!r}: {error}") from error
