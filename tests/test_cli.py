@@ -33,7 +33,7 @@ def at_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_help_names_every_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("train", "plan", "scan", "bench", "eval", "convert", "report", "quickstart"):
+    for command in ("train", "plan", "scan", "prepare", "bench", "eval", "convert", "report", "quickstart"):
         assert f"\n  {command} " in text
 
 
@@ -58,6 +58,10 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
         (["train", "stage1_k710", "--mask.ratio", "1.5"], "mask.ratio is 1.5"),
         (["train", "stage1_k710", "--run.batch_size", "many"], "many"),
         (["train", "stage1_k710"], "data.train is empty"),
+        (["prepare", "no/such/list.csv", "--out", "x"], "no list at no/such/list.csv"),
+        (["prepare", "list.csv", "--out", "x", "--shard", "one"], "--shard is 'one'"),
+        (["prepare", "list.csv", "--out", "x", "--shard", "2/2"], "i from 0 to n - 1"),
+        (["prepare", "list.csv", "--out", "x", "--per_segment", "0"], "per_segment is 0"),
         (["bench", "stage3"], "unknown benchmark 'stage3'"),
         (["bench", "stage1", "--steps", "0"], "steps is 0"),
         (["report", "no/such/run"], "no run folder"),

@@ -19,8 +19,9 @@ KIND = {"num_frames": 4, "image_size": 32, "batch_size": 2, "seed": 3}
 
 
 def moving(path: Path, codec: str, count: int, phase: int) -> None:
-    """Smooth colours that move: a wrong frame, crop or mirror is far outside the tolerance."""
+    """Colours that move under fine grey stripes: a wrong frame, crop, mirror or filter is far outside the tolerance."""
     rows, columns = np.mgrid[0:60, 0:80] / 12
+    stripes = 30 * (np.indices((60, 80)).sum(0) % 3 - 1)[..., None]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10, options={"crf": "10", "b:v": "2M"} if codec != "mjpeg" else {})
         stream.width, stream.height = 80, 60
@@ -28,7 +29,7 @@ def moving(path: Path, codec: str, count: int, phase: int) -> None:
         for number in range(count):
             shift = 0.4 * number + phase
             waves = [np.sin(columns + shift), np.cos(rows - shift), np.sin(rows + columns + 2 * shift)]
-            picture = (128 + 90 * np.stack(waves, -1)).astype(np.uint8)
+            picture = (128 + 90 * np.stack(waves, -1) + stripes).astype(np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from umt_fast.data.manifest import Clip, DataError, read_list
 from umt_fast.data.prepare import prepare, verify
 from umt_fast.data.prepared import Settings, candidates, read_prepared
 from umt_fast.data.sampling import sparse_train
+from umt_fast.data.scan import scan
 from umt_fast.data.video import VideoError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,6 +40,10 @@ def grey_video(path: Path, count: int, first: int = 0) -> None:
             picture = np.full((64, 80, 3), first + 4 * number, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+
+
+def stored_frames(clip: Clip, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+    return np.stack([np.asarray(picture) for picture in read_prepared(clip, choose)])
 
 
 @pytest.fixture
@@ -78,7 +84,7 @@ def test_stored_frames_are_the_candidates(table: Path, tmp_path: Path) -> None:
         ("short.mp4", 3, 5),
     ]
     for clip, number, frames in zip(clips, (0, 2, 3), (60, 45, 5), strict=True):
-        pictures = read_prepared(clip, lambda count: np.arange(count))
+        pictures = stored_frames(clip, lambda count: np.arange(count))
         assert pictures.shape[1:] == (48, 60, 3)
         expected = candidates(frames, settings, np.random.default_rng((0, number)))
         np.testing.assert_allclose(pictures.mean((1, 2, 3)), 4 * expected, atol=2)
@@ -94,7 +100,7 @@ def test_jpegs_are_close_to_the_frames(tmp_path: Path, shared: Path) -> None:
     (tmp_path / "list.csv").write_text(f"{name},0\n")
     prepare(tmp_path / "list.csv", tmp_path / "out", workers=0, settings=Settings(segments=8, per_segment=4))
     (clip,) = read_list(tmp_path / "out", DataConfig())
-    stored = read_prepared(clip, lambda count: np.array([0, 31])).astype(float)
+    stored = stored_frames(clip, lambda count: np.array([0, 31])).astype(float)
     decoded = decode_frames(name, lambda count: np.array([0, 31]))
     assert 10 * np.log10(255**2 / ((stored - decoded) ** 2).mean()) > 35  # dB
 
@@ -197,6 +203,8 @@ def test_damage_is_found_and_made_good(table: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"{shard.name} \(1 clips\)"):
         verify(out)
     shard.unlink(), shard.with_suffix(".jsonl").unlink()
+    with pytest.raises(DataError, match="holds prepared clips"):
+        scan(out, tmp_path / "manifest.jsonl", workers=0)
     assert prepare(table, out, workers=0, shard_bytes=1)["good"] == 3 and verify(out) == 3
     assert sorted(path.read_bytes() for path in out.glob("*.clips")) == sorted(whole.values())
 
@@ -251,5 +259,5 @@ def test_pictures_can_be_prepared(tmp_path: Path) -> None:
     prepare(tmp_path / "list.csv", tmp_path / "out", workers=0)
     (clip,) = read_list(tmp_path / "out", DataConfig())
     assert clip.num_frames == 1
-    pictures = read_prepared(clip, lambda count: np.zeros(1, int))
+    pictures = stored_frames(clip, lambda count: np.zeros(1, int))
     assert pictures.shape == (1, 256, 341, 3) and abs(pictures.mean() - 77) < 2

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
 from umt_fast.config import DataConfig
 from umt_fast.data import sampling, transforms
@@ -58,8 +59,8 @@ class ClipReader:
 
         return choose
 
-    def frames(self, clip: Clip, random_key: tuple[int, ...]) -> np.ndarray:
-        """The chosen frames of a clip, uint8 (T, H, W, 3). Raises VideoError."""
+    def frames(self, clip: Clip, random_key: tuple[int, ...]) -> np.ndarray | list[Image.Image]:
+        """The T chosen frames of a clip, uint8 (T, H, W, 3), or Pillow's pictures of a prepared one. Raises VideoError."""
         choose = self.chooser(random_key)
         if clip.shard:
             return read_prepared(clip, choose)
@@ -83,9 +84,9 @@ class ClipReader:
             crops.append(crop)
         return crops
 
-    def crops(self, frames: np.ndarray, random_key: tuple[int, ...]) -> np.ndarray:
+    def crops(self, frames: np.ndarray | list[Image.Image], random_key: tuple[int, ...]) -> np.ndarray:
         """num_sample augmented crops, uint8 (num_sample, T, S, S, 3)."""
-        height, width = frames.shape[1:3]
+        width, height = frames[0].size if isinstance(frames, list) else frames.shape[2:0:-1]
         return np.stack(
             [transforms.apply(frames, crop, self.image_size) for crop in self.windows(width, height, random_key)]
         )

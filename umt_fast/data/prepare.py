@@ -13,6 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -95,6 +96,16 @@ def _one(number: int, clip: Clip, settings: Settings, frame_pattern: str) -> tup
     return line | {"num_frames": stored, "size": len(record), "checksum": checksum(record)}, record
 
 
+def _end_with_parent() -> None:
+    """A worker waits for work for ever; where its parent was killed none comes."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _results(
     work: list[tuple[int, Clip]], settings: Settings, frame_pattern: str, workers: int
 ) -> Iterator[tuple[dict[str, Any], bytes]]:
@@ -104,7 +115,7 @@ def _results(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         under_way: deque[Future] = deque()
         try:
             for number, clip in work:
@@ -184,6 +195,7 @@ def _alone(part: Path) -> Iterator[None]:
 
 
 def _begin(part: Path, content: dict[str, Any]) -> None:
+    """Writes the settings of a part, not finished; one begun before must have had the same."""
     if part.exists():
         known = read_part(part)
         for key in ("list", "clips", "settings"):
@@ -192,7 +204,6 @@ def _begin(part: Path, content: dict[str, Any]) -> None:
                     f"{part.parent} was begun with another list or other settings ({key}: {known[key]}); "
                     "repeat them or give another --out"
                 )
-        return
     _replace(part, json.dumps(content | {"settings": asdict(content["settings"])}, indent=1) + "\n")
 
 

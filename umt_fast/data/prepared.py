@@ -127,8 +127,8 @@ def jpegs_of(clip: Clip, choose: Callable[[int], np.ndarray]) -> dict[int, bytes
     return found
 
 
-def read_prepared(clip: Clip, choose: Callable[[int], np.ndarray]) -> np.ndarray:
-    """The chosen stored frames, uint8 (T, H, W, 3). Raises VideoError."""
+def read_prepared(clip: Clip, choose: Callable[[int], np.ndarray]) -> list[Image.Image]:
+    """The T chosen stored frames, decoded, as RGB. Raises VideoError."""
     chosen: list[int] = []
 
     def remember(count: int) -> np.ndarray:
@@ -138,10 +138,10 @@ def read_prepared(clip: Clip, choose: Callable[[int], np.ndarray]) -> np.ndarray
     pictures = {}
     for number, jpeg in jpegs_of(clip, remember).items():
         try:
-            pictures[number] = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+            pictures[number] = Image.open(io.BytesIO(jpeg)).convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
             raise VideoError(f"{clip.path}: {clip.shard}: {error}") from error
-    return np.stack([pictures[number] for number in chosen])
+    return [pictures[number] for number in chosen]
 
 
 def part_of(folder: Path, number: int, parts: int) -> Path:
@@ -231,7 +231,10 @@ def locate(clips: list[Clip], folders: Sequence[str]) -> list[Clip]:
 def check_use(clips: list[Clip], data: DataConfig, num_frames: int, train: bool) -> None:
     """Raises DataError where prepared clips do not hold what a run would draw from their files."""
     for folder in {os.path.dirname(shard) for shard in {clip.shard for clip in clips if clip.shard}}:
-        settings = read_part(next(Path(folder).glob("part-*-of-*.json")))["settings"]
+        parts = sorted(Path(folder).glob("part-*-of-*.json"))
+        if not parts:
+            raise DataError(f"{folder} has shards but no part-*-of-*.json beside them; copy the whole folder")
+        settings = read_part(parts[0])["settings"]
         stored = settings.segments * settings.per_segment
         if data.sampling != "sparse":
             raise DataError(

@@ -139,6 +139,8 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
     """
     data, out = data or DataConfig(), Path(out)
     clips = read_list(list_path, data)
+    if any(clip.shard for clip in clips):
+        raise DataError(f"{list_path} holds prepared clips; check them with `prepare` and --verify True")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     done = _journal(partial, clips)

@@ -6,6 +6,7 @@ short side * {1, .875, .75, .66} per axis, the two axes at most one scale apart,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,10 +75,18 @@ def center_crop(width: int, height: int) -> Crop:
     return Crop((width - side) // 2, (height - side) // 2, side, side)
 
 
-def apply(frames: np.ndarray, crop: Crop, size: int) -> np.ndarray:
-    """uint8 (T, H, W, 3) -> uint8 (T, size, size, 3), bilinear with the filter widened when shrinking, as PIL does."""
-    window = frames[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    if (crop.height, crop.width) != (size, size):
-        resized = [Image.fromarray(frame).resize((size, size), Image.Resampling.BILINEAR) for frame in window]
-        window = np.stack([np.asarray(frame) for frame in resized])
-    return np.ascontiguousarray(window[:, :, ::-1] if crop.flip else window)
+def apply(frames: Sequence[np.ndarray] | Sequence[Image.Image], crop: Crop, size: int) -> np.ndarray:
+    """T pictures, uint8 (H, W, 3) or Pillow's -> uint8 (T, size, size, 3), bilinear, the filter widened when shrinking, as
+    PIL does."""
+    out = np.empty((len(frames), size, size, 3), np.uint8)
+    right, bottom = crop.left + crop.width, crop.top + crop.height
+    for number, frame in enumerate(frames):
+        if isinstance(frame, Image.Image):
+            window = frame.crop((crop.left, crop.top, right, bottom))
+        else:
+            window = frame[crop.top : bottom, crop.left : right]
+        if (crop.height, crop.width) != (size, size):
+            window = window if isinstance(window, Image.Image) else Image.fromarray(window)
+            window = window.resize((size, size), Image.Resampling.BILINEAR)
+        out[number] = np.asarray(window)[:, ::-1] if crop.flip else window
+    return out
