@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ def build_objective(config: AnyConfig) -> torch.nn.Module:
 def build_loader(config: AnyConfig, rank: int, world_size: int) -> ClipLoader | AlternatingLoader:
     """The training clips of a configuration; for stage 2 captioned clips and images in turn."""
 
-    def clips_of(clips: list[Clip], num_frames: int) -> ClipLoader:
+    def clips_of(clips: Sequence[Clip], num_frames: int) -> ClipLoader:
         return ClipLoader(
             clips, config.data, num_frames=num_frames, image_size=config.student.image_size,
             batch_size=config.run.batch_size, rank=rank, world_size=world_size, seed=config.run.seed,
@@ -58,7 +58,7 @@ def build_loader(config: AnyConfig, rank: int, world_size: int) -> ClipLoader | 
     parts = []
     for entries, frames in ((config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)):
         if entries:
-            corpus = read_corpora(entries)
+            corpus = read_corpora(entries, workers=config.data.workers)
             tokens = Tokens(corpus.captions, tokenizer, max_length=config.max_length, sep=config.sep_token)
             parts.append(CaptionLoader(clips_of(corpus.clips, frames), tokens, corpus.sample))
     return AlternatingLoader(parts, config.run.seed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import multiprocessing
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,13 +39,16 @@ class _Batches:
     """The places of the batches still to come; set anew before each epoch, so that workers outlive epochs."""
 
     def __init__(self) -> None:
-        self.places: list[list[tuple[int, int]]] = []
+        self.epoch = 0
+        self.order: Sequence[np.ndarray] = ()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.places)
+        # Bound here: a generator of an epoch that was left must not go on with the next one's order.
+        epoch, order = self.epoch, self.order
+        return ([(epoch, clip) for clip in batch.tolist()] for batch in order)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.order)
 
 
 class _Read(NamedTuple):
@@ -54,24 +58,32 @@ class _Read(NamedTuple):
     index: Tensor
     label: Tensor
     bad: dict[int, str]
+    columns: dict[str, Tensor]
 
 
-def _stack(samples: list[Sample | VideoError]) -> _Read | VideoError:
+Columns = Callable[[Tensor], dict[str, Tensor]]
+
+
+def _stack(samples: list[Sample | VideoError], columns: Columns | None) -> _Read | VideoError:
     for sample in samples:
         if isinstance(sample, VideoError):
             return sample
     repeats = samples[0].video.shape[0]
+    index = torch.tensor([sample.index for sample in samples])
+    added = columns(index) if columns else {}
     return _Read(
         video=torch.from_numpy(np.concatenate([sample.video for sample in samples])),
-        index=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
+        index=index.repeat_interleave(repeats),
         label=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
         bad={number: reason for sample in samples for number, reason in sample.bad.items()},
+        columns={name: rows.repeat_interleave(repeats, 0) for name, rows in added.items()},
     )
 
 
 def _one_thread(worker: int) -> None:
-    # Decoding processes are the parallelism; torch threads inside them would only compete.
+    # Decoding processes are the parallelism; threads of torch and of the tokenizer inside them would only compete.
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:
@@ -97,7 +109,7 @@ class ClipLoader:
 
     def __init__(
         self,
-        clips: list[Clip],
+        clips: Sequence[Clip],
         data: DataConfig,
         *,
         num_frames: int,
@@ -120,6 +132,7 @@ class ClipLoader:
         self.epoch, self.position = 0, 0
         self.bad_files: dict[str, str] = {}
         self._batches = _Batches()
+        self._columns: Columns | None = None
         self._reader = ClipReader(
             clips, data, num_frames=num_frames, image_size=image_size, seed=seed, train=train
         )  # fmt: skip
@@ -130,6 +143,15 @@ class ClipLoader:
             return len(self.clips) // self.batch_size // self.world_size
         mine = len(range(self.rank, len(self.clips), self.world_size))
         return -(-mine // self.batch_size)
+
+    def add_columns(self, columns: Columns) -> None:
+        """Batches also get what `columns(clip numbers, int64 (B,))` gives, made by the decoding processes.
+
+        To be called before the first batch; `columns` must be picklable.
+        """
+        if "_loader" in self.__dict__:
+            raise RuntimeError("add_columns must be called before the first batch: the decoding processes have started")
+        self._columns = columns
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of an epoch; staying in the current one keeps the position."""
@@ -145,23 +167,24 @@ class ClipLoader:
 
     def name_of(self, index: int) -> str:
         """The path of a clip by its number."""
-        return self.clips[index].path
+        return self.clips[index].name
 
     def order(self, epoch: int) -> list[list[int]]:
         """The clip numbers of this rank's batches of an epoch."""
+        return [batch.tolist() for batch in self._order(epoch)]
+
+    def _order(self, epoch: int) -> Sequence[np.ndarray]:
         count = len(self.clips)
         if not self.train:
-            mine = list(range(self.rank, count, self.world_size))
+            mine = np.arange(self.rank, count, self.world_size)
             return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
         shuffled = np.random.default_rng((self.seed, epoch)).permutation(count)
         step = self.batch_size * self.world_size
         mine = shuffled[: len(self) * step].reshape(len(self), self.world_size, self.batch_size)[:, self.rank]
-        return mine.tolist()
+        return mine.copy()  # the rest of the permutation is not kept
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        self._batches.places = [
-            [(self.epoch, clip) for clip in batch] for batch in self.order(self.epoch)[self.position :]
-        ]
+        self._batches.epoch, self._batches.order = self.epoch, self._order(self.epoch)[self.position :]
         try:
             for read in self._loader:
                 if isinstance(read, VideoError):
@@ -169,7 +192,7 @@ class ClipLoader:
                 for number, reason in read.bad.items():
                     self._note_bad(number, reason)
                 self.position += 1
-                yield {"video": read.video, "index": read.index, "label": read.label}
+                yield {"video": read.video, "index": read.index, "label": read.label} | read.columns
         except RuntimeError as error:
             if "DataLoader worker" in str(error):
                 raise DataError(
@@ -188,16 +211,16 @@ class ClipLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=self.data.prefetch if workers else None,
-            collate_fn=_stack,
+            collate_fn=functools.partial(_stack, columns=self._columns),
             worker_init_fn=_one_thread,
             multiprocessing_context=_fork_server() if workers else None,
         )
 
     def _note_bad(self, number: int, reason: str) -> None:
-        path = self.clips[number].path
-        if path in self.bad_files:
+        name = self.clips[number].name
+        if name in self.bad_files:
             return
-        self.bad_files[path] = reason
+        self.bad_files[name] = reason
         log.warning("skipped a bad clip: %s", reason)
         allowed = self.data.max_bad_share * len(self.clips)
         if len(self.bad_files) > allowed:
