@@ -155,3 +155,39 @@ def test_alternation_goes_on_where_it_stopped(tiny_list: Path, vocabulary: Path)
     seen = [next(it)["index"].tolist() for _ in range(3)]
     second.load_state_dict(first.state_dict())
     assert seen + [batch["index"].tolist() for batch in second] == whole
+
+
+def test_captions_without_a_word_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entries = [{"video": "a.mp4", "caption": ["?!", "one", ""]}, {"video": "b.mp4", "caption": "half \ud83d two"}]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    found = read_captions(tmp_path / "list.json")
+    assert list(found.captions) == ["one", "half two"] and [Path(c.path).name for c in found.clips] == [
+        "a.mp4",
+        "b.mp4",
+    ]
+    assert "left out 2 captions" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [((4, None, "x"), "row with id 4: filename is None"), ((4, "a.mp4", None), "row with id 4: caption is None")],
+)
+def test_bad_sqlite_rows_are_named(row: tuple, expected: str, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "list.sqlite") as base:
+        base.execute("CREATE TABLE annos (id INTEGER, filename TEXT, caption TEXT)")
+        base.execute("INSERT INTO annos VALUES (?, ?, ?)", row)
+    base.close()
+    with pytest.raises(DataError, match=expected):
+        read_captions(tmp_path / "list.sqlite")
+
+
+def test_columns_come_before_the_first_batch(tiny_list: Path) -> None:
+    clips = ClipLoader(
+        [Clip(path=str(tiny_list.with_name("video1.mp4")))] * 2, DataConfig(workers=0), num_frames=2, image_size=32,
+        batch_size=2,
+    )  # fmt: skip
+    clips.add_columns(lambda rows: {"double": 2 * rows})
+    (batch,) = list(clips)
+    assert torch.equal(batch["double"], 2 * batch["index"])
+    with pytest.raises(RuntimeError, match="before the first batch"):
+        clips.add_columns(lambda rows: {})
