@@ -110,9 +110,10 @@ def _eval(arguments: list[str]) -> None:
         root: str = "",
         device: Literal["auto", "cpu", "cuda"] = "auto",
     ) -> None:
-        """Judge a run's checkpoint on unseen clips, one centred view each; it says by itself what it holds.
+        """Judge a run's checkpoint on unseen clips; it says by itself what it holds.
 
-        Under torchrun the ranks share the clips and the first one reports.
+        One view of each clip: the centred square for accuracy, the whole frame for retrieval. Under torchrun the ranks share
+        the clips and the first one reports.
 
         Args:
             checkpoint: checkpoint-*.pt of a fine-tuning run (top-1 and top-5), or of stage 2 (zero-shot retrieval).

@@ -71,6 +71,8 @@ class ClipReader:
                 crop = transforms.random_resized_crop(width, height, self.data.flip, rng)
             elif self.train and self.data.augment == "multi_scale_crop":
                 crop = transforms.multi_scale_crop(width, height, self.image_size, self.data.flip, rng)
+            elif self.data.augment == "whole":
+                crop = transforms.Crop(0, 0, width, height)
             else:
                 crop = transforms.center_crop(width, height)
             out.append(transforms.apply(frames, crop, self.image_size))

@@ -194,16 +194,16 @@ class ClipLoader:
                 self.position += 1
                 yield {"video": read.video, "index": read.index, "label": read.label} | read.columns
         except RuntimeError as error:
-            if "DataLoader worker" in str(error):
+            if "DataLoader worker" in str(error) or "shared memory" in str(error):
                 raise DataError(
-                    f"a decoding process died ({error}); out of memory or of /dev/shm is the usual cause: "
+                    f"a decoding process died or could not start ({error}); out of memory or of /dev/shm is the usual cause: "
                     "lower data.workers, or give the container more (docker: --shm-size)"
                 ) from error
             raise
 
     @functools.cached_property
     def _loader(self) -> DataLoader:
-        """Made at the first epoch; its workers, and their copies of the list, stay for all later ones."""
+        """Made at the first epoch; its workers, and the list in the memory they share, stay for all later ones."""
         workers = min(self.data.workers, len(self._batches))
         return DataLoader(
             _Places(self._reader),

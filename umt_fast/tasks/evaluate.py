@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,9 @@ def evaluate_checkpoint(
     model.load_state_dict(weights)
     tokenizer = load_tokenizer(config.tokenizer)
     tokens = Tokens(queries.captions, tokenizer, max_length=max_length or config.max_length, sep=config.sep_token)
+    whole = replace(data, augment="whole")
     figures, v2t, t2v = retrieval.evaluate(
-        model.to(ranks.device), queries, tokens, data, ranks, top_k=top_k, batch_size=batch_size,
+        model.to(ranks.device), queries, tokens, whole, ranks, top_k=top_k, batch_size=batch_size,
         memory=int(memory_gib * 2**30),
     )  # fmt: skip
     if scores is not None and ranks.first:

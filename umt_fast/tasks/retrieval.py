@@ -92,7 +92,7 @@ class Keeper:
             os.unlink(path)
 
 
-class Clips(NamedTuple):
+class Gallery(NamedTuple):
     """Unit embeddings (V, E) of all clips; the vision tokens (v, n, C) of this rank's, which are every world_size-th."""
 
     embeddings: Tensor
@@ -102,7 +102,7 @@ class Clips(NamedTuple):
 @torch.no_grad()
 def encode_clips(
     model: VideoText, queries: Queries, data: DataConfig, keeper: Keeper, ranks: Ranks, *, batch_size: int
-) -> Clips:
+) -> Gallery:
     """Every clip once over all ranks, unmasked."""
     vit = model.vision_encoder.encoder.config
     grid = model.vision_encoder.encoder.grid
@@ -122,7 +122,7 @@ def encode_clips(
     joint = torch.empty(len(queries.clips), embeddings.shape[1])
     for rank, part in enumerate(gather(embeddings)):
         joint[rank :: ranks.world_size] = part
-    return Clips(joint, kept)
+    return Gallery(joint, kept)
 
 
 class Texts(NamedTuple):
@@ -212,7 +212,7 @@ def match_scores(
 
 
 def rerank(
-    model: VideoText, clips: Clips, texts: Texts, queries: Queries, v2t: Found, t2v: Found, ranks: Ranks, *, pairs: int
+    model: VideoText, clips: Gallery, texts: Texts, queries: Queries, v2t: Found, t2v: Found, ranks: Ranks, *, pairs: int
 ) -> tuple[Found, Found]:
     """Candidates of both directions in the order of the matching logits; a pair that both want is computed once."""
     count_v, count_n = len(queries.clips), len(queries.captions)
