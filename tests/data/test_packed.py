@@ -88,9 +88,12 @@ def test_broken_json_is_named(content: str | bytes, expected: str, tmp_path: Pat
         list(read_entries(path))
 
 
-def test_manifest_fields_of_another_type_are_named(tmp_path: Path) -> None:
+def test_fields_that_columns_cannot_hold_are_named(tmp_path: Path) -> None:
     from umt_fast.config import DataConfig
 
     (tmp_path / "list.jsonl").write_text('{"path": "a.mp4", "rate": 30}\n{"path": "b.mp4", "label": "3"}\n')
     with pytest.raises(DataError, match="line 2: .*label is '3'; it must be of type int"):
         read_list(tmp_path / "list.jsonl", DataConfig())
+    (tmp_path / "list.csv").write_text(f"a.mp4,{1 << 63}\n")
+    with pytest.raises(DataError, match="beyond 64 bits"):
+        read_list(tmp_path / "list.csv", DataConfig())

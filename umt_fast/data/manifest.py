@@ -33,7 +33,10 @@ def read_list(path: str | Path, data: DataConfig) -> Clips:
         raise DataError(f"{path} is empty; it needs one video per line (path{data.separator}label)")
     manifest = numbered[0][1].startswith("{")
     parse = _parse_manifest_line if manifest else _parse_line
-    return Clips.of(parse(path, number, line, root, data.separator) for number, line in numbered)
+    try:
+        return Clips.of(parse(path, number, line, root, data.separator) for number, line in numbered)
+    except OverflowError as error:
+        raise DataError(f"{path} holds a number beyond 64 bits; labels and counts must fit into them") from error
 
 
 def _resolve(root: Path, name: str) -> str:

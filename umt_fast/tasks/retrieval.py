@@ -212,7 +212,15 @@ def match_scores(
 
 
 def rerank(
-    model: VideoText, clips: Gallery, texts: Texts, queries: Queries, v2t: Found, t2v: Found, ranks: Ranks, *, pairs: int
+    model: VideoText,
+    clips: Gallery,
+    texts: Texts,
+    queries: Queries,
+    v2t: Found,
+    t2v: Found,
+    ranks: Ranks,
+    *,
+    pairs: int,
 ) -> tuple[Found, Found]:
     """Candidates of both directions in the order of the matching logits; a pair that both want is computed once."""
     count_v, count_n = len(queries.clips), len(queries.captions)
