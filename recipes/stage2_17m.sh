@@ -4,8 +4,9 @@
 #   WEBVID2M=webvid.json=/data/webvid CC3M=cc3m.json=/data/cc3m COCO=.. VG=.. SBU=.. CC12M=.. \
 #       INIT=stage1.pth OUT=runs/stage2_17m [MODEL=b16|l16] bash recipes/stage2_17m.sh [--section.key value ...]
 #
-# Each corpus is LIST or LIST=FOLDER: a caption list (.json or SQLite) and the folder its names are relative to. INIT holds
-# stage-1 weights. Hyper-parameters and the paper's figures: stage2.py beside this file. Processes and nodes: launch.sh.
+# Each corpus is LIST or LIST=FOLDER: a caption list (.json or SQLite) and the folder its names are relative to; or tar files,
+# as 'cc12m/{00000..01242}.tar'. INIT holds stage-1 weights. Hyper-parameters and the paper's figures: stage2.py beside this
+# file. Processes and nodes: launch.sh.
 set -euo pipefail
 : "${WEBVID2M:?set WEBVID2M to its caption list, or LIST=FOLDER}"
 : "${CC3M:?set CC3M to its caption list, or LIST=FOLDER}"

@@ -121,6 +121,16 @@ def test_train_leaves_checkpoint_and_metrics(tmp_path: Path, tiny_list: Path) ->
     assert len(lines) == 3 and '"loss"' in lines[-1]
 
 
+def over_two_ranks(*arguments: object) -> dict:
+    """What `eval` prints under torchrun, which must be one line."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "umt_fast"]
+    words = [str(argument) for argument in ("eval", *arguments, "--workers", "0", "--device", "cpu")]
+    done = subprocess.run([*command, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = done.stdout.splitlines()
+    return json.loads(line)
+
+
 def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, capsys: pytest.CaptureFixture) -> None:
     """The chain a user goes through, each command taking what the one before it left."""
     import torch
@@ -144,6 +154,7 @@ def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, c
     assert main(arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(figures.read_text()) and printed["clips"] == 2 and printed["top5"] == 1.0
+    assert over_two_ranks(newest_tuned, tiny_list) == printed
     assert "of a stage-1 run" in fails(capsys, "eval", newest, tiny_list)
 
 
@@ -192,7 +203,22 @@ def test_stage_2_from_stage_1_weights_and_resumed(
     assert main(["eval", str(newest), str(table), "--workers", "0", "--top_k", "2"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["clips"] == 2 and figures["captions"] == 4
-    assert {"dual_t2v_r1", "match_t2v_r1", "match_v2t_median_rank"} <= figures.keys()
+    assert {"dual_t2v_r1", "match_t2v_r1", "match_v2t_median_rank", "match_r_mean"} <= figures.keys()
+    scores = tmp_path / "scores.json"
+    assert over_two_ranks(newest, table, "--top_k", "2", "--scores", scores) == figures
+    written = json.loads(scores.read_text())
+    assert len(written["t2v"]) == 4 and len(written["v2t"][0]["found"]) == 2 and not list(tmp_path.glob("*.writing"))
+    for arguments, expected in (
+        (("--max_length", "9"), "max_length is 9; it must lie in [2, 8]"),
+        (("--top_k", "-1"), "top_k is -1"),
+        (("--batch_size", "0"), "batch_size is 0"),
+        (("--memory_gib", "-1"), "memory_gib is -1"),
+        (("--captions", "all"), "all"),
+        (("--scores", "no/such/folder/scores.json"), "no/such/folder is not a folder"),
+        (("--root", "no/such/folder"), "no/such/folder is not a folder"),
+        (("--root", str(REPOSITORY)), "2 of the 2 files of"),
+    ):
+        assert expected in fails(capsys, "eval", newest, table, "--workers", "0", *arguments)
 
 
 def test_convert_to_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

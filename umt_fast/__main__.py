@@ -22,7 +22,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -167,41 +167,59 @@ def _bench(arguments: list[str]) -> None:
 
 
 def _eval(arguments: list[str]) -> None:
-    from umt_fast.config import DataConfig
-    from umt_fast.tasks.evaluate import evaluate_checkpoint
+    from umt_fast.config import DataConfig, RunConfig
+    from umt_fast.engine.distributed import distributed_run
+    from umt_fast.tasks.evaluate import evaluate_checkpoint, write_json
 
     def command(
         checkpoint: Annotated[Path, tyro.conf.Positional],
         list_path: Annotated[Path, tyro.conf.Positional],
         /,
         out: Path | None = None,
+        scores: Path | None = None,
         batch_size: int = 16,
         top_k: int = 128,
+        captions: Literal["each", "paragraph"] = "each",
+        max_length: int = 0,
+        memory_gib: float = 8.0,
         workers: int = 4,
         separator: str = ",",
         root: str = "",
-        device: str = "auto",
+        device: Literal["auto", "cpu", "cuda"] = "auto",
     ) -> None:
-        """Judge a run's checkpoint on unseen clips, one centred view each; it says by itself what it holds.
+        """Judge a run's checkpoint on unseen clips; it says by itself what it holds.
+
+        One view of each clip: the centred square for accuracy, the whole frame for retrieval. Under torchrun the ranks share
+        the clips and the first one reports.
 
         Args:
             checkpoint: checkpoint-*.pt of a fine-tuning run (top-1 and top-5), or of stage 2 (zero-shot retrieval).
-            list_path: Labelled clips, or a caption list (.json or SQLite).
+            list_path: Labelled clips, or captions (.json, SQLite or tar files).
             out: JSON file to write the figures to, besides printing them.
-            batch_size: Clips per step.
-            top_k: Candidates that the matching head re-ranks (retrieval); 0: none.
+            scores: JSON file for the ten best of every query, by name and with scores (retrieval).
+            batch_size: Clips per rank and step.
+            top_k: Candidates that the matching head re-ranks (retrieval); 0: none; more than there is: all.
+            captions: A list of captions in one entry is a query each (MSVD), or one paragraph (DiDeMo, ActivityNet).
+            max_length: Tokens of a caption (DiDeMo 64, ActivityNet 150, LSMDC 96); 0: as in training.
+            memory_gib: Main memory of a rank for kept vision tokens and text outputs; beyond it a file in TMPDIR.
             workers: Decoding processes.
             separator: Field separator of a list of labelled clips.
             root: Folder put before relative paths; empty: the list's own folder.
             device: auto, cpu or cuda.
         """
+        for path in (out, scores):
+            if path is not None and not path.parent.is_dir():
+                raise ConfigError(f"{path} cannot be written: {path.parent} is not a folder")
         data = DataConfig(workers=workers, separator=separator, root=root)
-        figures = evaluate_checkpoint(
-            checkpoint, list_path, data, batch_size=batch_size, top_k=top_k, device=device
-        )  # fmt: skip
-        print(json.dumps(figures))
-        if out is not None:
-            out.write_text(json.dumps(figures) + "\n")
+        with distributed_run(RunConfig(device=device)) as ranks:
+            figures = evaluate_checkpoint(
+                checkpoint, list_path, data, batch_size=batch_size, top_k=top_k, ranks=ranks, joining=captions,
+                max_length=max_length, memory_gib=memory_gib, scores=scores,
+            )  # fmt: skip
+            if ranks.first:
+                print(json.dumps(figures))
+                if out is not None:
+                    write_json(out, figures)
 
     _cli(command, arguments, "eval")
 

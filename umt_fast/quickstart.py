@@ -34,6 +34,7 @@ from umt_fast.data.manifest import read_list
 from umt_fast.data.sampling import sparse_center
 from umt_fast.data.video import decode_frames
 from umt_fast.engine.checkpoint import checkpoints
+from umt_fast.engine.distributed import current_ranks
 from umt_fast.engine.precision import pick_device
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.weights import load_teacher
@@ -203,18 +204,17 @@ def retrieve(out: Path, config: Stage2Config, show: int = 8) -> dict[str, Any]:
     data, table = DataConfig(workers=config.data.workers), out / "world" / "test_captions.json"
     checkpoint = Path(newest_weights(Path(config.run.out)))
     figures = evaluate_checkpoint(
-        checkpoint, table, data, batch_size=32, top_k=128, device=config.run.device, show=show
+        checkpoint, table, data, batch_size=32, top_k=128, ranks=current_ranks(config.run), scores=out / "retrieval.json"
     )  # fmt: skip
-    if show:
-        found, clips = figures.pop("found"), read_captions(table).clips
-        frames = [
-            [decode_frames(clips[row].path, lambda count: sparse_center(count, 4)) for row in query["clips"]]
-            for query in found
-        ]
+    few = json.loads((out / "retrieval.json").read_text())["t2v"][:show]
+    if few:
+        best = [[name for name, _ in query["found"][:3]] for query in few]
+        frames = [[decode_frames(name, lambda count: sparse_center(count, 4)) for name in names] for names in best]
+        right = [[name in query["right"] for name in names] for query, names in zip(few, best, strict=True)]
         np.savez_compressed(
             out / "retrieval.npz",
-            caption=np.array([query["caption"] for query in found]),
-            right=np.array([query["right"] for query in found]),
+            caption=np.array([query["caption"] for query in few]),
+            right=np.array(right),
             video=np.array(frames),
         )
     return {name: round(value, 4) for name, value in figures.items()}

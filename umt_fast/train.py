@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def build_loader(
 ) -> ClipLoader | AlternatingLoader | PackedLoader:
     """The training clips of a configuration; for stage 2 captioned clips and images, in turn or packed."""
 
-    def clips_of(clips: list[Clip], num_frames: int, data: DataConfig = config.data) -> ClipLoader:
+    def clips_of(clips: Sequence[Clip], num_frames: int, data: DataConfig = config.data) -> ClipLoader:
         return open_loader(
             clips, data, device=device, num_frames=num_frames, image_size=config.student.image_size,
             batch_size=config.run.batch_size, rank=rank, world_size=world_size, seed=config.run.seed,
@@ -67,7 +67,7 @@ def build_loader(
     parts = []
     for entries, frames in ((config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)):
         if entries:
-            corpus = read_corpora(entries)
+            corpus = read_corpora(entries, workers=config.data.workers)
             tokens = Tokens(corpus.captions, tokenizer, max_length=config.max_length, sep=config.sep_token)
             # Single pictures cost a CPU little, and are no videos to DALI.
             data = config.data if entries is config.videos else dataclasses.replace(config.data, reader="cpu")

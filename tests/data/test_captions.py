@@ -17,7 +17,7 @@ from umt_fast.data.captions import (
     read_corpora,
 )
 from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import DataError
+from umt_fast.data.manifest import Clip, DataError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "thing", "moves", "left", "##s"]
 
@@ -40,8 +40,8 @@ def test_json_lists_with_several_captions_and_images(tmp_path: Path) -> None:
     ]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     found = read_captions(tmp_path / "list.json")
-    assert found.captions == ["a red thing", "one", "two", "again"]
-    assert found.sample == [0, 1, 1, 0]
+    assert list(found.captions) == ["a red thing", "one", "two", "again"]
+    assert found.sample.tolist() == [0, 1, 1, 0]
     assert [Path(clip.path).name for clip in found.clips] == ["a.mp4", "b.jpg", "b.jpg", "a.mp4"]
     assert read_captions(tmp_path / "list.json", root="/data").clips[0].path == "/data/a.mp4"
 
@@ -52,7 +52,7 @@ def test_sqlite_lists(tmp_path: Path) -> None:
         base.executemany("INSERT INTO annos VALUES (?, ?, ?)", [(1, "b.mp4", "Two"), (0, "a.mp4", "One")])
     base.close()
     found = read_captions(tmp_path / "list.sqlite")
-    assert found.captions == ["one", "two"] and Path(found.clips[1].path).name == "b.mp4"
+    assert list(found.captions) == ["one", "two"] and Path(found.clips[1].path).name == "b.mp4"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,43 @@ def test_corpora_are_joined_and_keep_their_samples_apart(tmp_path: Path) -> None
         entries = [{"video": "a.mp4", "caption": [name, "again"]}]
         (tmp_path / f"{name}.json").write_text(json.dumps(entries))
     joint = read_corpora([f"{tmp_path}/{name}.json={tmp_path}/{name}" for name in ("one", "two")])
-    assert joint.captions == ["one", "again", "two", "again"] and joint.sample == [0, 0, 2, 2]
+    assert list(joint.captions) == ["one", "again", "two", "again"] and joint.sample.tolist() == [0, 0, 2, 2]
     assert [clip.path for clip in joint.clips[::2]] == [f"{tmp_path}/one/a.mp4", f"{tmp_path}/two/a.mp4"]
     with pytest.raises(DataError, match="not a folder"):
         read_corpora([f"{tmp_path}/one.json={tmp_path}/three"])
+
+
+def test_captions_without_a_word_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entries = [{"video": "a.mp4", "caption": ["?!", "one", ""]}, {"video": "b.mp4", "caption": "half \ud83d two"}]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    found = read_captions(tmp_path / "list.json")
+    assert list(found.captions) == ["one", "half two"] and [Path(c.path).name for c in found.clips] == [
+        "a.mp4",
+        "b.mp4",
+    ]
+    assert "left out 2 captions" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [((4, None, "x"), "row with id 4: filename is None"), ((4, "a.mp4", None), "row with id 4: caption is None")],
+)
+def test_bad_sqlite_rows_are_named(row: tuple, expected: str, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "list.sqlite") as base:
+        base.execute("CREATE TABLE annos (id INTEGER, filename TEXT, caption TEXT)")
+        base.execute("INSERT INTO annos VALUES (?, ?, ?)", row)
+    base.close()
+    with pytest.raises(DataError, match=expected):
+        read_captions(tmp_path / "list.sqlite")
+
+
+def test_columns_come_before_the_first_batch(tiny_list: Path) -> None:
+    clips = ClipLoader(
+        [Clip(path=str(tiny_list.with_name("video1.mp4")))] * 2, DataConfig(workers=0), num_frames=2, image_size=32,
+        batch_size=2,
+    )  # fmt: skip
+    clips.add_columns(lambda rows: {"double": 2 * rows})
+    (batch,) = list(clips)
+    assert torch.equal(batch["double"], 2 * batch["index"])
+    with pytest.raises(RuntimeError, match="before the first batch"):
+        clips.add_columns(lambda rows: {})

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from umt_fast.config import DataConfig
@@ -29,7 +30,7 @@ def both_kinds(tiny_list: Path, vocabulary: Path, clips: int = 6, images: int = 
         files = [Clip(path=str(tiny_list.with_name(name)))] * count
         loader = ClipLoader(files, data, num_frames=frames, image_size=32, batch_size=2, seed=1)
         parts.append(
-            CaptionLoader(loader, Tokens(["a red thing"] * count, tokenizer, max_length=4), list(range(count)))
+            CaptionLoader(loader, Tokens(["a red thing"] * count, tokenizer, max_length=4), torch.arange(count))
         )
     return parts
 

@@ -78,7 +78,7 @@ def test_evaluation_and_dense_sampling(clips: list[Clip]) -> None:
 def test_prepared_clips(clips: list[Clip], tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("".join(f"{clip.path},{clip.label}\n" for clip in clips[:3]))
     prepare(tmp_path / "list.csv", tmp_path / "out", settings=Settings(segments=4), workers=0)
-    assert_close(*both(read_list(tmp_path / "out", DataConfig()) * 2, {"num_sample": 2}))
+    assert_close(*both([*read_list(tmp_path / "out", DataConfig())] * 2, {"num_sample": 2}))
 
 
 def test_state_resumes_exactly(clips: list[Clip]) -> None:

@@ -133,3 +133,17 @@ def test_random_resized_crops_cover_half_to_all_of_the_area() -> None:
     assert 0.4 < np.mean([crop.flip for crop in crops]) < 0.6
     narrow = transforms.random_resized_crop(400, 20, False, rng)  # no such window fits: the widest allowed, centred
     assert (narrow.height, narrow.width, narrow.flip) == (20, 27, False)
+
+
+def test_whole_frames_are_pressed_into_the_square(clips: list[Clip]) -> None:
+    """Retrieval's view: nothing is cut off, where the centred square cuts the sides."""
+    from PIL import Image
+
+    from umt_fast.data.cpu import ClipReader
+
+    kind = {"num_frames": 2, "image_size": 32, "seed": 0, "train": False}
+    reader = ClipReader(clips, DataConfig(augment="whole"), **kind)
+    frames = np.random.default_rng(0).integers(0, 256, (1, 60, 80, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(frames[0]).resize((32, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(reader.crops(frames, (0,))[0, 0], expected)
+    assert (ClipReader(clips, DataConfig(), **kind).crops(frames, (0,))[0, 0] != expected).any()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from umt_fast.config import DataConfig
 from umt_fast.data import prepared
-from umt_fast.data.captions import CaptionLoader, Tokens, read_captions
+from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_captions
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import Clip, DataError, read_list
 from umt_fast.data.prepare import prepare, verify
@@ -134,7 +134,7 @@ def loaded(clips: list[Clip], **changes: object) -> list[dict[str, torch.Tensor]
 
 def test_training_reads_them_and_resumes_exactly(table: Path, tmp_path: Path) -> None:
     prepare(table, tmp_path / "out", settings=Settings(segments=4), workers=0)
-    clips = [replace(clip, label=n) for n, clip in enumerate(read_list(tmp_path / "out", DataConfig()) * 3)]
+    clips = [replace(clip, label=n) for n, clip in enumerate([*read_list(tmp_path / "out", DataConfig())] * 3)]
     data = DataConfig(workers=0, num_sample=2)
     whole = list(ClipLoader(clips, data, **KIND))
     assert whole[0]["video"].shape == (4, 4, 32, 32, 3) and len(whole) == 4
@@ -166,18 +166,15 @@ def test_captions_keep_working(table: Path, tmp_path: Path) -> None:
     found = read_captions(captions)
     (tmp_path / "a.mp4").unlink(), (tmp_path / "b.mp4").unlink()
 
-    class Words:
-        cls_token_id, sep_token_id, pad_token_id = 0, 1, 2
-
-        def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
-            return {"input_ids": [[len(text)] for text in texts]}
-
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three"])
+    )
+    tokenizer = load_tokenizer(str(tmp_path))
     data = DataConfig(workers=0, prepared=(str(tmp_path / "out"),), max_bad_share=0)
-    loader = CaptionLoader(
-        ClipLoader(found.clips, data, **(KIND | {"batch_size": 3})), Tokens(found.captions, Words(), max_length=4), found.sample
-    )  # fmt: skip
+    clips = ClipLoader(found.clips, data, **(KIND | {"batch_size": 3}))
+    loader = CaptionLoader(clips, Tokens(found.captions, tokenizer, max_length=4), found.sample)
     (batch,) = list(loader)
-    assert sorted(batch["ids"][:, 1].tolist()) == [3, 3, 5] and sorted(batch["sample"].tolist()) == [0, 0, 2]
+    assert sorted(batch["ids"][:, 1].tolist()) == [5, 6, 7] and sorted(batch["sample"].tolist()) == [0, 0, 2]
 
 
 def test_what_shards_cannot_give_is_refused(table: Path, tmp_path: Path) -> None:
@@ -211,7 +208,7 @@ def test_damage_is_found_and_made_good(table: Path, tmp_path: Path) -> None:
 
 def test_a_missing_shard_costs_its_clips_alone(table: Path, tmp_path: Path) -> None:
     prepare(table, tmp_path / "out", settings=Settings(segments=4), workers=0, shard_bytes=1)
-    clips = read_list(tmp_path / "out", DataConfig()) * 2
+    clips = [*read_list(tmp_path / "out", DataConfig())] * 2
     Path(clips[0].shard).unlink()
     loader = ClipLoader(clips, DataConfig(workers=0, max_bad_share=1), **KIND)
     assert len(list(loader)) == 3 and list(loader.bad_files) == [clips[0].path]

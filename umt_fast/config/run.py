@@ -31,8 +31,9 @@ class DataConfig:
     """Frame stride of dense sampling."""
     num_sample: int = 1
     """Augmented crops per decoded clip (repeated augmentation)."""
-    augment: Literal["multi_scale_crop", "random_resized_crop", "center"] = "multi_scale_crop"
-    """`multi_scale_crop` as in stage 1, `random_resized_crop` (50 to 100% of the area) as in stage 2."""
+    augment: Literal["multi_scale_crop", "random_resized_crop", "center", "whole"] = "multi_scale_crop"
+    """`multi_scale_crop` as in stage 1, `random_resized_crop` (50 to 100% of the area) as in stage 2; `center`: the largest
+    centred square, `whole`: the frame pressed into a square, as retrieval is judged officially."""
     flip: bool = True
     workers: int = 4
     """Decoding processes per rank; 0 decodes in the training process."""

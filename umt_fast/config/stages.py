@@ -71,7 +71,8 @@ class Stage2Config:
     data: DataConfig = field(default_factory=lambda: DataConfig(augment="random_resized_crop"))
     """How clips and images are cut; the lists are `videos` and `images`, data.train is not used."""
     videos: tuple[str, ...] = ()
-    """Caption lists of clips (.json or SQLite), each as LIST or LIST=FOLDER, the folder its names are relative to."""
+    """Caption lists of clips (.json, SQLite, or tars as `cc12m/{00000..01242}.tar`), each as LIST or LIST=FOLDER, the folder
+    its names are relative to (not for tars)."""
     images: tuple[str, ...] = ()
     """Caption lists of images, likewise."""
     co_training: Literal["alternating", "packed"] = "alternating"

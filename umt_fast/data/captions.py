@@ -1,20 +1,25 @@
-"""Caption lists (official JSON and SQLite), their text as the official code cleans it, and tokens made once for all epochs."""
+"""Captions with their clips, their text as the official code cleans it, and their tokens, made beside the decoding."""
 
 from __future__ import annotations
 
-import json
+import logging
 import re
-import sqlite3
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from umt_fast.data.clip import DataError
+from umt_fast.data.entries import read_entries
 from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import Clip, DataError
+from umt_fast.data.packed import Clips, ClipsBuilder, Strings, StringsBuilder, first_of_each
+
+log = logging.getLogger("umt_fast.data")
 
 _DROPPED = re.compile(r"[,.'!?\"()*#:;~]")
 _SPACED = re.compile(r"[-/]")
@@ -22,6 +27,8 @@ _SPACED = re.compile(r"[-/]")
 
 def clean_caption(text: str) -> str:
     """Lower case, without punctuation, single blanks: the official pre-processing of captions."""
+    # Half of a surrogate pair, which JSON may hold, is no text that a tokenizer takes.
+    text = text.encode("utf-8", "ignore").decode()
     text = _SPACED.sub(" ", _DROPPED.sub("", text.lower()))
     return " ".join(text.replace("<person>", "person").split())
 
@@ -30,102 +37,91 @@ def clean_caption(text: str) -> str:
 class CaptionList:
     """Rows of captions with their media: row i is captions[i] of clips[i]."""
 
-    clips: list[Clip]
-    captions: list[str]
-    sample: list[int]
-    """The first row with the same file: rows of one sample are each other's right answers."""
+    clips: Clips
+    captions: Strings
+    sample: Tensor
+    """int64: the first row with the same file; rows of one sample are each other's right answers."""
 
 
-def read_captions(path: str | Path, root: str = "") -> CaptionList:
-    """Reads a caption list.
+def read_captions(path: str | Path, root: str = "", *, workers: int = 4) -> CaptionList:
+    """Reads a caption list for training; see data.entries for the layouts and their errors.
 
-    Args:
-        path: a .json list of {"video" or "image": name, "caption": text or list of texts}, or an SQLite file with a table
-            `annos` (id, filename, caption). A list of captions becomes a row each.
-        root: folder put before relative names; empty: the list's own folder.
+    A list of captions becomes a row each, and so does a list of files. A caption without any word is left out; one line says
+    how many were.
 
     Raises:
-        DataError: no such file, not such a list, no rows, an entry without a name or caption (its number is named).
+        DataError: also a list without any row.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no caption list at {path}; give a .json list or an SQLite file with a table `annos`")
-    base = Path(root) if root else path.resolve().parent
-    rows = list(_json_rows(path) if path.suffix == ".json" else _sqlite_rows(path))
-    if not rows:
-        raise DataError(f"{path} holds no captions")
-    first: dict[str, int] = {}
-    clips, captions, sample = [], [], []
-    for name, caption in rows:
-        resolved = name if Path(name).is_absolute() else str(base / name)
-        sample.append(first.setdefault(resolved, len(clips)))
-        clips.append(Clip(path=resolved))
-        captions.append(clean_caption(caption))
-    return CaptionList(clips, captions, sample)
+    return _join([(str(path), root)], workers)
 
 
-def read_corpora(entries: Sequence[str]) -> CaptionList:
+def read_corpora(entries: Sequence[str], *, workers: int = 4) -> CaptionList:
     """Several caption lists as one, each given as LIST or LIST=FOLDER; a file keeps its identity within a list."""
-    joint = CaptionList([], [], [])
-    for entry in entries:
-        name, _, root = entry.partition("=")
+    sources = [(name, root) for name, _, root in (entry.partition("=") for entry in entries)]
+    for name, root in sources:
         if root and not Path(root).is_dir():
-            raise DataError(f"{entry}: {root} is not a folder; give LIST or LIST=FOLDER")
-        part = read_captions(name, root)
-        joint.sample.extend(row + len(joint.clips) for row in part.sample)
-        joint.clips.extend(part.clips)
-        joint.captions.extend(part.captions)
-    return joint
+            raise DataError(f"{name}={root}: {root} is not a folder; give LIST or LIST=FOLDER")
+    return _join(sources, workers)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error})") from error
-    if not isinstance(entries, list):
-        raise DataError(f"{path} holds a JSON {type(entries).__name__}; it must be a list of entries")
-    for number, entry in enumerate(entries):
-        name = (entry.get("video") or entry.get("image")) if isinstance(entry, dict) else None
-        texts = entry.get("caption") if isinstance(entry, dict) else None
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(name, str) or not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-            raise DataError(
-                f'{path}, entry {number}: expected {{"video" or "image": name, "caption": text}}: {str(entry)[:200]}'
-            )
-        for text in texts:
-            yield name, text
-
-
-def _sqlite_rows(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as base:
-            yield from base.execute("SELECT filename, caption FROM annos ORDER BY id")
-    except sqlite3.DatabaseError as error:
-        raise DataError(f"{path} is neither .json nor an SQLite file with a table `annos` ({error})") from error
+def _join(sources: list[tuple[str, str]], workers: int) -> CaptionList:
+    clips, captions = ClipsBuilder(), StringsBuilder()
+    hashes: list[array] = []
+    for source, root in sources:
+        own, empty = array("q"), 0
+        for entry in read_entries(source, root, workers):
+            texts = [text for text in map(clean_caption, entry.captions) if text]
+            empty += len(entry.captions) - len(texts)
+            for text in texts:
+                for clip in entry.clips:
+                    clips.add(clip)
+                    captions.add(text)
+                    own.append(hash(clip.name))
+        if empty:
+            log.warning("%s: left out %d captions without any word", source, empty)
+        if not own:
+            raise DataError(f"{source} holds no captions")
+        hashes.append(own)
+    table, first, sample = clips.done(), 0, []
+    for own in hashes:
+        sample.append(first_of_each(own, lambda row, first=first: table[first + row].name) + first)
+        first += len(own)
+    return CaptionList(table, captions.done(), torch.from_numpy(np.concatenate(sample)))
 
 
 class Tokens:
-    """Token ids of all captions, made once: training steps only look rows up.
+    """Token ids of captions, made when they are asked for: by the decoding processes, ahead of the training step.
 
     Sequences are [CLS] and word pieces without a closing [SEP], as released UMT checkpoints were trained (`sep` adds it).
     """
 
-    def __init__(self, captions: list[str], tokenizer: Any, *, max_length: int, sep: bool = False) -> None:
-        pieces = tokenizer(captions, add_special_tokens=False)["input_ids"]
-        end = [tokenizer.sep_token_id] if sep else []
-        rows = [[tokenizer.cls_token_id, *row[: max_length - 1 - len(end)], *end] for row in pieces]
-        self.lengths = torch.tensor([len(row) for row in rows])
-        self.pad = tokenizer.pad_token_id
-        self.ids = torch.full((len(rows), int(self.lengths.max())), self.pad, dtype=torch.int32)
-        for number, row in enumerate(rows):
-            self.ids[number, : len(row)] = torch.tensor(row, dtype=torch.int32)
+    def __init__(self, captions: Sequence[str], tokenizer: Any, *, max_length: int, sep: bool = False) -> None:
+        self.captions = captions if isinstance(captions, Strings) else Strings.of(captions)
+        # The Rust object alone: a decoding process need not import transformers.
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.cls, self.pad = tokenizer.cls_token_id, tokenizer.pad_token_id
+        self.end = [tokenizer.sep_token_id] if sep else []
+        self.pieces = max_length - 1 - len(self.end)
+
+    def __len__(self) -> int:
+        return len(self.captions)
 
     def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """int64 ids and bool mask (B, l) of some rows, l the longest of them."""
-        longest = int(self.lengths[rows].max())
-        mask = torch.arange(longest) < self.lengths[rows][:, None]
-        return self.ids[rows, :longest].long(), mask
+        texts = [self.captions[row] for row in rows.tolist()]
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        sequences = [[self.cls, *text.ids[: self.pieces], *self.end] for text in encoded]
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        longest = int(lengths.max())
+        ids = torch.tensor([sequence + [self.pad] * (longest - len(sequence)) for sequence in sequences])
+        return ids, torch.arange(longest) < lengths[:, None]
+
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """The same by the names of a batch."""
+        ids, mask = self[rows]
+        return {"ids": ids, "mask": mask}
 
 
 def load_tokenizer(name: str) -> Any:
@@ -146,8 +142,9 @@ def load_tokenizer(name: str) -> Any:
 class CaptionLoader:
     """A ClipLoader's batches with the captions of their clips: adds `ids`, `mask` and `sample` to each."""
 
-    def __init__(self, clips: ClipLoader, tokens: Tokens, sample: list[int]) -> None:
-        self.clips, self.tokens, self.sample = clips, tokens, torch.tensor(sample)
+    def __init__(self, clips: ClipLoader, tokens: Tokens, sample: Tensor) -> None:
+        self.clips, self.sample = clips, sample
+        clips.add_columns(tokens.columns)
 
     @property
     def bad_files(self) -> dict[str, str]:
@@ -172,7 +169,6 @@ class CaptionLoader:
         batches = iter(self.clips)
         try:
             for batch in batches:
-                ids, mask = self.tokens[batch["index"]]
-                yield batch | {"ids": ids, "mask": mask, "sample": self.sample[batch["index"]]}
+                yield batch | {"sample": self.sample[batch["index"]]}
         finally:
             batches.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from umt_fast.config import DataConfig
 from umt_fast.data import sampling, transforms
 from umt_fast.data.manifest import Clip
 from umt_fast.data.prepared import read_prepared
+from umt_fast.data.tars import extracted
 from umt_fast.data.video import Chooser, VideoError, decode_frames, read_frame_folder
 
 # How many other clips may stand in for an unreadable one before the loader gives up on that place of the batch.
@@ -37,7 +38,7 @@ class ClipReader:
     """Reads place `index` of an epoch. Picklable and without state, so that any process gives the same sample."""
 
     def __init__(
-        self, clips: list[Clip], data: DataConfig, *, num_frames: int, image_size: int, seed: int, train: bool
+        self, clips: Sequence[Clip], data: DataConfig, *, num_frames: int, image_size: int, seed: int, train: bool
     ) -> None:
         self.clips, self.data = clips, data
         self.num_frames, self.image_size, self.seed, self.train = num_frames, image_size, seed, train
@@ -68,6 +69,9 @@ class ClipReader:
             return read_frame_folder(clip.path, choose, clip.num_frames, self.data.frame_pattern)
         if not Path(clip.path).exists():
             raise VideoError(f"{clip.path}: no such file")
+        if clip.member:
+            with extracted(clip) as path:
+                return decode_frames(path, choose, clip.num_frames or None)
         return decode_frames(clip.path, choose, clip.num_frames or None)
 
     def windows(self, width: int, height: int, random_key: tuple[int, ...]) -> list[transforms.Crop]:
@@ -79,6 +83,8 @@ class ClipReader:
                 crop = transforms.random_resized_crop(width, height, self.data.flip, rng)
             elif self.train and self.data.augment == "multi_scale_crop":
                 crop = transforms.multi_scale_crop(width, height, self.image_size, self.data.flip, rng)
+            elif self.data.augment == "whole":
+                crop = transforms.Crop(0, 0, width, height)
             else:
                 crop = transforms.center_crop(width, height)
             crops.append(crop)

@@ -18,7 +18,7 @@ import io
 import itertools
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -262,10 +262,14 @@ class DaliLoader(ClipLoader):
     Raises DataError: a list that mixes prepared clips or frame folders with video files.
     """
 
-    def __init__(self, clips: list[Clip], data: DataConfig, *, device: torch.device, **kind: Any) -> None:
+    def __init__(self, clips: Sequence[Clip], data: DataConfig, *, device: torch.device, **kind: Any) -> None:
         super().__init__(clips, data, **kind)
         self.device = device
-        kinds = {bool(clip.shard or clip.frame_folder) for clip in self.clips}
+        if self.clips.values("member") != {""}:
+            raise DataError("data.reader dali does not read tar files; take data.reader cpu")
+        kinds = {bool(shard) for shard in self.clips.values("shard")}
+        if kinds == {False}:
+            kinds = {bool(folder) for folder in self.clips.values("frame_folder")}
         if len(kinds) > 1:
             raise DataError(
                 "data.reader dali reads videos or prepared clips, this list mixes them; take data.reader cpu"
@@ -329,7 +333,7 @@ class DaliLoader(ClipLoader):
         try:
             video, short = self._graph.take(requests)
             if not short:
-                return _read(video, requests)
+                return self._batch(video, requests)
         except RuntimeError as error:
             log.warning("DALI gave up on a batch (%s); its clips are read one by one", _first_line(error))
         try:
@@ -340,7 +344,20 @@ class DaliLoader(ClipLoader):
             graph = self._fresh(len(waiting) + left)
             for later in waiting:
                 graph.feed(later)
-        return _read(torch.cat([video for video, _ in parts]), [request for _, request in parts])
+        return self._batch(torch.cat([video for video, _ in parts]), [request for _, request in parts])
+
+    def _batch(self, video: Tensor, requests: list[Request]) -> _Read:
+        repeats = len(requests[0].windows)
+        index = torch.tensor([request.index for request in requests])
+        # Here and not by the workers: only now it is known which stand-ins took part.
+        added = self._columns(index) if self._columns else {}
+        return _Read(
+            video=video,
+            index=index.repeat_interleave(repeats),
+            label=torch.tensor([request.label for request in requests]).repeat_interleave(repeats),
+            bad={number: reason for request in requests for number, reason in request.bad.items()},
+            columns={name: rows.repeat_interleave(repeats, 0) for name, rows in added.items()},
+        )
 
     def _alone(self, request: Request) -> tuple[Tensor, Request]:
         """A clip in a batch of its own; stand-ins until one can be decoded. Raises VideoError."""
@@ -359,16 +376,6 @@ class DaliLoader(ClipLoader):
             if isinstance(again, VideoError):
                 raise again
             request = again
-
-
-def _read(video: Tensor, requests: list[Request]) -> _Read:
-    repeats = len(requests[0].windows)
-    return _Read(
-        video=video,
-        index=torch.tensor([request.index for request in requests]).repeat_interleave(repeats),
-        label=torch.tensor([request.label for request in requests]).repeat_interleave(repeats),
-        bad={number: reason for request in requests for number, reason in request.bad.items()},
-    )
 
 
 def _first_line(error: Exception) -> str:

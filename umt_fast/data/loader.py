@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from umt_fast.config import DataConfig
+from umt_fast.data.clip import Clip, DataError
 from umt_fast.data.cpu import ClipReader, Sample
-from umt_fast.data.manifest import Clip, DataError
+from umt_fast.data.packed import Clips
 from umt_fast.data.prepared import check_use, locate
 from umt_fast.data.video import VideoError
 
@@ -39,13 +41,16 @@ class _Batches:
     """The places of the batches still to come; set anew before each epoch, so that workers outlive epochs."""
 
     def __init__(self) -> None:
-        self.places: list[list[tuple[int, int]]] = []
+        self.epoch = 0
+        self.order: Sequence[np.ndarray] = ()
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.places)
+        # Bound here: a generator of an epoch that was left must not go on with the next one's order.
+        epoch, order = self.epoch, self.order
+        return ([(epoch, clip) for clip in batch.tolist()] for batch in order)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.order)
 
 
 class _Read(NamedTuple):
@@ -55,24 +60,32 @@ class _Read(NamedTuple):
     index: Tensor
     label: Tensor
     bad: dict[int, str]
+    columns: dict[str, Tensor]
 
 
-def _stack(samples: list[Sample | VideoError]) -> _Read | VideoError:
+Columns = Callable[[Tensor], dict[str, Tensor]]
+
+
+def _stack(samples: list[Sample | VideoError], columns: Columns | None) -> _Read | VideoError:
     for sample in samples:
         if isinstance(sample, VideoError):
             return sample
     repeats = samples[0].video.shape[0]
+    index = torch.tensor([sample.index for sample in samples])
+    added = columns(index) if columns else {}
     return _Read(
         video=torch.from_numpy(np.concatenate([sample.video for sample in samples])),
-        index=torch.tensor([sample.index for sample in samples]).repeat_interleave(repeats),
+        index=index.repeat_interleave(repeats),
         label=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
         bad={number: reason for sample in samples for number, reason in sample.bad.items()},
+        columns={name: rows.repeat_interleave(repeats, 0) for name, rows in added.items()},
     )
 
 
 def _one_thread(worker: int) -> None:
-    # Decoding processes are the parallelism; torch threads inside them would only compete.
+    # Decoding processes are the parallelism; threads of torch and of the tokenizer inside them would only compete.
     torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:
@@ -98,7 +111,7 @@ class ClipLoader:
 
     def __init__(
         self,
-        clips: list[Clip],
+        clips: Sequence[Clip],
         data: DataConfig,
         *,
         num_frames: int,
@@ -116,13 +129,14 @@ class ClipLoader:
                 f"{len(clips)} clips do not fill one step of {batch_size} clips x {world_size} ranks; "
                 "lower run.batch_size or give a longer list"
             )
-        clips = locate(clips, data.prepared)
+        clips = locate(clips if isinstance(clips, Clips) else Clips.of(clips), data.prepared)
         check_use(clips, data, num_frames, train)
         self.clips, self.data, self.batch_size, self.train = clips, data, batch_size, train
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch, self.position = 0, 0
         self.bad_files: dict[str, str] = {}
         self._batches = _Batches()
+        self._columns: Columns | None = None
         self._reader = ClipReader(
             clips, data, num_frames=num_frames, image_size=image_size, seed=seed, train=train
         )  # fmt: skip
@@ -133,6 +147,15 @@ class ClipLoader:
             return len(self.clips) // self.batch_size // self.world_size
         mine = len(range(self.rank, len(self.clips), self.world_size))
         return -(-mine // self.batch_size)
+
+    def add_columns(self, columns: Columns) -> None:
+        """Batches also get what `columns(clip numbers, int64 (B,))` gives, made by the decoding processes.
+
+        To be called before the first batch; `columns` must be picklable.
+        """
+        if "_loader" in self.__dict__:
+            raise RuntimeError("add_columns must be called before the first batch: the decoding processes have started")
+        self._columns = columns
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of an epoch; staying in the current one keeps the position."""
@@ -148,23 +171,24 @@ class ClipLoader:
 
     def name_of(self, index: int) -> str:
         """The path of a clip by its number."""
-        return self.clips[index].path
+        return self.clips[index].name
 
     def order(self, epoch: int) -> list[list[int]]:
         """The clip numbers of this rank's batches of an epoch."""
+        return [batch.tolist() for batch in self._order(epoch)]
+
+    def _order(self, epoch: int) -> Sequence[np.ndarray]:
         count = len(self.clips)
         if not self.train:
-            mine = list(range(self.rank, count, self.world_size))
+            mine = np.arange(self.rank, count, self.world_size)
             return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
         shuffled = np.random.default_rng((self.seed, epoch)).permutation(count)
         step = self.batch_size * self.world_size
         mine = shuffled[: len(self) * step].reshape(len(self), self.world_size, self.batch_size)[:, self.rank]
-        return mine.tolist()
+        return mine.copy()  # the rest of the permutation is not kept
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        self._batches.places = [
-            [(self.epoch, clip) for clip in batch] for batch in self.order(self.epoch)[self.position :]
-        ]
+        self._batches.epoch, self._batches.order = self.epoch, self._order(self.epoch)[self.position :]
         try:
             for read in self._reads():
                 if isinstance(read, VideoError):
@@ -172,11 +196,11 @@ class ClipLoader:
                 for number, reason in read.bad.items():
                     self._note_bad(number, reason)
                 self.position += 1
-                yield {"video": read.video, "index": read.index, "label": read.label}
+                yield {"video": read.video, "index": read.index, "label": read.label} | read.columns
         except RuntimeError as error:
-            if "DataLoader worker" in str(error):
+            if "DataLoader worker" in str(error) or "shared memory" in str(error):
                 raise DataError(
-                    f"a decoding process died ({error}); out of memory or of /dev/shm is the usual cause: "
+                    f"a decoding process died or could not start ({error}); out of memory or of /dev/shm is the usual cause: "
                     "lower data.workers, or give the container more (docker: --shm-size)"
                 ) from error
             raise
@@ -187,11 +211,11 @@ class ClipLoader:
 
     def _work(self) -> tuple[Dataset, Callable[[list[Any]], Any]]:
         """What a worker does for a place, and how it makes a batch of the results."""
-        return _Places(self._reader), _stack
+        return _Places(self._reader), functools.partial(_stack, columns=self._columns)
 
     @functools.cached_property
     def _loader(self) -> DataLoader:
-        """Made at the first epoch; its workers, and their copies of the list, stay for all later ones."""
+        """Made at the first epoch; its workers, and the list in the memory they share, stay for all later ones."""
         workers = min(self.data.workers, len(self._batches))
         dataset, collate = self._work()
         return DataLoader(
@@ -206,10 +230,10 @@ class ClipLoader:
         )
 
     def _note_bad(self, number: int, reason: str) -> None:
-        path = self.clips[number].path
-        if path in self.bad_files:
+        name = self.clips[number].name
+        if name in self.bad_files:
             return
-        self.bad_files[path] = reason
+        self.bad_files[name] = reason
         log.warning("skipped a bad clip: %s", reason)
         allowed = self.data.max_bad_share * len(self.clips)
         if len(self.bad_files) > allowed:
@@ -219,7 +243,7 @@ class ClipLoader:
             )
 
 
-def open_loader(clips: list[Clip], data: DataConfig, *, device: torch.device, **kind: Any) -> ClipLoader:
+def open_loader(clips: Sequence[Clip], data: DataConfig, *, device: torch.device, **kind: Any) -> ClipLoader:
     """A loader of the road that data.reader names; `kind` as ClipLoader takes it.
 
     Raises DataError: what the list lacks, or a road that is not installed.

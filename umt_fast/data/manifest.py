@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 from umt_fast.config import DataConfig
+from umt_fast.data.clip import Clip, DataError
+from umt_fast.data.packed import Clips
+
+__all__ = ["Clip", "DataError", "read_list"]
 
 
-class DataError(ValueError):
-    """A list, manifest or data folder that cannot be used; the message names file, line and remedy."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clip:
-    """One entry of a list. Fields after `label` are known only from a manifest (or a frame-folder list)."""
-
-    path: str
-    label: int = 0
-    num_frames: int = 0
-    """Decodable frames; 0: not known."""
-    frame_folder: bool = False
-    rate: float = 0.0
-    """Frames per second."""
-    width: int = 0
-    height: int = 0
-    """Pixels as decoded, before rotation."""
-    rotation: int = 0
-    """Degrees counter-clockwise."""
-    codec: str = ""
-    key_frame_spacing: float = 0.0
-    """Mean frames from one key frame to the next."""
-    checksum: str = ""
-    """BLAKE2b-128 of the file."""
-    shard: str = ""
-    """File that holds the clip's prepared frames from byte `offset` on, `size` bytes; `num_frames` then counts those."""
-    offset: int = 0
-    size: int = 0
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-
-def read_list(path: str | Path, data: DataConfig) -> list[Clip]:
+def read_list(path: str | Path, data: DataConfig) -> Clips:
     """The clips of a list, manifest or prepared folder, in its order; paths start at data.root or at the list's folder.
 
     Raises DataError: no such file, an empty list, a malformed line (its number and text are named).
@@ -67,7 +37,10 @@ def read_list(path: str | Path, data: DataConfig) -> list[Clip]:
         raise DataError(f"{path} is empty; it needs one video per line (path{data.separator}label)")
     manifest = numbered[0][1].startswith("{")
     parse = _parse_manifest_line if manifest else _parse_line
-    return [parse(path, number, line, root, data.separator) for number, line in numbered]
+    try:
+        return Clips.of(parse(path, number, line, root, data.separator) for number, line in numbered)
+    except OverflowError as error:
+        raise DataError(f"{path} holds a number beyond 64 bits; labels and counts must fit into them") from error
 
 
 def _resolve(root: Path, name: str) -> str:
@@ -77,11 +50,14 @@ def _resolve(root: Path, name: str) -> str:
 def _parse_manifest_line(path: Path, number: int, line: str, root: Path, separator: str) -> Clip:
     try:
         entry = json.loads(line)
-        known = {field.name for field in fields(Clip)}
+        kinds = {field.name: str if field.default is MISSING else type(field.default) for field in fields(Clip)}
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
             raise ValueError("it has no path")
-        if set(entry) - known:
-            raise ValueError(f"unknown fields {sorted(set(entry) - known)}")
+        if set(entry) - set(kinds):
+            raise ValueError(f"unknown fields {sorted(set(entry) - set(kinds))}")
+        for name, value in entry.items():
+            if not isinstance(value, (int, float) if kinds[name] is float else kinds[name]):
+                raise ValueError(f"{name} is {value!r}; it must be of type {kinds[name].__name__}")
         return Clip(**(entry | {"path": _resolve(root, entry["path"])}))
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}, line {number}: not a manifest entry ({error}): {line[:200]}") from error

@@ -63,6 +63,8 @@ def clips_of(list_path: str | Path, data: DataConfig) -> list[Clip]:
         clips = read_list(path, data)
     first: dict[str, Clip] = {}
     for clip in clips:
+        if clip.member:
+            raise DataError(f"{path} names tar files; prepare packs files of their own, tar files are read as they are")
         first.setdefault(os.path.abspath(clip.path), clip)
     return list(first.values())
 

@@ -28,7 +28,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from umt_fast.config import DataConfig
-from umt_fast.data.manifest import Clip, DataError
+from umt_fast.data.clip import Clip, DataError
+from umt_fast.data.packed import Clips, ClipsBuilder
 from umt_fast.data.video import VideoError
 
 log = logging.getLogger("umt_fast.data")
@@ -185,7 +186,7 @@ def _finished_parts(folder: Path) -> list[Path]:
     return found
 
 
-def read_folder(folder: Path) -> list[Clip]:
+def read_folder(folder: Path) -> Clips:
     """The clips of a prepared folder in their list's order, the bad ones left out. Raises DataError."""
     good = []
     for part in _finished_parts(folder):
@@ -194,7 +195,7 @@ def read_folder(folder: Path) -> list[Clip]:
                 good.append((line["number"], _clip(shard, line)))
     if not good:
         raise DataError(f"{folder} holds no good clip; reasons are in its *.bad.jsonl")
-    return [clip for _, clip in sorted(good, key=lambda entry: entry[0])]
+    return Clips.of(clip for _, clip in sorted(good, key=lambda entry: entry[0]))
 
 
 def _clip(shard: Path, line: dict[str, Any]) -> Clip:
@@ -208,13 +209,13 @@ def _clip(shard: Path, line: dict[str, Any]) -> Clip:
     )
 
 
-def locate(clips: list[Clip], folders: Sequence[str]) -> list[Clip]:
+def locate(clips: Clips, folders: Sequence[str]) -> Clips:
     """The same clips, those that some prepared folder holds (by their absolute path) to be read from there."""
     where = {clip.path: clip for folder in folders for clip in read_folder(Path(folder))}
     if not where:
         return clips
     found = 0
-    located = []
+    located = ClipsBuilder()
     for clip in clips:
         there = where.get(os.path.abspath(clip.path))
         found += there is not None
@@ -223,14 +224,14 @@ def locate(clips: list[Clip], folders: Sequence[str]) -> list[Clip]:
                 clip, num_frames=there.num_frames, shard=there.shard, offset=there.offset, size=there.size,
                 frame_folder=False,
             )  # fmt: skip
-        located.append(clip)
+        located.add(clip)
     log.info("%d of %d clips are read from data.prepared, the others from their files", found, len(clips))
-    return located
+    return located.done()
 
 
-def check_use(clips: list[Clip], data: DataConfig, num_frames: int, train: bool) -> None:
+def check_use(clips: Clips, data: DataConfig, num_frames: int, train: bool) -> None:
     """Raises DataError where prepared clips do not hold what a run would draw from their files."""
-    for folder in {os.path.dirname(shard) for shard in {clip.shard for clip in clips if clip.shard}}:
+    for folder in {os.path.dirname(shard) for shard in clips.values("shard") if shard}:
         parts = sorted(Path(folder).glob("part-*-of-*.json"))
         if not parts:
             raise DataError(f"{folder} has shards but no part-*-of-*.json beside them; copy the whole folder")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from umt_fast.config import DataConfig, FinetuneConfig, Stage2Config, from_dict
-from umt_fast.data.captions import Tokens, load_tokenizer, read_captions
+from umt_fast.config import DataConfig, FinetuneConfig, Stage2Config, from_dict, require
+from umt_fast.data.captions import Tokens, load_tokenizer
+from umt_fast.data.queries import Joining, read_queries
 from umt_fast.engine.checkpoint import read_file
-from umt_fast.engine.precision import pick_device
+from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.sharded_checkpoint import read_weights
 from umt_fast.models.multimodal import VideoText
 from umt_fast.models.weights import WeightsError
@@ -37,46 +41,90 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, list_path: Path, data: DataConfig, *, batch_size: int, top_k: int, device: str, show: int = 0
+    checkpoint: Path,
+    list_path: Path,
+    data: DataConfig,
+    *,
+    batch_size: int,
+    top_k: int,
+    ranks: Ranks,
+    joining: Joining = "each",
+    max_length: int = 0,
+    memory_gib: float = 8.0,
+    scores: Path | None = None,
 ) -> dict[str, Any]:
-    """Accuracy of a fine-tuned classifier, or zero-shot retrieval with a stage-2 model.
+    """Accuracy of a fine-tuned classifier, or zero-shot retrieval with a stage-2 model; over all ranks, the same on each.
+
+    All but `batch_size` is for retrieval alone; see `python -m umt_fast eval --help`.
 
     Args:
-        list_path: labelled clips for a classifier, a caption list (.json or SQLite) for retrieval.
-        batch_size: clips per step.
-        top_k: candidates that the matching head re-ranks; 0: none. Retrieval only.
-        show: captions whose best clips are returned too (see retrieval.evaluate).
+        list_path: labelled clips for a classifier; a caption list (see data.entries) for retrieval.
+        batch_size: clips per rank and step.
+        joining: see data.queries.read_queries.
+        max_length: tokens of a caption; 0: as in training.
+        scores: file that the first rank writes retrieval.listing to.
 
     Raises:
         WeightsError: not a checkpoint of a run, or one of a kind that has nothing to be judged by (stage 1).
+        ConfigError: a number out of its range.
+        DataError: see data.queries.read_queries and retrieval.evaluate.
     """
+    for name, value, least in (("batch_size", batch_size, 1), ("top_k", top_k, 0), ("memory_gib", memory_gib, 0)):
+        require(value >= least, f"{name} is {value}; it must be at least {least}")
     record, weights = _read(checkpoint)
-    target = pick_device(device)
     if "num_classes" in record:
-        config = from_dict(FinetuneConfig, record | {"init": ""})
-        objective = Supervised(config)
-        objective.trainable.load_state_dict(weights)
-        logits = objective.to(target).eval().logits
-        vit = config.student
-        return dict(
-            accuracy(
-                logits, str(list_path), data, num_frames=vit.num_frames, image_size=vit.image_size,
-                batch_size=batch_size, device=target,
-            )
-        )  # fmt: skip
+        return _accuracy(record, weights, list_path, data, batch_size, ranks)
     if "losses" not in record:
         raise WeightsError(
             f"{checkpoint} is of a stage-1 run; eval judges fine-tuned classifiers (accuracy) and stage-2 models (retrieval)"
         )
     config = from_dict(Stage2Config, record)
+    limit = config.text.max_positions
+    require(
+        max_length == 0 or 2 <= max_length <= limit,
+        f"max_length is {max_length}; it must lie in [2, {limit}], the positions this model's text encoder has (0: as trained)",
+    )
+    queries = read_queries(list_path, data.root, joining=joining, workers=data.workers)
     model = VideoText(
         config.student, config.text, num_layers=config.align.num_layers, output_dim=config.teacher.output_dim,
         embed_dim=config.embed_dim,
     )  # fmt: skip
     model.load_state_dict(weights)
-    captions = read_captions(list_path, data.root)
     tokenizer = load_tokenizer(config.tokenizer)
-    tokens = Tokens(captions.captions, tokenizer, max_length=config.max_length, sep=config.sep_token)
-    return retrieval.evaluate(
-        model.to(target), captions, tokens, data, top_k=top_k, batch_size=batch_size, show=show, device=target
-    )
+    tokens = Tokens(queries.captions, tokenizer, max_length=max_length or config.max_length, sep=config.sep_token)
+    whole = replace(data, augment="whole")
+    figures, v2t, t2v = retrieval.evaluate(
+        model.to(ranks.device), queries, tokens, whole, ranks, top_k=top_k, batch_size=batch_size,
+        memory=int(memory_gib * 2**30),
+    )  # fmt: skip
+    if scores is not None and ranks.first:
+        write_json(scores, retrieval.listing(queries, v2t, t2v))
+    return figures
+
+
+def _accuracy(
+    record: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    list_path: Path,
+    data: DataConfig,
+    batch: int,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    config = from_dict(FinetuneConfig, record | {"init": ""})
+    objective = Supervised(config)
+    objective.trainable.load_state_dict(weights)
+    logits = objective.to(ranks.device).eval().logits
+    vit = config.student
+    return dict(
+        accuracy(
+            logits, str(list_path), data, num_frames=vit.num_frames, image_size=vit.image_size, batch_size=batch,
+            device=ranks.device, rank=ranks.rank, world_size=ranks.world_size,
+        )
+    )  # fmt: skip
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file as a whole, or leaves it as it was."""
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text(json.dumps(value) + "\n")
+    os.replace(temporary, path)

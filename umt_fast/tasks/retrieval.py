@@ -1,138 +1,329 @@
 """Zero-shot retrieval: captions find clips and clips captions, by embeddings, then by the matching head for the best of them.
 
-Legend: V clips, N captions. Scores are (V, N); figures are named from the query's side: `t2v` captions search clips.
+Legend: V clips, N captions, Q queries of either kind, I items they search. Figures are named from the query's side: `t2v`
+captions search clips. No array of all scores is ever made, so that what is held grows with V + N and not with V x N.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
+import tempfile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from umt_fast.config import DataConfig
-from umt_fast.data.captions import CaptionList, Tokens
+from umt_fast.data.captions import Tokens
 from umt_fast.data.loader import ClipLoader
+from umt_fast.data.manifest import DataError
+from umt_fast.data.queries import Queries
+from umt_fast.engine.distributed import Ranks, gather
 from umt_fast.models.multimodal import VideoText
+from umt_fast.models.weights import WeightsError
 
-_EXCLUDED = -100.0
+# Queries whose scores for all items are held at once.
+_BLOCK = 512
+# Items listed for each query where the matching head re-ranks fewer.
+_LISTED = 10
 
 
-def recalls(scores: Tensor, right: Tensor, prefix: str) -> dict[str, float]:
-    """R@1, R@5, R@10 (shares of queries) and the median rank, from scores (queries, items) and right answers (bool, same).
+class Found(NamedTuple):
+    """For Q queries the k best items, best first, their scores, and the rank of the best right answer, 0: first."""
 
-    A query's rank is that of its best right item; items that score the same as it count as half before it, so constant
-    scores do not look like a hit.
+    items: Tensor
+    scores: Tensor
+    rank: Tensor
+
+
+def ranks_of(scores: Tensor, right: Tensor) -> Tensor:
+    """The rank (Q,) of each query's best right item, from scores (Q, I) and right answers (bool, same).
+
+    Items that score the same as it count as half before it, so constant scores do not look like a hit.
     """
     best = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
     wrong = ~right
-    rank = ((scores > best) & wrong).sum(1) + ((scores == best) & wrong).sum(1) / 2
+    return ((scores > best) & wrong).sum(1) + ((scores == best) & wrong).sum(1) / 2
+
+
+def recalls(rank: Tensor, prefix: str) -> dict[str, float]:
+    """R@1, R@5, R@10 (shares of queries) and the median rank, counted from 1."""
     figures = {f"{prefix}_r{k}": (rank < k).float().mean().item() for k in (1, 5, 10)}
     return figures | {f"{prefix}_median_rank": rank.median().item() + 1}
 
 
+def both_ways(v2t: Tensor, t2v: Tensor, prefix: str) -> dict[str, float]:
+    """The recalls of both directions and `r_mean`, the mean of all six."""
+    figures = recalls(v2t, f"{prefix}_v2t") | recalls(t2v, f"{prefix}_t2v")
+    six = [value for name, value in figures.items() if "_r" in name and "rank" not in name]
+    return figures | {f"{prefix}_r_mean": sum(six) / len(six)}
+
+
+class Keeper:
+    """Gives out tensors to be filled: in main memory up to a limit, beyond it mapped from a file that is gone at exit.
+
+    Spilled tokens are read once and in order, which a disk does well; making them again would decode every clip twice.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+    def empty(self, *shape: int) -> Tensor:
+        """An uninitialised fp32 tensor. Raises DataError where neither memory nor disk will hold it."""
+        size = 4 * math.prod(shape)
+        if size <= self.left:
+            self.left -= size
+            return torch.empty(shape)
+        folder = tempfile.gettempdir()
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise DataError(
+                f"{size / 2**30:.1f} GiB of tokens are to be kept, but --memory_gib leaves {self.left / 2**30:.1f} and "
+                f"{folder} has {free / 2**30:.1f} free; raise --memory_gib, set TMPDIR to a larger disk, or use more ranks"
+            )
+        handle, path = tempfile.mkstemp(prefix="umt_fast_", suffix=".tokens")
+        try:
+            os.posix_fallocate(handle, 0, size)  # a disk that fills up later would kill the process
+            return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+        finally:
+            os.close(handle)
+            os.unlink(path)
+
+
+class Gallery(NamedTuple):
+    """Unit embeddings (V, E) of all clips; the vision tokens (v, n, C) of this rank's, which are every world_size-th."""
+
+    embeddings: Tensor
+    tokens: Tensor
+
+
 @torch.no_grad()
 def encode_clips(
-    model: VideoText, captions: CaptionList, data: DataConfig, *, batch_size: int, device: torch.device
-) -> tuple[Tensor, Tensor, list[int]]:
-    """Every different clip of a list once, unmasked: unit embeddings (V, E), tokens (V, N, C) on the CPU, and their rows."""
-    rows = sorted(set(captions.sample))
+    model: VideoText, queries: Queries, data: DataConfig, keeper: Keeper, ranks: Ranks, *, batch_size: int
+) -> Gallery:
+    """Every clip once over all ranks, unmasked."""
     vit = model.vision_encoder.encoder.config
+    grid = model.vision_encoder.encoder.grid
     loader = ClipLoader(
-        [captions.clips[row] for row in rows], data, num_frames=vit.num_frames, image_size=vit.image_size,
-        batch_size=batch_size, train=False,
+        queries.clips, data, num_frames=vit.num_frames, image_size=vit.image_size, batch_size=batch_size, train=False,
+        rank=ranks.rank, world_size=ranks.world_size,
     )  # fmt: skip
-    embeddings, kept = [], []
+    mine = len(range(ranks.rank, len(queries.clips), ranks.world_size))
+    kept = keeper.empty(mine, grid.frames * grid.per_frame, vit.width)
+    embeddings = torch.empty(mine, model.vision_proj.out_features)
+    done = 0
     for batch in loader:
-        tokens, _ = model.vision_encoder.embed(batch["video"].to(device))
-        frames = model.vision_encoder.encoder.grid.frames
-        embeddings.append(model.project_vision(model.vision_encoder.pool(tokens, frames)))
-        kept.append(tokens.cpu())
-    return torch.cat(embeddings), torch.cat(kept), rows
+        tokens, _ = model.vision_encoder.embed(batch["video"].to(ranks.device))
+        rows = slice(done, done := done + len(tokens))
+        embeddings[rows] = model.project_vision(model.vision_encoder.pool(tokens, grid.frames)).cpu()
+        kept[rows] = tokens.cpu()
+    joint = torch.empty(len(queries.clips), embeddings.shape[1])
+    for rank, part in enumerate(gather(embeddings)):
+        joint[rank :: ranks.world_size] = part
+    return Gallery(joint, kept)
 
 
 class Texts(NamedTuple):
-    """Unit embeddings (N, E); on the CPU the text layers' outputs (N, l, W) and their padding masks (N, l)."""
+    """Unit embeddings (N, E), the text layers' outputs (N, l, W), and the length (N,) of each that is no padding."""
 
     embeddings: Tensor
     hidden: Tensor
-    mask: Tensor
+    lengths: Tensor
+
+    def rows(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Outputs (B, l, W) and mask (B, l) of some captions, l the longest of them."""
+        lengths = self.lengths[chosen]
+        longest = int(lengths.max())
+        mask = torch.arange(longest) < lengths[:, None]
+        return self.hidden[chosen, :longest].to(device), mask.to(device)
 
 
 @torch.no_grad()
-def encode_texts(model: VideoText, tokens: Tokens, count: int, *, batch_size: int, device: torch.device) -> Texts:
-    """All captions through the text layers, once."""
+def encode_texts(model: VideoText, tokens: Tokens, keeper: Keeper, *, batch_size: int, device: torch.device) -> Texts:
+    """All captions through the text layers, once. Every rank does all: re-ranking needs them wherever clips are."""
+    count = len(tokens)
+    batches = torch.arange(count).split(batch_size)
+    lengths = torch.cat([tokens[rows][1].sum(1) for rows in batches])
+    hidden = keeper.empty(count, int(lengths.max()), model.text_encoder.config.width)
     embeddings = []
-    ids, mask = tokens[torch.arange(count)]
-    hidden = torch.empty(*ids.shape, model.text_encoder.config.width)
-    for first in range(0, count, batch_size):
-        rows = slice(first, first + batch_size)
-        part = model.text_encoder.encode(ids[rows].to(device), mask[rows].to(device))
-        embeddings.append(model.project_text(part))
-        hidden[rows] = part.cpu()
-    return Texts(torch.cat(embeddings), hidden, mask)
+    for rows in batches:
+        ids, mask = tokens[rows]
+        part = model.text_encoder.encode(ids.to(device), mask.to(device))
+        embeddings.append(model.project_text(part).cpu())
+        hidden[rows[0] : rows[-1] + 1, : part.shape[1]] = part.cpu()
+    return Texts(torch.cat(embeddings), hidden, lengths)
+
+
+def search(queries: Tensor, items: Tensor, right: Tensor, top_k: int) -> Found:
+    """The best items by the product of embeddings, (Q, E) and (I, E) on one device; right: sorted (P, 2) pairs.
+
+    top_k may exceed I. Results are on the CPU.
+    """
+    parts = []
+    for first in range(0, len(queries), _BLOCK):
+        scores = queries[first : first + _BLOCK] @ items.t()
+        begin, end = torch.searchsorted(right[:, 0].contiguous(), torch.tensor([first, first + len(scores)])).tolist()
+        pairs = right[begin:end].to(scores.device)
+        hits = torch.zeros_like(scores, dtype=torch.bool)
+        hits[pairs[:, 0] - first, pairs[:, 1]] = True
+        best = scores.topk(min(top_k, len(items)), dim=1)
+        parts.append(Found(best.indices.cpu(), best.values.cpu(), ranks_of(scores, hits).cpu()))
+    return Found(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def judge(candidates: Tensor, scores: Tensor, right: Tensor, items: int) -> Found:
+    """Candidates (Q, k) of `items` items in the order of new scores, (Q, k); the other items tie below all of these."""
+    count = torch.arange(len(candidates))[:, None]
+    hits = torch.isin(count * items + candidates, right[:, 0] * items + right[:, 1])
+    rank = ranks_of(scores, hits)
+    wrong = (~hits).sum(1)
+    beyond = items - candidates.shape[1] - torch.bincount(right[:, 0], minlength=len(candidates))
+    rank = torch.where(hits.any(1), rank, wrong + beyond / 2)
+    ordered = scores.sort(dim=1, descending=True, stable=True)
+    return Found(candidates.gather(1, ordered.indices), ordered.values, rank)
 
 
 @torch.no_grad()
-def rerank(
-    model: VideoText, dual: Tensor, clips: Tensor, texts: Texts, *, top_k: int, pairs: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Matching-head logits for the best pairs: (V, N) for clips searching captions, (V, N) for captions searching clips.
+def match_scores(
+    model: VideoText, tokens: Tensor, texts: Texts, wanted: Tensor, ranks: Ranks, *, count: int, pairs: int
+) -> Tensor:
+    """Matching logits (m,) of the wanted pairs, sorted numbers clip * count + caption; each rank does those of its clips.
 
-    For each clip its top_k captions by the dual scores, for each caption its top_k clips; all other cells are excluded.
     Keys and values of a clip are computed once, `pairs` captions ask it side by side.
     """
-    count_v, count_n = dual.shape
-    by_clip, by_text = (torch.zeros_like(dual, dtype=torch.bool) for _ in range(2))
-    by_clip.scatter_(1, dual.topk(min(top_k, count_n), dim=1).indices, True)
-    by_text.scatter_(0, dual.topk(min(top_k, count_v), dim=0).indices, True)
-    logits = torch.full_like(dual, _EXCLUDED)
-    wanted = (by_clip | by_text).cpu()
     text = model.text_encoder
-    for number in range(count_v):
-        keys = text.clip_keys(clips[number : number + 1].to(device))
-        for chosen in wanted[number].nonzero()[:, 0].split(pairs):
-            hidden, mask = texts.hidden[chosen].to(device), texts.mask[chosen].to(device)
+    numbers, texts_of = wanted // count, wanted % count
+    mine = (numbers % ranks.world_size == ranks.rank).nonzero()[:, 0]
+    own = torch.empty(len(mine))
+    clips, sizes = numbers[mine].unique_consecutive(return_counts=True)
+    done = 0
+    for clip, rows in zip(clips.tolist(), mine.split(sizes.tolist()), strict=True):
+        keys = text.clip_keys(tokens[clip // ranks.world_size][None].to(ranks.device))
+        for chosen in texts_of[rows].split(pairs):
+            hidden, mask = texts.rows(chosen, ranks.device)
             fused = text.fuse(hidden[:, None], mask[:, None], keys)
-            logits[number, chosen.to(device)] = model.match(fused[:, 0])[:, 1].float()
-    return logits.masked_fill(~by_clip, _EXCLUDED), logits.masked_fill(~by_text, _EXCLUDED)
+            own[done : (done := done + len(chosen))] = model.match(fused[:, 0])[:, 1].float().cpu()
+    joint = torch.empty(len(wanted))
+    for rows, part in gather((mine, own)):
+        joint[rows] = part
+    return joint
+
+
+def rerank(
+    model: VideoText,
+    clips: Gallery,
+    texts: Texts,
+    queries: Queries,
+    v2t: Found,
+    t2v: Found,
+    ranks: Ranks,
+    *,
+    pairs: int,
+) -> tuple[Found, Found]:
+    """Candidates of both directions in the order of the matching logits; a pair that both want is computed once."""
+    count_v, count_n = len(queries.clips), len(queries.captions)
+    by_clip = torch.arange(count_v)[:, None] * count_n + v2t.items
+    by_text = t2v.items * count_n + torch.arange(count_n)[:, None]
+    wanted = torch.cat([by_clip.flatten(), by_text.flatten()]).unique()
+    logits = match_scores(model, clips.tokens, texts, wanted, ranks, count=count_n, pairs=pairs)
+    own, other = (logits[torch.searchsorted(wanted, keys)] for keys in (by_clip, by_text))
+    return (
+        judge(v2t.items, own, queries.right, count_n),
+        judge(t2v.items, other, _turned(queries.right), count_v),
+    )
+
+
+def _turned(right: Tensor) -> Tensor:
+    """Pairs (P, 2) seen from the other side, sorted."""
+    return right[right[:, 1].argsort(stable=True)].flip(1)
 
 
 def evaluate(
     model: VideoText,
-    captions: CaptionList,
+    queries: Queries,
     tokens: Tokens,
     data: DataConfig,
+    ranks: Ranks,
     *,
     top_k: int = 128,
     batch_size: int = 32,
     pairs: int = 256,
-    show: int = 0,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Recalls both ways by embeddings (`dual_*`) and after re-ranking (`match_*`); the official protocol.
+    memory: int = 8 << 30,
+) -> tuple[dict[str, float], Found, Found]:
+    """Recalls both ways by embeddings (`dual_*`) and after re-ranking (`match_*`), and what clips and captions found.
 
-    Right answers are the rows of a query's own sample. Scores after re-ranking are the matching logits alone. With `show`,
-    `found` has for the first so many captions the rows of their three best clips, and which of them are right.
+    The official protocol: for each clip its top_k captions by embeddings, for each caption its top_k clips are ordered by the
+    matching logits alone; the rest ties below them. Every rank returns the same.
+
+    Args:
+        top_k: 0: no re-ranking; more than there is: all.
+        batch_size: clips per rank and step. pairs: captions that ask a clip at once.
+        memory: bytes of main memory for vision tokens and text outputs on each rank; beyond it they go to a temporary file.
+
+    Raises:
+        DataError: a clip that cannot be read (a score over others than the list's would be wrong), no room for tokens.
+        WeightsError: embeddings or logits that are not finite.
     """
     model.eval()
-    clip_embeddings, clip_tokens, rows = encode_clips(model, captions, data, batch_size=batch_size, device=device)
-    texts = encode_texts(model, tokens, len(captions.captions), batch_size=4 * batch_size, device=device)
-    dual = clip_embeddings @ texts.embeddings.t()
-    right = torch.tensor(rows, device=device)[:, None] == torch.tensor(captions.sample, device=device)[None]
-    figures: dict[str, Any] = {"clips": len(rows), "captions": len(captions.captions)}
-    figures |= recalls(dual, right, "dual_v2t") | recalls(dual.t(), right.t(), "dual_t2v")
+    keeper = Keeper(memory)
+    texts = encode_texts(model, tokens, keeper, batch_size=4 * batch_size, device=ranks.device)
+    clips = encode_clips(model, queries, data, keeper, ranks, batch_size=batch_size)
+    if not (texts.embeddings.isfinite().all() and clips.embeddings.isfinite().all()):
+        raise WeightsError("the model's embeddings are not finite: the run that made this checkpoint diverged")
+    # The first rank's lists are everyone's: another device might order near-ties otherwise.
+    found = None
+    if ranks.first:
+        sides = clips.embeddings.to(ranks.device), texts.embeddings.to(ranks.device)
+        listed = top_k or _LISTED
+        v2t = search(*sides, queries.right, listed)
+        found = v2t, search(*sides[::-1], _turned(queries.right), listed)
+    v2t, t2v = gather(found)[0]
+    figures: dict[str, float] = {"clips": len(queries.clips), "captions": len(queries.captions)}
+    figures |= both_ways(v2t.rank, t2v.rank, "dual")
     if top_k:
-        v2t, t2v = rerank(model, dual, clip_tokens, texts, top_k=top_k, pairs=pairs, device=device)
-        figures |= recalls(v2t, right, "match_v2t") | recalls(t2v.t(), right.t(), "match_t2v")
-        dual = t2v
-    if show:
-        figures["found"] = [
+        v2t, t2v = rerank(model, clips, texts, queries, v2t, t2v, ranks, pairs=pairs)
+        if not (v2t.scores.isfinite().all() and t2v.scores.isfinite().all()):
+            raise WeightsError("the matching head's scores are not finite: the run that made this checkpoint diverged")
+        figures |= both_ways(v2t.rank, t2v.rank, "match")
+    return figures, v2t, t2v
+
+
+def listing(queries: Queries, v2t: Found, t2v: Found) -> dict[str, list[dict[str, Any]]]:
+    """The ten best of every query by name, with scores: what `eval --scores` writes."""
+    right_texts, right_clips = ([[] for _ in range(len(side))] for side in (queries.clips, queries.captions))
+    for clip, text in queries.right.tolist():
+        right_texts[clip].append(text)
+        right_clips[text].append(clip)
+
+    def best(found: Found, query: int, name: Any) -> list[list[Any]]:
+        row = zip(found.items[query, :_LISTED].tolist(), found.scores[query, :_LISTED].tolist(), strict=True)
+        return [[name(item), round(score, 5)] for item, score in row]
+
+    def clip_of(row: int) -> str:
+        return queries.clips[row].name
+
+    def caption_of(row: int) -> str:
+        return queries.captions[row]
+
+    return {
+        "t2v": [
             {
-                "caption": captions.captions[query],
-                "clips": [rows[n] for n in best],
-                "right": right[best, query].tolist(),
+                "caption": caption_of(query),
+                "right": [clip_of(row) for row in right_clips[query]],
+                "rank": t2v.rank[query].item() + 1,
+                "found": best(t2v, query, clip_of),
             }
-            for query, best in enumerate(dual[:, :show].topk(min(3, len(rows)), dim=0).indices.t().tolist())
-        ]
-    return figures
+            for query in range(len(queries.captions))
+        ],
+        "v2t": [
+            {
+                "clip": clip_of(query),
+                "right": [caption_of(row) for row in right_texts[query]],
+                "rank": v2t.rank[query].item() + 1,
+                "found": best(v2t, query, caption_of),
+            }
+            for query in range(len(queries.clips))
+        ],
+    }
