@@ -97,8 +97,8 @@ class RunConfig:
     max_steps: int = 0
     """Stop after so many optimizer steps; 0: only `epochs` decides. The schedule is not shortened."""
     dtype: Dtype = "bf16"
-    """Compute precision; parameters and optimizer state stay fp32. On a CPU without bf16 instructions `bf16` computes in
-    fp32 and says so."""
+    """Compute precision; parameters, gradients and optimizer state stay fp32 (the student's weights are cast in flight), the
+    frozen teacher's matrices are cast once. On a CPU without bf16 instructions `bf16` computes in fp32 and says so."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     seed: int = 0
     compile: bool = False
