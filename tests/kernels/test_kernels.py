@@ -34,7 +34,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     @torch.no_grad()
     def guarded(tensor: Tensor, zero: bool = False) -> Tensor:
-        if type(tensor) is not Tensor or not tensor.is_contiguous():  # fake tensors have no memory
+        if type(tensor) is not Tensor or tensor.is_meta or not tensor.is_contiguous():  # fake tensors have no memory
             return tensor.zero_() if zero else poison(tensor)
         memory = poison(plain_empty(tensor.numel() + 4096, dtype=tensor.dtype, device=tensor.device))
         margins.append(memory[tensor.numel() :])
