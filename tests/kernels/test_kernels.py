@@ -257,12 +257,13 @@ def test_rows_of_zeros_have_a_zero_gradient(road: str) -> None:
 
 
 @pytest.mark.parametrize("road", ["reference", "triton"])
-def test_the_target_gets_no_gradient_and_the_mean_is_over_layers(road: str) -> None:
+def test_align_loss_is_its_formula_and_the_target_gets_no_gradient(road: str) -> None:
     student, target = torch.randn(2, 3, 2, 5, 8, device=DEVICE).requires_grad_()
-    affine = torch.ones(3, 8, device=DEVICE), torch.zeros(3, 8, device=DEVICE)
-    loss = kernels.align_loss(student, target, *affine, road=road)
-    assert torch.autograd.grad(loss, target, allow_unused=True, retain_graph=True) == (None,)
-    torch.testing.assert_close(loss, kernels.align_loss(student, target, *affine, per_layer=True, road=road).mean())
+    weight, bias = torch.randn(2, 3, 8, device=DEVICE)
+    loss = kernels.align_loss(student, target, weight, bias, eps=0.1, road=road)
+    y = torch.nn.functional.layer_norm(student, (8,), eps=0.1) * weight[:, None, None] + bias[:, None, None]
+    torch.testing.assert_close(loss, (2 - 2 * torch.nn.functional.cosine_similarity(y, target, dim=-1)).mean())
+    assert torch.autograd.grad(loss, target, allow_unused=True) == (None,)
 
 
 # errors, and torch.compile
