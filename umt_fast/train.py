@@ -64,11 +64,12 @@ def build_loader(
         missing = "images" if config.videos else "videos"
         raise ConfigError(f"co_training 'packed' needs clips and images, but {missing} is empty; use 'alternating'")
     tokenizer = load_tokenizer(config.tokenizer)
+    fixed = config.run.compile or config.run.cuda_graph
     parts = []
     for entries, frames in ((config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)):
         if entries:
             corpus = read_corpora(entries, workers=config.data.workers)
-            tokens = Tokens(corpus.captions, tokenizer, max_length=config.max_length, sep=config.sep_token)
+            tokens = Tokens(corpus.captions, tokenizer, max_length=config.max_length, sep=config.sep_token, fixed=fixed)
             # Single pictures cost a CPU little, and are no videos to DALI.
             data = config.data if entries is config.videos else dataclasses.replace(config.data, reader="cpu")
             parts.append(CaptionLoader(clips_of(corpus.clips, frames, data), tokens, corpus.sample))

@@ -116,6 +116,13 @@ def test_corpora_are_joined_and_keep_their_samples_apart(tmp_path: Path) -> None
         read_corpora([f"{tmp_path}/one.json={tmp_path}/three"])
 
 
+def test_compiled_runs_get_texts_of_one_length(vocabulary: Path) -> None:
+    tokens = Tokens(["a", "a red thing"], load_tokenizer(str(vocabulary)), max_length=6, fixed=True)
+    ids, mask = tokens[torch.tensor([0])]
+    assert ids.tolist() == [[2, 5, 0, 0, 0, 0]] and mask.tolist() == [[True, True, False, False, False, False]]
+    assert tokens[torch.tensor([1])][0].shape == (1, 6)
+
+
 def test_captions_without_a_word_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     entries = [{"video": "a.mp4", "caption": ["?!", "one", ""]}, {"video": "b.mp4", "caption": "half \ud83d two"}]
     (tmp_path / "list.json").write_text(json.dumps(entries))

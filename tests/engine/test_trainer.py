@@ -394,3 +394,26 @@ def test_two_ranks_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_ranks_that_see_different_folders_stop(tmp_path: Path) -> None:
+    """As on nodes whose `out` is not shared: one would go on from a checkpoint, the other begin anew and wait for ever."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/engine']\n"
+        "from pathlib import Path\n"
+        "from test_trainer import trainer\n"
+        "from umt_fast.config import RunConfig\n"
+        "from umt_fast.engine.distributed import distributed_run\n"
+        "with distributed_run(RunConfig(device='cpu')) as ranks:\n"
+        "    place = {'rank': ranks.rank, 'world_size': ranks.world_size}\n"
+        "    trainer(Path(sys.argv[1]) / str(ranks.rank), batch=2, **place).train()\n"
+    )
+    trainer(tmp_path / "nodes" / "0", batch=4).train()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "nodes"), str(REPOSITORY)],
+        env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "found checkpoints of different steps" in done.stderr and "all nodes share" in done.stderr

@@ -104,6 +104,8 @@ class TextConfig:
     max_positions: int = 512
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
+    init_std: float = 0.02
+    """Deviation of fresh weights. BERT's own is for widths of 768 and more; narrow models trained from nothing need more."""
 
     def __post_init__(self) -> None:
         require(
@@ -116,6 +118,7 @@ class TextConfig:
         )
         for name in ("hidden_dropout", "attention_dropout"):
             require(0 <= getattr(self, name) < 1, f"text.{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        require(self.init_std > 0, f"text.init_std is {self.init_std}; it must be positive")
 
 
 @dataclass(kw_only=True, slots=True)

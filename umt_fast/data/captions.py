@@ -93,9 +93,12 @@ class Tokens:
     """Token ids of captions, made when they are asked for: by the decoding processes, ahead of the training step.
 
     Sequences are [CLS] and word pieces without a closing [SEP], as released UMT checkpoints were trained (`sep` adds it).
+    Batches are as long as their longest text, or always `max_length` where `fixed`: compiled steps want one shape.
     """
 
-    def __init__(self, captions: Sequence[str], tokenizer: Any, *, max_length: int, sep: bool = False) -> None:
+    def __init__(
+        self, captions: Sequence[str], tokenizer: Any, *, max_length: int, sep: bool = False, fixed: bool = False
+    ) -> None:
         self.captions = captions if isinstance(captions, Strings) else Strings.of(captions)
         # The Rust object alone: a decoding process need not import transformers.
         self.tokenizer = tokenizer.backend_tokenizer
@@ -104,17 +107,18 @@ class Tokens:
         self.cls, self.pad = tokenizer.cls_token_id, tokenizer.pad_token_id
         self.end = [tokenizer.sep_token_id] if sep else []
         self.pieces = max_length - 1 - len(self.end)
+        self.least = max_length if fixed else 1
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 ids and bool mask (B, l) of some rows, l the longest of them."""
+        """int64 ids and bool mask (B, l) of some rows."""
         texts = [self.captions[row] for row in rows.tolist()]
         encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         sequences = [[self.cls, *text.ids[: self.pieces], *self.end] for text in encoded]
         lengths = torch.tensor([len(sequence) for sequence in sequences])
-        longest = int(lengths.max())
+        longest = max(self.least, int(lengths.max()))
         ids = torch.tensor([sequence + [self.pad] * (longest - len(sequence)) for sequence in sequences])
         return ids, torch.arange(longest) < lengths[:, None]
 

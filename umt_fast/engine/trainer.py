@@ -278,6 +278,7 @@ class Trainer:
         if first:
             checkpoint.prune(self.folder, self.step, self.run.keep, self.steps_per_epoch * self.run.keep_every_epochs)
             log.info("saved %s", path)
+        gather(None)  # a rank that is done has its checkpoint on disk, whichever rank wrote it
         # Time spent saving is not the step's.
         self.window_start = time.perf_counter()
 
@@ -288,6 +289,12 @@ class Trainer:
             return checkpoint.read_file(path)
 
         newest = checkpoint.load_newest(self.folder, read) if self.run.resume else None
+        steps = gather(0 if newest is None else newest[1]["trainer"]["step"])
+        if len(set(steps)) > 1:
+            raise checkpoint.CheckpointError(
+                f"the ranks found checkpoints of different steps in {self.folder}: {steps}; "
+                "run.out must be a folder that all nodes share"
+            )
         if newest is None:
             if not self.run.resume and checkpoint.checkpoints(self.folder):
                 raise checkpoint.CheckpointError(

@@ -7,6 +7,8 @@ the official implementation (`text_encoder.*`); `bert.*` and `cls.*` are Hugging
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -181,7 +183,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.bert = _Bert(config, vision_width)
         self.cls = _Head(config, self.bert.embeddings.word_embeddings)
-        self.apply(_initialise)
+        self.apply(functools.partial(_initialise, std=config.init_std))
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text layers alone: int64 (B, l) and bool (B, l) -> (B, l, W)."""
@@ -220,9 +222,9 @@ class TextEncoder(nn.Module):
         return list(zip(self.bert.encoder.layer[self.config.fusion_layer :], clips, strict=True))
 
 
-def _initialise(module: nn.Module) -> None:
-    """BERT's: normal .02 for weights and embeddings, zero biases."""
+def _initialise(module: nn.Module, std: float) -> None:
+    """BERT's: normal weights and embeddings, zero biases."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
