@@ -78,7 +78,7 @@ def stage2() -> Stage2Config:
         data=DataConfig(workers=2, flip=False, augment="random_resized_crop"),
         student=pretraining.student,
         teacher=pretraining.teacher,
-        text=TextConfig(width=96, depth=4, fusion_layer=2, num_heads=3, vocab_size=64, max_positions=16),
+        text=TextConfig(width=96, depth=4, fusion_layer=2, num_heads=3, vocab_size=64, max_positions=16, init_std=0.08),
         mask=pretraining.mask,
         align=pretraining.align,
         optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_lr=1e-5, lr_batch=0, weight_decay=0.02),

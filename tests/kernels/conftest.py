@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 
 @pytest.fixture
@@ -13,6 +14,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     What it and torch.zeros give has more memory behind its end, checked after the test: a store without its mask shows.
     """
+    # Torch lists its constructors once, for torch.device(...) blocks; it must not find ours among them.
+    _device_constructors()
     plain_empty, plain_like, margins = torch.empty, torch.empty_like, []
 
     def poison(tensor: Tensor) -> Tensor:

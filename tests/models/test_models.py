@@ -121,7 +121,12 @@ def test_spatial_attention_keeps_frames_apart() -> None:
 def test_visible_tokens_are_those_of_the_whole_embedding() -> None:
     torch.manual_seed(0)
     model = VisionTransformer(VitConfig(width=32, depth=1, num_heads=2, image_size=32, num_frames=4)).eval()
-    model.blocks = torch.nn.ModuleList([torch.nn.Identity()])
+
+    class Nothing(torch.nn.Module):
+        def forward(self, x: torch.Tensor, packing: None) -> torch.Tensor:
+            return x
+
+    model.blocks = torch.nn.ModuleList([Nothing()])
     video = torch.randint(256, (1, 4, 32, 32, 3), dtype=torch.uint8)
     visible = torch.tensor([[1, 6, 15]], dtype=torch.int32)
     (every,), (some,) = model(video), model(video, visible)
