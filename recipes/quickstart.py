@@ -52,7 +52,7 @@ def motion() -> FinetuneConfig:
     """Fine-tuning of all weights; no flip, which would turn left into right."""
     return FinetuneConfig(
         run=RunConfig(batch_size=16, epochs=15, warmup_epochs=2, dtype="fp32", log_every=25, tensorboard=False),
-        data=DataConfig(workers=2, flip=False, augment="center"),
+        data=DataConfig(workers=1, flip=False, augment="center"),
         student=_student(),
         optim=OptimConfig(lr=1e-3, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0),
         num_classes=4,

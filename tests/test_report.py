@@ -44,7 +44,7 @@ def test_a_quickstart(tmp_path: Path) -> None:
     scores = {"pretrained": 0.61, "scratch": 0.42, "teacher": 0.25, "seconds": 3.0}
     shares = {"semantic": 0.2, "random": 0.1, "tube": 0.1, "ratio": 2.0, "seconds": 1.0}
     (tmp_path / "results.json").write_text(
-        json.dumps({"seed": 0, "motion": scores, "scene": scores, "foreground": shares})
+        json.dumps({"seed": 0, "comparison": {"motion": scores, "scene": scores, "seconds": 9.0}, "foreground": shares})
     )
     kept = np.tile(np.array([0, 5]), (2, 1))
     np.savez(tmp_path / "masks.npz", side=2, video=np.zeros((2, 2, 8, 8, 3), np.uint8), semantic=kept, random=kept)

@@ -150,13 +150,14 @@ def _retrieval_section(path: Path) -> str:
 
 def _results_section(results: dict[str, Any]) -> str:
     parts = ["<h2>What pre-training gave</h2>"]
-    if "motion" in results and "scene" in results:
+    if "comparison" in results:
+        scores = results["comparison"]
         names = {
             "pretrained": "student, pre-trained (stage 1)",
             "scratch": "the same student from scratch",
             "teacher": "the per-frame teacher",
         }
-        rows = [[text, 100 * results["motion"][key], 100 * results["scene"][key]] for key, text in names.items()]
+        rows = [[text, 100 * scores["motion"][key], 100 * scores["scene"][key]] for key, text in names.items()]
         parts.append(_table(rows, ["after the same short training", "motion labels, %", "scene labels (probe), %"]))
         parts.append(
             '<p class="note">Accuracy on unseen clips. Motion (4 classes, chance 25%) is what single frames do not show; '
