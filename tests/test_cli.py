@@ -58,6 +58,16 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
         (["train", "stage1_k710", "--mask.ratio", "1.5"], "mask.ratio is 1.5"),
         (["train", "stage1_k710", "--run.batch_size", "many"], "many"),
         (["train", "stage1_k710"], "data.train is empty"),
+        (["train", "stage1_k710", "--teacher.num_heads", "0"], "teacher.num_heads is 0"),
+        (["train", "stage1_k710", "--student.mlp_ratio", "-1"], "student.mlp_ratio is -1"),
+        (["train", "stage1_k710", "--optim.lr_batch", "-5"], "optim.lr_batch is -5"),
+        (["train", "stage1_k710", "--optim.lr", "inf"], "optim.lr is inf"),
+        (["train", "stage1_k710", "--optim.betas", "2", "0.9"], "optim.betas are"),
+        (["train", "stage2", "--embed_dim", "0"], "embed_dim is 0"),
+        (["train", "stage2", "--text.num_heads", "0"], "text.num_heads is 0"),
+        (["scan", "pyproject.toml", "--out", "./pyproject.toml"], "is an input of this command"),
+        (["convert", "pyproject.toml", "pyproject.toml"], "is an input of this command"),
+        (["eval", "pyproject.toml", "list.csv", "--out", "pyproject.toml"], "is an input of this command"),
         (["prepare", "no/such/list.csv", "--out", "x"], "no list at no/such/list.csv"),
         (["prepare", "list.csv", "--out", "x", "--shard", "one"], "--shard is 'one'"),
         (["prepare", "list.csv", "--out", "x", "--shard", "2/2"], "i from 0 to n - 1"),
@@ -266,3 +276,19 @@ def test_stage_2_recipe_scripts_pass_every_corpus_on(corpus: str, tmp_path: Path
     del environment[names[corpus][-1]]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and f"set {names[corpus][-1]}" in done.stderr
+
+
+def test_labels_that_are_no_class_are_refused(tiny_list: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tiny_list.write_text(tiny_list.read_text().replace(",1", ",7"))
+    page = f"{REPOSITORY}/tests/assets/tiny.py:classes"
+    assert main(["train", page, "--data.train", str(tiny_list), "--run.out", str(tmp_path / "run")]) == 2
+    assert "1 labels outside 0 to 1, the first 7" in capsys.readouterr().err
+
+
+def test_fidelity_on_videos(tiny_list: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["bench", "fidelity", "--model", "tiny", "--device", "cpu", "--batch_size", "1", "--batches", "1"]
+    code = main([*arguments, "--videos", str(tiny_list)])
+    captured = capsys.readouterr()
+    if code == 2 and "VNNI" in captured.err:
+        pytest.skip(captured.err)
+    assert code == 0 and json.loads(captured.out)["mask_overlap"] > 0.5

@@ -40,6 +40,12 @@ def _cli(function: Any, arguments: list[str], command: str, **keywords: Any) -> 
     )
 
 
+def _not_an_input(out: Path | None, *inputs: Path) -> None:
+    """Refuses an output that would replace what it is made from."""
+    if out is not None and any(out.resolve() == given.resolve() for given in inputs):
+        raise ConfigError(f"{out} is an input of this command and would be replaced; give another output")
+
+
 def _train(arguments: list[str]) -> None:
     from umt_fast import recipe
 
@@ -96,6 +102,7 @@ def _scan(arguments: list[str]) -> None:
             separator: Field separator of the list.
             root: Folder put before relative paths; empty: the list's own folder.
         """
+        _not_an_input(out, list_path)
         scan(list_path, out, workers=workers, data=DataConfig(separator=separator, root=root))
 
     _cli(command, arguments, "scan")
@@ -140,7 +147,7 @@ def _prepare(arguments: list[str]) -> None:
             check: Then read every record of the folder against its checksum.
         """
         parts = shard.split("/")
-        if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
             raise ConfigError(f"--shard is {shard!r}; give i/n, as 0/4")
         settings = Settings(
             segments=segments, per_segment=per_segment, short_side=short_side, quality=quality, seed=seed
@@ -208,6 +215,7 @@ def _eval(arguments: list[str]) -> None:
             device: auto, cpu or cuda.
         """
         for path in (out, scores):
+            _not_an_input(path, checkpoint, list_path)
             if path is not None and not path.parent.is_dir():
                 raise ConfigError(f"{path} cannot be written: {path.parent} is not a folder")
         data = DataConfig(workers=workers, separator=separator, root=root)
@@ -236,6 +244,7 @@ def _convert(arguments: list[str]) -> None:
                 taken off).
             out: .safetensors, or any other suffix for a PyTorch file.
         """
+        _not_an_input(out, file)
         state = read_weights(file)["model"] if file.is_dir() else load_state(file)
         save_state(state, out)
         print(f"{out}: {len(state)} tensors, {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} M values")

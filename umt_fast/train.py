@@ -13,7 +13,7 @@ from umt_fast.config import ConfigError, DataConfig, FinetuneConfig, Stage1Confi
 from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_corpora
 from umt_fast.data.cotraining import AlternatingLoader, PackedLoader
 from umt_fast.data.loader import ClipLoader, open_loader
-from umt_fast.data.manifest import Clip, read_list
+from umt_fast.data.manifest import Clip, check_labels, read_list
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.precision import pick_device, usable_dtype
 from umt_fast.engine.trainer import Trainer
@@ -56,7 +56,10 @@ def build_loader(
     if not isinstance(config, Stage2Config):
         if not config.data.train:
             raise ConfigError("data.train is empty; give a list of videos: --data.train list.csv")
-        return clips_of(read_list(config.data.train, config.data), config.student.num_frames)
+        clips = read_list(config.data.train, config.data)
+        if isinstance(config, FinetuneConfig):
+            check_labels(clips, config.num_classes, config.data.train)
+        return clips_of(clips, config.student.num_frames)
     if not config.videos and not config.images:
         raise ConfigError("videos and images are both empty; give caption lists: --videos list.json=folder")
     packed = config.co_training == "packed"

@@ -157,3 +157,8 @@ def test_columns_come_before_the_first_batch(tiny_list: Path) -> None:
     assert torch.equal(batch["double"], 2 * batch["index"])
     with pytest.raises(RuntimeError, match="before the first batch"):
         clips.add_columns(lambda rows: {})
+
+
+def test_a_folder_without_a_vocabulary_is_no_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="neither vocab.txt nor tokenizer.json"):
+        load_tokenizer(str(tmp_path))

@@ -87,7 +87,7 @@ def main(
         from umt_fast.train import build_loader
 
         config.data = DataConfig(train=videos, workers=0)
-        loader = build_loader(config, 0, 1)
+        loader = build_loader(config, 0, 1, place)
         loader.set_epoch(0)
         clips = (batch["video"] for batch in loader)
     else:

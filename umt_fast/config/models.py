@@ -53,6 +53,7 @@ class VitConfig:
         )
         for name in ("table_frames", "table_side"):
             require(getattr(self, name) >= 0, f"student.{name} is {getattr(self, name)}; it must not be negative")
+        require(self.mlp_ratio > 0, f"student.mlp_ratio is {self.mlp_ratio}; it must be positive")
         require(0 <= self.drop_path < 1, f"student.drop_path is {self.drop_path}; it must lie in [0, 1)")
         require(
             0 <= self.checkpoint_blocks <= self.depth,
@@ -81,6 +82,8 @@ class TeacherConfig:
     but the last in 8 bits; the targets then differ a little: `bench fidelity` says by how much for given weights."""
 
     def __post_init__(self) -> None:
+        for name in ("width", "depth", "num_heads", "patch_size", "image_size", "output_dim"):
+            require(getattr(self, name) > 0, f"teacher.{name} is {getattr(self, name)}; it must be positive")
         require(
             self.width % self.num_heads == 0,
             f"teacher.width {self.width} is not a multiple of teacher.num_heads {self.num_heads}",
@@ -108,6 +111,8 @@ class TextConfig:
     """Deviation of fresh weights. BERT's own is for widths of 768 and more; narrow models trained from nothing need more."""
 
     def __post_init__(self) -> None:
+        for name in ("width", "depth", "num_heads", "vocab_size", "max_positions"):
+            require(getattr(self, name) > 0, f"text.{name} is {getattr(self, name)}; it must be positive")
         require(
             self.width % self.num_heads == 0,
             f"text.width {self.width} is not a multiple of text.num_heads {self.num_heads}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,8 +78,10 @@ class OptimConfig:
     """`apex`: NVIDIA apex's FusedAdam (GPU only; not the registry's package of that name)."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "min_lr", "warmup_lr", "weight_decay", "clip_grad"):
-            require(getattr(self, name) >= 0, f"optim.{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("lr", "min_lr", "warmup_lr", "lr_batch", "eps", "weight_decay", "clip_grad"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"optim.{name} is {value}; it must be finite and not negative")
+        require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas are {self.betas}; both must lie in [0, 1)")
         require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
 
 

@@ -108,6 +108,7 @@ class Stage2Config:
     """Share of words hidden for the masked-language loss."""
 
     def __post_init__(self) -> None:
+        require(self.embed_dim > 0, f"embed_dim is {self.embed_dim}; it must be positive")
         require(0 < self.mask_words < 1, f"mask_words is {self.mask_words}; it must lie in (0, 1)")
         require(
             2 <= self.max_length <= self.text.max_positions,

@@ -135,6 +135,9 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import BertTokenizerFast
 
+    # Of a folder without a vocabulary a tokenizer is made all the same, to which every word is unknown.
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("vocab.txt", "tokenizer.json")):
+        raise DataError(f"the folder {name} holds no tokenizer: neither vocab.txt nor tokenizer.json")
     try:
         return BertTokenizerFast.from_pretrained(name)
     except (OSError, ValueError) as error:

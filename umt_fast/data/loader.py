@@ -20,6 +20,7 @@ from umt_fast.data.cpu import ClipReader, Sample
 from umt_fast.data.packed import Clips
 from umt_fast.data.prepared import check_use, locate
 from umt_fast.data.video import VideoError
+from umt_fast.data.workers import end_with_parent
 
 log = logging.getLogger("umt_fast.data")
 
@@ -82,7 +83,8 @@ def _stack(samples: list[Sample | VideoError], columns: Columns | None) -> _Read
     )
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    end_with_parent()
     # Decoding processes are the parallelism; threads of torch and of the tokenizer inside them would only compete.
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -225,7 +227,7 @@ class ClipLoader:
             persistent_workers=workers > 0,
             prefetch_factor=self.data.prefetch if workers else None,
             collate_fn=collate,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             multiprocessing_context=_fork_server() if workers else None,
         )
 

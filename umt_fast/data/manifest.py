@@ -10,7 +10,7 @@ from umt_fast.config import DataConfig
 from umt_fast.data.clip import Clip, DataError
 from umt_fast.data.packed import Clips
 
-__all__ = ["Clip", "DataError", "read_list"]
+__all__ = ["Clip", "DataError", "check_labels", "read_list"]
 
 
 def read_list(path: str | Path, data: DataConfig) -> Clips:
@@ -41,6 +41,16 @@ def read_list(path: str | Path, data: DataConfig) -> Clips:
         return Clips.of(parse(path, number, line, root, data.separator) for number, line in numbered)
     except OverflowError as error:
         raise DataError(f"{path} holds a number beyond 64 bits; labels and counts must fit into them") from error
+
+
+def check_labels(clips: Clips, num_classes: int, source: str) -> None:
+    """Raises DataError where a label is no class."""
+    outside = sorted(label for label in clips.values("label") if not 0 <= label < num_classes)
+    if outside:
+        raise DataError(
+            f"{source} has {len(outside)} labels outside 0 to {num_classes - 1}, the first {outside[0]}; "
+            "correct the list or set num_classes"
+        )
 
 
 def _resolve(root: Path, name: str) -> str:

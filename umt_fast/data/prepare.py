@@ -13,7 +13,6 @@ import json
 import logging
 import multiprocessing
 import os
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from umt_fast.config import DataConfig
 from umt_fast.data.manifest import Clip, DataError, read_list
 from umt_fast.data.prepared import Settings, candidates, checksum, index_lines, pack, part_of, read_part
 from umt_fast.data.video import VideoError, decode_frames, read_frame_folder
+from umt_fast.data.workers import end_with_parent
 
 log = logging.getLogger("umt_fast.data")
 
@@ -98,16 +98,6 @@ def _one(number: int, clip: Clip, settings: Settings, frame_pattern: str) -> tup
     return line | {"num_frames": stored, "size": len(record), "checksum": checksum(record)}, record
 
 
-def _end_with_parent() -> None:
-    """A worker waits for work for ever; where its parent was killed none comes."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _results(
     work: list[tuple[int, Clip]], settings: Settings, frame_pattern: str, workers: int
 ) -> Iterator[tuple[dict[str, Any], bytes]]:
@@ -117,7 +107,7 @@ def _results(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         under_way: deque[Future] = deque()
         try:
             for number, clip in work:

@@ -98,7 +98,7 @@ def _probe_one(work: tuple[int, Clip, str]) -> tuple[int, dict | None, str]:
 
 
 def _journal(path: Path, clips: list[Clip]) -> dict[int, tuple[dict | None, str]]:
-    """Results of an interrupted scan that still belong to this list."""
+    """Good clips of an interrupted scan that still belong to this list; bad ones are tried again."""
     done: dict[int, tuple[dict | None, str]] = {}
     if not path.exists():
         return done
@@ -107,7 +107,7 @@ def _journal(path: Path, clips: list[Clip]) -> dict[int, tuple[dict | None, str]
             number, name, entry, reason = json.loads(line)
         except ValueError:  # the line being written when the scan was killed
             continue
-        if number < len(clips) and clips[number].path == name:
+        if number < len(clips) and clips[number].path == name and not reason:
             done[number] = (entry, reason)
     return done
 

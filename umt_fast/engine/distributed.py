@@ -44,6 +44,8 @@ def distributed_run(run: RunConfig) -> Iterator[Ranks]:
         torch.cuda.set_device(ranks.device)
     if ranks.world_size > 1:
         dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo")
+        # A rank that ends on a user's mistake before the others have joined would leave them with errors of their own.
+        gather(None)
     try:
         yield ranks
     finally:

@@ -289,7 +289,7 @@ class Trainer:
             return checkpoint.read_file(path)
 
         newest = checkpoint.load_newest(self.folder, read) if self.run.resume else None
-        steps = gather(0 if newest is None else newest[1]["trainer"]["step"])
+        steps = gather(0 if newest is None else newest[1].get("trainer", {}).get("step"))
         if len(set(steps)) > 1:
             raise checkpoint.CheckpointError(
                 f"the ranks found checkpoints of different steps in {self.folder}: {steps}; "
@@ -302,6 +302,8 @@ class Trainer:
                 )
             return
         path, content = newest
+        if "trainer" not in content:
+            raise checkpoint.CheckpointError(f"{path} holds weights alone; start a new run.out from them (--init)")
         saved = content["trainer"]
         for name, now in (
             ("world_size", self.ranks.world_size),

@@ -13,6 +13,7 @@ import torch
 
 from umt_fast.config import DataConfig, FinetuneConfig, Stage2Config, from_dict, require
 from umt_fast.data.captions import Tokens, load_tokenizer
+from umt_fast.data.manifest import check_labels, read_list
 from umt_fast.data.queries import Joining, read_queries
 from umt_fast.engine.checkpoint import read_file
 from umt_fast.engine.distributed import Ranks
@@ -111,6 +112,7 @@ def _accuracy(
     ranks: Ranks,
 ) -> dict[str, Any]:
     config = from_dict(FinetuneConfig, record | {"init": ""})
+    check_labels(read_list(list_path, data), config.num_classes, str(list_path))
     objective = Supervised(config)
     objective.trainable.load_state_dict(weights)
     logits = objective.to(ranks.device).eval().logits
