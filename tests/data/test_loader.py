@@ -1,6 +1,10 @@
 """Order, shards, state, sampling and crops."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +151,38 @@ def test_whole_frames_are_pressed_into_the_square(clips: list[Clip]) -> None:
     expected = np.asarray(Image.fromarray(frames[0]).resize((32, 32), Image.Resampling.BILINEAR))
     np.testing.assert_array_equal(reader.crops(frames, (0,))[0, 0], expected)
     assert (ClipReader(clips, DataConfig(), **kind).crops(frames, (0,))[0, 0] != expected).any()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_workers_end_when_their_process_is_killed(tiny_list: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from umt_fast.config import DataConfig\n"
+        "from umt_fast.data.loader import ClipLoader\n"
+        "from umt_fast.data.manifest import read_list\n"
+        "if __name__ == '__main__':\n"
+        "    data = DataConfig(workers=1)\n"
+        "    loader = ClipLoader(read_list(sys.argv[1], data), data, num_frames=2, image_size=16, batch_size=1)\n"
+        "    batches = iter(loader)\n"
+        "    next(batches)\n"
+        "    print(loader._loader._iterator._workers[0].pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    script = tiny_list.with_name("program.py")
+    script.write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen([sys.executable, str(script), str(tiny_list)], stdout=subprocess.PIPE, env=environment)
+    worker = int(process.stdout.readline())
+    assert alive(worker)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not alive(worker)
