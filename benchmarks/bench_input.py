@@ -60,7 +60,7 @@ def loader_of(name: str, path: str, folder: Path) -> ClipLoader:
     if name == "prepared":
         (folder / "list.csv").write_text(f"{path},0\n")
         prepare(folder / "list.csv", folder / "out", workers=0)
-        clips = read_list(folder / "out", DataConfig())
+        clips = [*read_list(folder / "out", DataConfig())]
     kind = {"num_frames": 8, "image_size": 224, "seed": 1}
     loader = ClipLoader(clips * CLIPS, DataConfig(workers=0, max_bad_share=0), batch_size=2, **kind)
     loader._reader = READERS[name](loader.clips, loader.data, train=True, **kind)

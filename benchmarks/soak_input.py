@@ -53,7 +53,7 @@ def main(
         table = Path(folder) / "list.csv"
         table.write_text("".join(f"{path.resolve()},0\n" for path in videos))
         prepare(table, Path(folder) / "out", settings=Settings(short_side=short_side), workers=0)
-        listed = read_list(Path(folder) / "out", DataConfig()) * (1000 // len(videos))
+        listed = [*read_list(Path(folder) / "out", DataConfig())] * (1000 // len(videos))
         loader = ClipLoader(
             listed, DataConfig(workers=workers, max_bad_share=0), num_frames=8, image_size=image_size, batch_size=20
         )
