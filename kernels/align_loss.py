@@ -103,8 +103,10 @@ def align_loss_bwd_kernel(
     acc_weight = tl.zeros((BLOCK,), tl.float32)
     acc_bias = tl.zeros((BLOCK,), tl.float32)
     first = i_part * ROWS
-    for i in range(first, tl.minimum(first + ROWS, rows_per_layer)):
-        i_row = i_layer * rows_per_layer + i
+    for i in range(ROWS):
+        # Behind the layer's last row its gradient is zero and nothing is stored: the last row is read again from cache.
+        here = first + i < rows_per_layer
+        i_row = i_layer * rows_per_layer + tl.minimum(first + i, rows_per_layer - 1)
         standard, rstd, b_weight, s, inverse, t = _row(
             student, target, visible, i_row, i_layer, weight, bias, rows_per_layer, n, tokens, eps,
             D, BLOCK, NORMALIZE, GATHER,
@@ -115,7 +117,7 @@ def align_loss_bwd_kernel(
             ds = 2 * (s - t) / D
         else:
             ds = tl.minimum(tl.maximum(s - t, -1.0), 1.0) / D
-        ds *= tl.load(dout + i_row)
+        ds *= tl.load(dout + i_row, mask=here, other=0)
         dy = ds
         if NORMALIZE:
             dy = inverse * (ds - s * tl.sum(ds * s, 0))
@@ -125,7 +127,7 @@ def align_loss_bwd_kernel(
         mean = tl.sum(dstandard, 0) / D
         along = tl.sum(dstandard * standard, 0) / D
         dx = rstd * (dstandard - mean - standard * along)
-        tl.store(dstudent + i_row * D + o, dx.to(dstudent.dtype.element_ty), mask=inside)
+        tl.store(dstudent + i_row * D + o, dx.to(dstudent.dtype.element_ty), mask=inside & here)
     part = (i_layer * tl.num_programs(0) + i_part) * D + o
     tl.store(dweight + part, acc_weight, mask=inside)
     tl.store(dbias + part, acc_bias, mask=inside)
