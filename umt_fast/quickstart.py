@@ -1,4 +1,4 @@
-"""The sample world from nothing to report: render, train a teacher, pre-train, compare, measure the masks.
+"""The sample world from nothing to report: render, train a teacher, pre-train, compare, measure the masks, retrieve.
 
 Each part leaves a file and is skipped when that file is there, so an interrupted quickstart goes on where it stopped.
 Everything is trained by the code that trains the real models; the settings are in recipes/quickstart.py.
@@ -34,6 +34,8 @@ from umt_fast.data import sample_world
 from umt_fast.data.captions import read_captions
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import read_list
+from umt_fast.data.prepare import prepare
+from umt_fast.data.prepared import Settings
 from umt_fast.data.sampling import sparse_center
 from umt_fast.data.video import decode_frames
 from umt_fast.engine.checkpoint import checkpoints
@@ -93,6 +95,12 @@ def train_teacher(world: Path, teacher: TeacherConfig, path: Path, seed: int) ->
     return {"loss": round(loss, 4), "zero_shot": small_clip.zero_shot_accuracy(clip, unseen), "captions": len(groups)}
 
 
+def pack(out: Path, name: str) -> dict[str, Any]:
+    """Prepares a list of the world, whose clips are read ten times and more: OUT/prepared/NAME, without its ending."""
+    folder = out / "prepared" / Path(name).stem
+    return dict(prepare(out / "world" / name, folder, settings=Settings(quality=95), workers=os.cpu_count() or 1))
+
+
 def evaluate(objective: nn.Module, config: FinetuneConfig, test_list: Path, device: torch.device) -> dict[str, Any]:
     """Accuracy of a trained objective on unseen clips."""
     objective = objective.to(device).eval()
@@ -114,6 +122,7 @@ def tune(out: Path, label: str, start: str, teacher: TeacherConfig, pretrained: 
     config.run.seed = seed
     config.run.out = str(out / f"{label}_{start}")
     config.data.train = str(out / "world" / f"labelled_{label}.csv")
+    config.data.prepared = (str(out / "prepared" / "labelled_motion"),)  # the same clips, whatever their labels
     config.init = pretrained if start == "pretrained" else ""
     torch.manual_seed(seed)
     objective = FrameSupervised(config, teacher) if start == "teacher" else Supervised(config)
@@ -212,6 +221,7 @@ def stage2_config(out: Path, seed: int, pretrained: str) -> Stage2Config:
     config: Stage2Config = recipe.load("quickstart:stage2")
     config.run.seed, config.run.out = seed, str(out / "stage2")
     config.videos = (str(out / "world" / "train_captions.json"),)
+    config.data.prepared = (str(out / "prepared" / "train_captions"),)
     config.teacher.weights, config.init = str(out / "teacher.safetensors"), pretrained
     config.tokenizer = str(out / "tokenizer")
     return config
@@ -251,11 +261,13 @@ def run(out: str | Path, seed: int = 0, stage2: bool = False) -> Path:
     results.part("teacher", lambda: train_teacher(world, config.teacher, weights, seed))
     results.part("stage1", lambda: {"run": str(train(config))})
     pretrained = newest_weights(out / "stage1")
+    results.part("labelled clips", lambda: pack(out, "labelled_motion.csv"))
     results.part("comparison", lambda: compare(out, config.teacher, pretrained, seed))
     results.part("foreground", lambda: measure_masks(out, config))
     if stage2:
         write_vocabulary(out / "tokenizer", world / "train_captions.json")
         second = stage2_config(out, seed, pretrained)
+        results.part("captioned clips", lambda: pack(out, "train_captions.json"))
         results.part("stage2", lambda: {"run": str(train(second))})
         results.part("retrieval", lambda: retrieve(out, second))
     report = write_report(out)
