@@ -127,7 +127,8 @@ def align_loss_bwd_kernel(
         mean = tl.sum(dstandard, 0) / D
         along = tl.sum(dstandard * standard, 0) / D
         dx = rstd * (dstandard - mean - standard * along)
-        tl.store(dstudent + i_row * D + o, dx.to(dstudent.dtype.element_ty), mask=inside & here)
+        # Not inside & here: broadcast by an operator, a scalar comparison is no mask to triton 3.9's interpreter.
+        tl.store(dstudent + i_row * D + o, dx.to(dstudent.dtype.element_ty), mask=tl.where(here, inside, False))
     part = (i_layer * tl.num_programs(0) + i_part) * D + o
     tl.store(dweight + part, acc_weight, mask=inside)
     tl.store(dbias + part, acc_bias, mask=inside)
