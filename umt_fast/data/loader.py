@@ -171,6 +171,11 @@ class ClipLoader:
         self.epoch, self.position = state["epoch"], state["position"]
         self.bad_files = dict(state["bad_files"])
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """What a state belongs to; see Clips.identity."""
+        return self.clips.identity()
+
     def name_of(self, index: int) -> str:
         """The path of a clip by its number."""
         return self.clips[index].name
