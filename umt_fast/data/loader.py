@@ -244,9 +244,15 @@ class ClipLoader:
         log.warning("skipped a bad clip: %s", reason)
         allowed = self.data.max_bad_share * len(self.clips)
         if len(self.bad_files) > allowed:
+            clip = self.clips[number]
+            remedy = "`scan` the list to find them all"
+            if clip.shard:
+                remedy = "Repeat the `prepare` of that folder with --verify True to find them all"
+            elif clip.member:
+                remedy = "Fetch the tar files again"
             raise DataError(
                 f"{len(self.bad_files)} of {len(self.clips)} clips are unreadable, more than data.max_bad_share "
-                f"{self.data.max_bad_share} allows; the last: {reason}. `scan` the list to find them all"
+                f"{self.data.max_bad_share} allows; the last: {reason}. {remedy}"
             )
 
 
