@@ -53,6 +53,7 @@ def _cli(function: Any, arguments: list[str], command: str, **keywords: Any) -> 
         if not stop.code:  # --help
             raise
         raise ConfigError(f"{_in_one_line(said.getvalue())} (python -m umt_fast {command} --help)") from None
+    sys.stderr.write(said.getvalue())
     return result() if inspect.isfunction(function) else result
 
 
