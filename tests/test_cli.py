@@ -1,6 +1,7 @@
 """The command line: what it accepts, and one clear error for each thing it cannot work with."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,19 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
         (["train", "stage1_k71"], "did you mean 'stage1_k710'"),
         (["train", "stage1_k710:l61"], "did you mean 'l16'"),
         (["train", "missing.py"], "no recipe page at missing.py"),
-        (["train", "stage1_k710", "--mask.raito", "0.5"], "--mask.ratio"),
+        (["train", "stage1_k710", "--mask.raito", "0.5"], "--mask.raito, 0.5; did you mean --mask.ratio?"),
+        (["train", "stage1_k710", "--run.dtype", "fp16"], "invalid choice 'fp16' for argument '--run.dtype'"),
+        (["train", "stage1_k710", "--run.batch_size"], "Missing value for argument '--run.batch_size'"),
+        (["train", "stage1_k710", "--data.frame_pattern", "img_%05d.jpg"], "data.frame_pattern is 'img_%05d.jpg'"),
+        (["plan", "stage1_k710", "--run.batchsize", "7"], "did you mean --run.batch_size?"),
+        (["scan", "list.csv"], "Missing from python -m umt_fast scan: --out PATH"),
+        (["scan", "list.csv", "--out", "tests"], "tests cannot be written: it is a folder"),
+        (["prepare", "list.csv", "--out", "pyproject.toml"], "pyproject.toml is a file"),
+        (["eval", "no/such/checkpoint.pt", "list.csv", "--out", "no/figures.json"], "no is not a folder"),
+        (["eval", "no/such/checkpoint.pt", "list.csv", "--scores", "tests"], "tests cannot be written"),
+        (["eval", "no/such/checkpoint.pt", "list.csv", "--out", "/sys/figures.json"], "/sys/figures.json cannot be"),
+        (["convert", "no/such/file.pt", "/sys/out.safetensors"], "/sys/out.safetensors cannot be written"),
+        (["convert", "no/such/file.pt", "tests"], "tests cannot be written: it is a folder"),
         (["train", "stage1_k710", "--mask.ratio", "1.5"], "mask.ratio is 1.5"),
         (["train", "stage1_k710", "--run.batch_size", "many"], "many"),
         (["train", "stage1_k710"], "data.train is empty"),
@@ -83,7 +96,24 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
-    assert expected in fails(capsys, *arguments)
+    said = fails(capsys, *arguments)
+    assert expected in said and said.startswith("umt_fast: error: ") and len(said.splitlines()) == 1
+
+
+def test_a_mistyped_option_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the argument parser draws its box with lines and colours."""
+    import pty
+
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+    monkeypatch.setenv("TERM", "xterm")
+    terminal, screen = pty.openpty()
+    command = [sys.executable, "-m", "umt_fast", "scan", "list.csv", "--out", "x", "--wokers", "2"]
+    done = subprocess.run(command, stdout=screen, stderr=subprocess.PIPE, text=True)
+    os.close(screen), os.close(terminal)
+    (line,) = done.stderr.splitlines()
+    assert line == (
+        "umt_fast: error: Unrecognized options: --wokers, 2; did you mean --workers? (python -m umt_fast scan --help)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,6 +132,51 @@ def test_bad_lists(content: str | None, expected: str, tmp_path: Path, capsys: p
     if content is not None:
         videos.write_text(content)
     assert expected in fails(capsys, "train", TINY, "--data.train", videos, "--run.out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["captions.json", "captions.sqlite", "captions.tar"])
+def test_captions_where_labels_are_needed(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"SQLite format 3" if name.endswith("sqlite") else b'[\n {"video": "a.mp4", "caption": "a"}\n]')
+    for arguments in (
+        ["scan", path, "--out", tmp_path / "manifest.jsonl"],
+        ["train", f"{TINY}:classes", "--data.train", path, "--run.out", tmp_path / "run"],
+    ):
+        said = fails(capsys, *arguments)
+        assert f"{path} holds captions" in said and "`prepare`" in said and len(said.splitlines()) == 1
+
+
+def test_frame_folders_of_another_pattern(tmp_path: Path) -> None:
+    """`scan` and `prepare` find the files; `eval` takes the option, too."""
+    from PIL import Image
+
+    for clip in ("a", "b"):
+        (tmp_path / clip).mkdir()
+        for number in range(1, 6):
+            Image.new("RGB", (40, 40), (40 * number, 0, 0)).save(tmp_path / clip / f"frame-{number}.png")
+    table, pattern = tmp_path / "list.csv", ["--frame_pattern", "frame-{}.png"]
+    table.write_text("a,5,0\nb,5,1\n")
+    assert main(["scan", str(table), "--out", str(tmp_path / "m.jsonl"), *pattern]) == 0
+    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 2
+    assert main(["prepare", str(table), "--out", str(tmp_path / "out"), "--workers", "0", *pattern]) == 0
+    run = ["--run.out", str(tmp_path / "run"), "--data.train", str(table), "--data.frame_pattern", pattern[1]]
+    assert main(["train", f"{TINY}:classes", *run]) == 0
+    checkpoint = str(next((tmp_path / "run").glob("checkpoint-*3.pt")))
+    assert main(["eval", checkpoint, str(table), "--workers", "0", *pattern]) == 0
+
+
+@pytest.mark.parametrize("content", [b"a,b\n", b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00N.", b"PK\x03\x04cut"])
+def test_what_is_no_weights_file_is_one_line(content: bytes, tmp_path: Path) -> None:
+    """In a process of its own: what libraries have to say comes once per process."""
+    (tmp_path / "x.pt").write_bytes(content)
+    program = (
+        "import sys; from umt_fast.__main__ import main\n"
+        "print(main(['convert', sys.argv[1], sys.argv[1] + '.safetensors']), main(['eval', sys.argv[1], 'list.csv']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "x.pt"], capture_output=True, text=True)
+    assert done.stdout.strip() == "2 2", done.stderr
+    first, second = done.stderr.splitlines()
+    assert "not a readable weights file" in first and "is not a checkpoint of an umt_fast run" in second
 
 
 def test_weights_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture, tiny_list: Path) -> None:
@@ -241,8 +316,6 @@ def test_convert_to_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.Ca
 
 def test_stage1_recipe_script_reaches_the_trainer_without_a_gpu(tmp_path: Path) -> None:
     """The launcher itself must not stop at a missing nvidia-smi; the list's absence is then the trainer's to report."""
-    import os
-
     environment = {**os.environ, "UMT_PYTHON": sys.executable, "DATA": str(tmp_path / "no.csv"), "OUT": str(tmp_path)}
     environment.pop("NGPU", None)
     done = subprocess.run(
@@ -257,8 +330,6 @@ def test_stage1_recipe_script_reaches_the_trainer_without_a_gpu(tmp_path: Path) 
 @pytest.mark.parametrize("corpus", ["5m", "17m", "25m"])
 def test_stage_2_recipe_scripts_pass_every_corpus_on(corpus: str, tmp_path: Path) -> None:
     """An interpreter that only prints its arguments stands in for Python."""
-    import os
-
     echo = tmp_path / "echo.sh"
     echo.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     echo.chmod(0o755)

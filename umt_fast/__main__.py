@@ -17,10 +17,16 @@ Commands:
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
+import inspect
+import io
 import json
 import logging
+import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,20 +36,59 @@ from umt_fast.config import ConfigError
 
 
 def _cli(function: Any, arguments: list[str], command: str, **keywords: Any) -> Any:
-    return tyro.cli(
-        function,
-        args=arguments,
-        prog=f"python -m umt_fast {command}",
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-        **keywords,
-    )
+    """What `function` gives for the arguments. Raises ConfigError where they do not fit it."""
+    said = io.StringIO()
+    try:
+        # tyro reports in a box on stderr; a command is run outside, where stderr is the user's.
+        with contextlib.redirect_stderr(said):
+            result = tyro.cli(
+                _deferred(function) if inspect.isfunction(function) else function,
+                args=arguments,
+                prog=f"python -m umt_fast {command}",
+                use_underscores=True,
+                config=(tyro.conf.FlagConversionOff,),
+                **keywords,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise ConfigError(f"{_in_one_line(said.getvalue())} (python -m umt_fast {command} --help)") from None
+    sys.stderr.write(said.getvalue())
+    return result() if inspect.isfunction(function) else result
 
 
-def _not_an_input(out: Path | None, *inputs: Path) -> None:
-    """Refuses an output that would replace what it is made from."""
-    if out is not None and any(out.resolve() == given.resolve() for given in inputs):
+def _deferred(function: Any) -> Any:
+    @functools.wraps(function)
+    def call_later(*values: Any, **named: Any) -> Any:
+        return functools.partial(function, *values, **named)
+
+    return call_later
+
+
+def _in_one_line(box: str) -> str:
+    """The message of tyro's box, which stands below the title and above the next rule, with the nearest option."""
+    plain = re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯]", "", "\n".join(box.splitlines()[1:]))
+    parts = [" ".join(part.split()) for part in re.split(r"^[ ─-]+$", plain, flags=re.MULTILINE)]
+    near = re.search(r"(?:Perhaps you meant|Arguments similar to \S+):\s+(--[\w.]+)", plain)
+    message = next(filter(None, parts), box).removesuffix(".")
+    return f"{message}; did you mean {near[1]}?" if near else message
+
+
+def _output(out: Path | None, *inputs: Path) -> None:
+    """Refuses, before any work, an output that would replace what it is made from or that cannot be written."""
+    if out is None:
+        return
+    if any(out.resolve() == given.resolve() for given in inputs):
         raise ConfigError(f"{out} is an input of this command and would be replaced; give another output")
+    if out.is_dir():
+        raise ConfigError(f"{out} cannot be written: it is a folder; give the name of a file")
+    if not out.parent.is_dir():
+        raise ConfigError(f"{out} cannot be written: {out.parent} is not a folder")
+    try:
+        # Files are written beside their place and renamed, so the folder is what counts.
+        tempfile.NamedTemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror}") from error
 
 
 def _train(arguments: list[str]) -> None:
@@ -68,12 +113,12 @@ def _plan(arguments: list[str]) -> None:
 
     if not arguments or (arguments[0].startswith("-") and arguments not in (["--help"], ["-h"])):
         raise ConfigError(f"plan needs a recipe first; known: {', '.join(recipe.names())}")
-    options, rest = tyro.cli(
+    helped = arguments[0].startswith("-")
+    options, rest = _cli(
         plan.PlanOptions,
-        args=arguments if arguments[0].startswith("-") else arguments[1:],
-        prog=f"python -m umt_fast plan {'RECIPE' if arguments[0].startswith('-') else arguments[0]}",
+        arguments if helped else arguments[1:],
+        f"plan {'RECIPE' if helped else arguments[0]}",
         description="Hours of a run and what bounds them. Any key of the recipe may follow (--run.batch_size 32 ...).",
-        use_underscores=True,
         return_unknown_args=True,
     )
     base = recipe.load(arguments[0])
@@ -92,6 +137,7 @@ def _scan(arguments: list[str]) -> None:
         workers: int = 4,
         separator: str = ",",
         root: str = "",
+        frame_pattern: str = "img_{:05d}.jpg",
     ) -> None:
         """Decode every clip of a list once and write a manifest that training reads in its place.
 
@@ -101,9 +147,12 @@ def _scan(arguments: list[str]) -> None:
             workers: Decoding processes.
             separator: Field separator of the list.
             root: Folder put before relative paths; empty: the list's own folder.
+            frame_pattern: File name of frame i (from 1) in a list of frame folders.
         """
-        _not_an_input(out, list_path)
-        scan(list_path, out, workers=workers, data=DataConfig(separator=separator, root=root))
+        if out.parent.is_dir():  # else it is made
+            _output(out, list_path)
+        data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
+        scan(list_path, out, workers=workers, data=data)
 
     _cli(command, arguments, "scan")
 
@@ -127,13 +176,14 @@ def _prepare(arguments: list[str]) -> None:
         workers: int = 4,
         separator: str = ",",
         root: str = "",
+        frame_pattern: str = "img_{:05d}.jpg",
         check: Annotated[bool, tyro.conf.arg(name="verify")] = False,
     ) -> None:
         """Pack candidate frames of every clip as JPEGs, for sparse sampling: train with --data.train DIR.
 
         Args:
             list_path: A list with labels, a manifest, or a caption list (then train with --data.prepared DIR).
-            out: Folder for the shards. The same command again continues an interrupted preparation.
+            out: Folder for the shards. The same command again continues, and tries the bad clips again.
             shard: i/n: every n-th clip from the i-th on, so that n machines share a list.
             segments: Segments of a clip; the frames a training run takes must divide segments x per_segment.
             per_segment: Random candidates of each segment; training draws one of them.
@@ -144,6 +194,7 @@ def _prepare(arguments: list[str]) -> None:
             workers: Decoding processes; 0 decodes in this one.
             separator: Field separator of the list.
             root: Folder put before relative paths; empty: the list's own folder.
+            frame_pattern: File name of frame i (from 1) in a list of frame folders.
             check: Then read every record of the folder against its checksum.
         """
         parts = shard.split("/")
@@ -152,7 +203,9 @@ def _prepare(arguments: list[str]) -> None:
         settings = Settings(
             segments=segments, per_segment=per_segment, short_side=short_side, quality=quality, seed=seed
         )  # fmt: skip
-        data = DataConfig(separator=separator, root=root)
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{out} is a file; prepare writes a folder: give another --out")
+        data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
         prepare(
             list_path, out, settings=settings, part=(int(parts[0]), int(parts[1])), shard_bytes=shard_mib << 20,
             workers=workers, data=data,
@@ -192,6 +245,7 @@ def _eval(arguments: list[str]) -> None:
         workers: int = 4,
         separator: str = ",",
         root: str = "",
+        frame_pattern: str = "img_{:05d}.jpg",
         device: Literal["auto", "cpu", "cuda"] = "auto",
     ) -> None:
         """Judge a run's checkpoint on unseen clips; it says by itself what it holds.
@@ -212,13 +266,12 @@ def _eval(arguments: list[str]) -> None:
             workers: Decoding processes.
             separator: Field separator of a list of labelled clips.
             root: Folder put before relative paths; empty: the list's own folder.
+            frame_pattern: File name of frame i (from 1) in a list of frame folders.
             device: auto, cpu or cuda.
         """
         for path in (out, scores):
-            _not_an_input(path, checkpoint, list_path)
-            if path is not None and not path.parent.is_dir():
-                raise ConfigError(f"{path} cannot be written: {path.parent} is not a folder")
-        data = DataConfig(workers=workers, separator=separator, root=root)
+            _output(path, checkpoint, list_path)
+        data = DataConfig(workers=workers, separator=separator, root=root, frame_pattern=frame_pattern)
         with distributed_run(RunConfig(device=device)) as ranks:
             figures = evaluate_checkpoint(
                 checkpoint, list_path, data, batch_size=batch_size, top_k=top_k, ranks=ranks, joining=captions,
@@ -244,7 +297,7 @@ def _convert(arguments: list[str]) -> None:
                 taken off).
             out: .safetensors, or any other suffix for a PyTorch file.
         """
-        _not_an_input(out, file)
+        _output(out, file)
         state = read_weights(file)["model"] if file.is_dir() else load_state(file)
         save_state(state, out)
         print(f"{out}: {len(state)} tensors, {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} M values")
@@ -263,6 +316,7 @@ def _report(arguments: list[str]) -> None:
         """
         if not run.is_dir():
             raise ConfigError(f"no run folder at {run}")
+        _output(run / "report.html")
         print(write_report(run))
 
     _cli(command, arguments, "report")

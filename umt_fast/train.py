@@ -14,6 +14,7 @@ from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_c
 from umt_fast.data.cotraining import AlternatingLoader, PackedLoader
 from umt_fast.data.loader import ClipLoader, open_loader
 from umt_fast.data.manifest import Clip, check_labels, read_list
+from umt_fast.engine.checkpoint import own_folder
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.precision import pick_device, usable_dtype
 from umt_fast.engine.trainer import Trainer
@@ -97,7 +98,7 @@ def train(config: AnyConfig) -> Path:
 
 def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], torch.nn.Module]) -> Path:
     """Trains an objective, or one built once the list has been read, with a configuration's data, schedule and folder."""
-    with distributed_run(config.run) as ranks:
+    with distributed_run(config.run) as ranks, own_folder(Path(config.run.out), first=ranks.first):
         loader = build_loader(config, ranks.rank, ranks.world_size, ranks.device)
         objective = objective if isinstance(objective, torch.nn.Module) else objective()
         # A packed step has as many images as clips besides.

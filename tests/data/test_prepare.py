@@ -93,6 +93,52 @@ def test_stored_frames_are_the_candidates(table: Path, tmp_path: Path) -> None:
     assert all(line["reason"] for line in bad)
 
 
+def test_bad_clips_are_tried_again(table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert prepare(table, out, workers=0)["bad"] == 2
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert prepare(table, out, workers=0) == {"good": 3, "bad": 2, "resumed": 3, "bytes": 3} | {
+        "bytes": sum(clip.size for clip in read_list(out, DataConfig()))
+    }
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    grey_video(tmp_path / "missing.mp4", 30)
+    counts = prepare(table, out, workers=0)
+    assert (counts["good"], counts["bad"], counts["resumed"]) == (4, 1, 3)
+    clips = read_list(out, DataConfig())
+    assert [clip.label for clip in clips] == [0, 1, 2, 3] and verify(out) == 4
+    assert len(stored_frames(clips[1], lambda count: np.arange(count))) == 24
+    (bad,) = (out / "part-0-of-1.bad.jsonl").read_text().splitlines()
+    assert json.loads(bad)["path"].endswith("broken.mp4")
+
+
+def test_a_folder_of_an_older_version_lists_bad_clips_in_its_index(table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(table, out, workers=0)
+    index = out / "part-0-of-1-00000.jsonl"
+    index.write_text(index.read_text() + json.dumps({"number": 1, "path": "x", "label": 1, "reason": "none"}) + "\n")
+    assert len(read_list(out, DataConfig())) == 3 and verify(out) == 3
+    grey_video(tmp_path / "missing.mp4", 30)
+    assert prepare(table, out, workers=0)["good"] == 4 and len(read_list(out, DataConfig())) == 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda text: text.replace('"offset"', '"offs', 1), "line 1: damaged.*run `prepare` again"),
+        (lambda text: text.replace('"size"', '"sise"', 1), "line 1: damaged.*run `prepare` again"),
+        (lambda text: "".join(text.splitlines(True)[:2]), "lists 2 of its 3 clips.*run `prepare` again"),
+    ],
+    ids=["not JSON", "a field is missing", "cut"],
+)
+def test_a_damaged_index_is_one_line(damage: Callable[[str], str], expected: str, table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(table, out, workers=0)
+    index = out / "part-0-of-1-00000.jsonl"
+    index.write_text(damage(index.read_text()))
+    with pytest.raises(DataError, match=expected):
+        read_list(out, DataConfig())
+
+
 def test_jpegs_are_close_to_the_frames(tmp_path: Path, shared: Path) -> None:
     from umt_fast.data.video import decode_frames
 
@@ -199,9 +245,11 @@ def test_damage_is_found_and_made_good(table: Path, tmp_path: Path) -> None:
         read_prepared(clips[1], lambda count: np.arange(count))
     with pytest.raises(DataError, match=rf"{shard.name} \(1 clips\)"):
         verify(out)
-    shard.unlink(), shard.with_suffix(".jsonl").unlink()
     with pytest.raises(DataError, match="holds prepared clips"):
         scan(out, tmp_path / "manifest.jsonl", workers=0)
+    shard.unlink(), shard.with_suffix(".jsonl").unlink()
+    with pytest.raises(DataError, match="lists 2 of its 3 clips.*run `prepare` again"):
+        read_list(out, DataConfig())
     assert prepare(table, out, workers=0, shard_bytes=1)["good"] == 3 and verify(out) == 3
     assert sorted(path.read_bytes() for path in out.glob("*.clips")) == sorted(whole.values())
 
@@ -212,6 +260,9 @@ def test_a_missing_shard_costs_its_clips_alone(table: Path, tmp_path: Path) -> N
     Path(clips[0].shard).unlink()
     loader = ClipLoader(clips, DataConfig(workers=0, max_bad_share=1), **KIND)
     assert len(list(loader)) == 3 and list(loader.bad_files) == [clips[0].path]
+    strict = ClipLoader(clips, DataConfig(workers=0, max_bad_share=0), **KIND)
+    with pytest.raises(DataError, match="Repeat the `prepare` of that folder with --verify True"):
+        list(strict)
 
 
 def test_a_killed_preparation_ends_with_the_same_bytes(table: Path, tmp_path: Path) -> None:

@@ -11,6 +11,14 @@ from umt_fast.config.core import require
 Dtype = Literal["bf16", "fp32"]
 
 
+def _numbers(pattern: str) -> bool:
+    """Whether a pattern names each frame's file."""
+    try:
+        return pattern.format(1) != pattern.format(2)
+    except (IndexError, KeyError, ValueError):
+        return False
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Which clips, and how they are cut."""
@@ -51,6 +59,10 @@ class DataConfig:
         require(self.sampling_rate >= 1, f"data.sampling_rate is {self.sampling_rate}; it must be at least 1")
         require(self.workers >= 0, f"data.workers is {self.workers}; it must not be negative")
         require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be at least 1")
+        require(
+            _numbers(self.frame_pattern),
+            f"data.frame_pattern is {self.frame_pattern!r}; it must hold the frame's number in braces, as img_{{:05d}}.jpg",
+        )
         require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it must lie in [0, 1]")
 
 

@@ -157,6 +157,10 @@ class CaptionLoader:
     def bad_files(self) -> dict[str, str]:
         return self.clips.bad_files
 
+    @property
+    def identity(self) -> str:
+        return self.clips.identity
+
     def __len__(self) -> int:
         return len(self.clips)
 

@@ -27,6 +27,10 @@ class _Joint:
     def bad_files(self) -> dict[str, str]:
         return {name: reason for part in self.parts for name, reason in part.bad_files.items()}
 
+    @property
+    def identity(self) -> str:
+        return " ".join(part.identity for part in self.parts)
+
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
             self.epoch, self.position = epoch, 0

@@ -26,6 +26,14 @@ class Entry(NamedTuple):
     """As they are written. Each describes each of the clips."""
 
 
+def is_sqlite(path: Path) -> bool:
+    """Whether a file is an SQLite file, as caption lists may be."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(15) == b"SQLite format 3"
+
+
 def read_entries(source: str | Path, root: str = "", workers: int = 4) -> Iterator[Entry]:
     """The entries of a caption list.
 

@@ -171,6 +171,11 @@ class ClipLoader:
         self.epoch, self.position = state["epoch"], state["position"]
         self.bad_files = dict(state["bad_files"])
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """What a state belongs to; see Clips.identity."""
+        return self.clips.identity()
+
     def name_of(self, index: int) -> str:
         """The path of a clip by its number."""
         return self.clips[index].name
@@ -239,9 +244,15 @@ class ClipLoader:
         log.warning("skipped a bad clip: %s", reason)
         allowed = self.data.max_bad_share * len(self.clips)
         if len(self.bad_files) > allowed:
+            clip = self.clips[number]
+            remedy = "`scan` the list to find them all"
+            if clip.shard:
+                remedy = "Repeat the `prepare` of that folder with --verify True to find them all"
+            elif clip.member:
+                remedy = "Fetch the tar files again"
             raise DataError(
                 f"{len(self.bad_files)} of {len(self.clips)} clips are unreadable, more than data.max_bad_share "
-                f"{self.data.max_bad_share} allows; the last: {reason}. `scan` the list to find them all"
+                f"{self.data.max_bad_share} allows; the last: {reason}. {remedy}"
             )
 
 

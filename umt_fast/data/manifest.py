@@ -8,6 +8,7 @@ from pathlib import Path
 
 from umt_fast.config import DataConfig
 from umt_fast.data.clip import Clip, DataError
+from umt_fast.data.entries import is_sqlite
 from umt_fast.data.packed import Clips
 
 __all__ = ["Clip", "DataError", "check_labels", "read_list"]
@@ -28,6 +29,8 @@ def read_list(path: str | Path, data: DataConfig) -> Clips:
     if data.root and not Path(data.root).is_dir():
         raise DataError(f"data.root is {data.root}, which is not a folder")
     root = Path(data.root) if data.root else path.resolve().parent
+    if path.suffix == ".tar" or is_sqlite(path):
+        raise _captions(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -35,12 +38,21 @@ def read_list(path: str | Path, data: DataConfig) -> Clips:
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise DataError(f"{path} is empty; it needs one video per line (path{data.separator}label)")
+    if path.suffix == ".json" and numbered[0][1].startswith("["):
+        raise _captions(path)
     manifest = numbered[0][1].startswith("{")
     parse = _parse_manifest_line if manifest else _parse_line
     try:
         return Clips.of(parse(path, number, line, root, data.separator) for number, line in numbered)
     except OverflowError as error:
         raise DataError(f"{path} holds a number beyond 64 bits; labels and counts must fit into them") from error
+
+
+def _captions(path: Path) -> DataError:
+    return DataError(
+        f"{path} holds captions, and a list of one path and label per line is needed here; captions are for training in "
+        f"stage 2 (--videos {path}), for `prepare`, and for `eval` of a stage-2 checkpoint"
+    )
 
 
 def check_labels(clips: Clips, num_classes: int, source: str) -> None:

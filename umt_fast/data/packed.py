@@ -5,9 +5,11 @@ Torch moves a tensor to shared memory when a process is started with it; every w
 
 from __future__ import annotations
 
+import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -18,6 +20,8 @@ from umt_fast.data.clip import Clip
 
 # Names in JSON may hold half of a surrogate pair; it must come back as it was.
 _HALVES = "surrogatepass"
+# Rows whose places are Python numbers at a time.
+_AT_ONCE = 1 << 16
 
 
 class StringsBuilder:
@@ -64,6 +68,13 @@ class Strings(Sequence[str]):
         row = _within(row, len(self))
         begin, end = self.ends[row : row + 2].tolist()
         return self.blob[begin:end].numpy().tobytes().decode("utf-8", _HALVES)
+
+    def encoded(self) -> Iterator[bytes]:
+        """Every string as its UTF-8 bytes, without making Python objects of all of them at once."""
+        blob = memoryview(self.blob.numpy())
+        for first in range(0, len(self), _AT_ONCE):
+            for begin, end in pairwise(self.ends[first : first + _AT_ONCE + 1].tolist()):
+                yield blob[begin:end].tobytes()
 
 
 def _within(row: int, count: int) -> int:
@@ -145,6 +156,24 @@ class Clips(Sequence[Clip]):
         if column is None:
             return {_DEFAULTS[name]}
         return set(column) if isinstance(column, Strings) else set(column.unique().tolist())
+
+    def identity(self) -> str:
+        """64 bits, in hexadecimal, of the names in their order: equal for a list, its manifest and its prepared folder.
+
+        The folder that all paths share does not count, so that a list keeps its identity where its files move.
+        """
+        paths, members = self.columns["path"], self.columns.get("member", ())
+        folder = None
+        for path in paths.encoded():
+            folder = path[: path.rfind(b"/") + 1] if folder is None else folder
+            while not path.startswith(folder):
+                folder = folder[: folder.rfind(b"/", 0, -1) + 1]
+        digest = hashlib.blake2b(digest_size=8)
+        for path in paths.encoded():
+            digest.update(path[len(folder) :] + b"\0")
+        for member in members.encoded() if members else ():
+            digest.update(member + b"\0")
+        return digest.hexdigest()
 
     @overload
     def __getitem__(self, row: int) -> Clip: ...

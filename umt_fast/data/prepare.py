@@ -1,7 +1,8 @@
 """`prepare`: decodes every clip of a list once and packs candidate frames into shards (`prepared` has the format).
 
 Shards are written in the list's order whatever the number of processes. While one grows, its files end in `.writing`; a run
-that was killed goes on after the last whole record, and ends with the same bytes as one that was not.
+that was killed goes on after the last whole record, and ends with the same bytes as one that was not. Bad clips are tried again
+by every run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from umt_fast.config import DataConfig
+from umt_fast.data.entries import is_sqlite
 from umt_fast.data.manifest import Clip, DataError, read_list
 from umt_fast.data.prepared import Settings, candidates, checksum, index_lines, pack, part_of, read_part
 from umt_fast.data.video import VideoError, decode_frames, read_frame_folder
@@ -51,11 +53,7 @@ def clips_of(list_path: str | Path, data: DataConfig) -> list[Clip]:
     path = Path(list_path)
     if path.is_dir():
         raise DataError(f"{path} is a folder; prepare needs a list of clips")
-    captions = path.suffix == ".json"
-    if path.is_file() and not captions:
-        with open(path, "rb") as file:
-            captions = file.read(15) == b"SQLite format 3"
-    if captions:
+    if path.suffix == ".json" or is_sqlite(path):
         from umt_fast.data.captions import read_captions  # brings torch
 
         clips = read_captions(path, data.root).clips
@@ -146,20 +144,19 @@ class _Shard:
                 break
             if whole and "reason" not in line:
                 whole = line["offset"] == self.size and checksum(self.data.read(line["size"])) == line["checksum"]
+                self.numbers |= {line["number"]} if whole else set()
             if not whole:
                 break
-            self.numbers.add(line["number"])
             kept += len(text)
             self.size += line.get("size", 0)
         self.journal.truncate(kept)
         self.data.truncate(self.size)
 
     def add(self, line: dict[str, Any], record: bytes) -> None:
-        if record:
-            line = line | {"offset": self.size}
-            self.data.write(record)
-            self.data.flush()
-            self.size += len(record)
+        line = line | {"offset": self.size}
+        self.data.write(record)
+        self.data.flush()
+        self.size += len(record)
         self.journal.write((json.dumps(line) + "\n").encode())
         self.journal.flush()
         self.numbers.add(line["number"])
@@ -235,12 +232,9 @@ def prepare(
     content = {"list": names.hexdigest(), "clips": len(clips), "parts": part[1], "settings": settings, "finished": None}
     with _alone(home):
         _begin(home, content)
-        resumed = _write_part(home, clips, part, settings, data.frame_pattern, shard_bytes, workers)
-        counts, bad = {"good": 0, "bad": 0, "bytes": 0}, []
-        for _, line in index_lines(home):
-            counts["bad" if "reason" in line else "good"] += 1
-            counts["bytes"] += line.get("size", 0)
-            bad += [line] if "reason" in line else []
+        resumed, bad = _write_part(home, clips, part, settings, data.frame_pattern, shard_bytes, workers)
+        sizes = [line["size"] for _, line in index_lines(home)]
+        counts = {"good": len(sizes), "bad": len(bad), "bytes": sum(sizes)}
         _replace(home.with_suffix(".bad.jsonl"), "".join(json.dumps(line) + "\n" for line in bad))
         _replace(home, json.dumps(content | {"settings": asdict(settings), "finished": counts}, indent=1) + "\n")
     kinds = Counter(line["reason"].removeprefix(line["path"]).lstrip(": ") for line in bad)
@@ -262,8 +256,8 @@ def _write_part(
     frame_pattern: str,
     shard_bytes: int,
     workers: int,
-) -> int:
-    """Writes what a part still lacks; how many clips were there before."""
+) -> tuple[int, list[dict[str, Any]]]:
+    """Writes what a part still lacks; how many clips were there before, and the bad ones with their reasons."""
     used = [int(index.stem.rsplit("-", 1)[1]) for index in home.parent.glob(f"{home.stem}-*.jsonl")]
     shards = (_Shard(home.with_name(f"{home.stem}-{n:05d}.jsonl")) for n in itertools.count(max(used, default=-1) + 1))
     shard = next(shards)
@@ -271,19 +265,21 @@ def _write_part(
     work = [(number, clips[number]) for number in range(part[0], len(clips), part[1]) if number not in done]
     if done:
         log.info("prepare: %d clips were prepared before", len(done))
-    said = time.monotonic()
+    said, bad = time.monotonic(), []
     for count, (line, record) in enumerate(_results(work, settings, frame_pattern, workers), 1):
-        if shard.size >= shard_bytes:
-            shard.close()
-            shard = next(shards)
-        shard.add(line, record)
         if "reason" in line:
             log.warning("bad clip: %s", line["reason"])
+            bad.append(line)
+        else:
+            if shard.size >= shard_bytes:
+                shard.close()
+                shard = next(shards)
+            shard.add(line, record)
         if time.monotonic() - said > _PROGRESS:
             said = time.monotonic()
             log.info("prepare: %d of %d clips", count + len(done), len(work) + len(done))
     shard.close()
-    return len(done)
+    return len(done), bad
 
 
 def verify(folder: str | Path) -> int:
@@ -292,8 +288,6 @@ def verify(folder: str | Path) -> int:
     good = 0
     for part in sorted(Path(folder).glob("part-*-of-*.json")):
         for shard, line in index_lines(part):
-            if "reason" in line:
-                continue
             try:
                 with open(shard, "rb") as file:
                     file.seek(line["offset"])

@@ -5,8 +5,9 @@ A folder of them holds, for each part i of n (`prepare --shard i/n`):
 - `part-i-of-n.json`: the settings, and once finished the counts.
 - `part-i-of-n-00000.clips`, ...: records one after another. A record is three little-endian uint32 (stored frames, frames
   of the source, 0), then per stored frame three more (its number in the source, bytes, CRC-32), then the JPEGs.
-- `part-i-of-n-00000.jsonl`, ...: a line per clip of the list: number in the list, path, label, and either offset, size,
-  num_frames (stored) and checksum (BLAKE2b-128) of its record, or the reason why there is none.
+- `part-i-of-n-00000.jsonl`, ...: a line per record: its clip's number in the list, path and label, and its offset, size,
+  num_frames (stored) and checksum (BLAKE2b-128).
+- `part-i-of-n.bad.jsonl`: the clips that could not be read, with reasons.
 
 Parts made on several machines need only be put into one folder.
 """
@@ -160,10 +161,19 @@ def read_part(path: Path) -> dict[str, Any]:
 
 
 def index_lines(part: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(shard, line) of every clip of a part, the bad ones too."""
+    """(shard, line) of every clip that a part holds. Raises DataError where a line is damaged."""
     for index in sorted(part.parent.glob(f"{part.stem}-*.jsonl")):
-        for line in index.read_text().splitlines():
-            yield index.with_suffix(".clips"), json.loads(line)
+        for number, text in enumerate(index.read_text(errors="replace").splitlines(), 1):
+            try:
+                line = json.loads(text)
+                if "reason" not in line:  # older versions listed bad clips here
+                    _clip(index, line), line["number"], line["checksum"]
+                    yield index.with_suffix(".clips"), line
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{index}, line {number}: damaged; delete this file and its .clips and run `prepare` again with the same "
+                    "options, it makes their clips anew"
+                ) from error
 
 
 def _finished_parts(folder: Path) -> list[Path]:
@@ -190,9 +200,14 @@ def read_folder(folder: Path) -> Clips:
     """The clips of a prepared folder in their list's order, the bad ones left out. Raises DataError."""
     good = []
     for part in _finished_parts(folder):
-        for shard, line in index_lines(part):
-            if "reason" not in line:
-                good.append((line["number"], _clip(shard, line)))
+        own = [(line["number"], _clip(shard, line)) for shard, line in index_lines(part)]
+        written = read_part(part)["finished"]["good"]
+        if len(own) != written:
+            raise DataError(
+                f"{part.stem} in {folder} lists {len(own)} of its {written} clips: an index (.jsonl) is missing or cut; run "
+                "`prepare` again with the same options, it makes what is missing"
+            )
+        good += own
     if not good:
         raise DataError(f"{folder} holds no good clip; reasons are in its *.bad.jsonl")
     return Clips.of(clip for _, clip in sorted(good, key=lambda entry: entry[0]))

@@ -7,15 +7,19 @@ A file is `checkpoint-<step>.pt`, a dictionary of plain values and tensors that 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from umt_fast.engine.distributed import gather
 
 log = logging.getLogger("umt_fast")
 
@@ -41,6 +45,46 @@ def prepare_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise CheckpointError(f"run.out {folder} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path, *, first: bool) -> Iterator[None]:
+    """Makes the run folder and keeps other runs from it during the block; to be entered by all ranks together.
+
+    The first rank holds an advisory lock on `.lock` in the folder, which the system lets go of however its process ends.
+    Where the file system has no locks, a warning says so and the run goes on.
+
+    Raises CheckpointError, on every rank: a folder that cannot be written, or that another run holds.
+    """
+    with contextlib.ExitStack() as stack:
+        refusal = ""
+        if first:
+            try:
+                prepare_folder(folder)
+                stack.enter_context(_locked(folder))
+            except CheckpointError as error:
+                refusal = str(error)
+        refusal = gather(refusal)[0]
+        if refusal:
+            raise CheckpointError(refusal)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    path = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            # Not inherited by programs that are started meanwhile: one that outlives the run must not hold its lock.
+            fcntl.flock(stack.enter_context(open(path, "a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another run is writing to {folder}; wait for its end or give another run.out (where none runs any more, "
+                f"as after the loss of a machine, delete {path})"
+            ) from error
+        except OSError as error:
+            log.warning("WARNING: %s cannot be locked (%s): start no second run in this folder", path, error.strerror)
+        yield
 
 
 def sync_folder(folder: Path) -> None:

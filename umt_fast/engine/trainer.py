@@ -3,7 +3,8 @@
 An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save, with
 `shard_units` for run.parallel fsdp (see sharding.py); `flops_per_clip()`; optionally `has_unused_parameters`, true where some
 get no gradient, the same in every step. A loader is iterable and sized,
-with set_epoch, state_dict and load_state_dict.
+with set_epoch, state_dict and load_state_dict; optionally with `identity`, a text that differs where its clips do: a
+checkpoint is continued with the same alone.
 
 Randomness: before each micro-step the generators are seeded from (run.seed, rank, step, micro-step), and the objective
 gets the same number as a device tensor. A run continued from a checkpoint therefore needs no generator state to repeat
@@ -77,7 +78,7 @@ class Trainer:
         self.device = self.ranks.device
         if run.cuda_graph:
             require_graphs(self.device, self.ranks.world_size)
-        self.folder = Path(run.out)
+        self.folder, self.identity = Path(run.out), getattr(loader, "identity", None)
         # One rank has nothing to share out.
         self.sharded = run.parallel == "fsdp" and self.ranks.world_size > 1
         if self.sharded:
@@ -264,6 +265,7 @@ class Trainer:
                 "steps_per_epoch": self.steps_per_epoch,
                 "clips_per_step": self.clips_per_step,
                 "world_size": self.ranks.world_size,
+                "clips": self.identity,
             },
             "loader": gather(self.loader.state_dict()),
             "config": self.config_record,
@@ -316,6 +318,12 @@ class Trainer:
                     "Continue with the same list, batch size, accumulation and number of ranks, or start a new run.out "
                     "from these weights (--init)"
                 )
+        if saved.get("clips", self.identity) != self.identity:  # older checkpoints do not say
+            raise checkpoint.CheckpointError(
+                f"{path} was made with another list of clips (identity {saved['clips']}, now {self.identity}): its place in "
+                "the epoch would mean other clips. Continue with the same files in the same order (the folder above all of "
+                "them may be another), or start a new run.out from these weights (--init)"
+            )
         try:
             sharding.load_states(self.objective.trainable, self.optimizer, content["model"], content["optimizer"])
         except (RuntimeError, ValueError) as error:

@@ -9,10 +9,11 @@ random in silence: each key that finds no partner is listed, and unless it is on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
-import pickle
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +35,14 @@ class WeightsError(ValueError):
     """Weights that cannot be read or do not fit; the message lists the keys."""
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's remarks on the kind of file that is loaded: our own message says what is wrong with it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.load|Detected pickle protocol")
+        yield
+
+
 def load_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a weights file by name, unwrapped, on the CPU.
 
@@ -47,11 +56,15 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
             content = load_file(path)
         else:
             # Official training files carry their command line as an argparse.Namespace.
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace]), quiet():
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what is no weights file fails in many ways
         if _is_torchscript(path):
-            return {key: value.float() for key, value in torch.jit.load(path, map_location="cpu").state_dict().items()}
+            with quiet():
+                content = torch.jit.load(path, map_location="cpu")
+            return {key: value.float() for key, value in content.state_dict().items()}
         raise WeightsError(f"{path} is not a readable weights file (truncated, or of another kind)") from error
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -70,7 +83,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 def _is_torchscript(path: Path) -> bool:
     """OpenAI ships CLIP as TorchScript archives."""
     try:
-        torch.jit.load(path, map_location="cpu")
+        with quiet():
+            torch.jit.load(path, map_location="cpu")
         return True
     except RuntimeError:
         return False
