@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, no_second_gradient, power_of_two, use_triton, warps_for
+from kernels._launch import Road, check_visible, no_second_gradient, on_device, power_of_two, use_triton, warps_for
 
 
 @triton.jit
@@ -72,10 +72,11 @@ def _token_gather(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
     n = visible.shape[1]
     out = torch.empty(batch, n, width, dtype=x.dtype, device=x.device)
     if out.numel():
-        token_gather_fwd_kernel[(batch * n,)](
-            out, x, visible, None if table is None else table.contiguous(), n, tokens,
-            C=width, BLOCK=power_of_two(width), TABLE=table is not None, num_warps=4,
-        )  # fmt: skip
+        with on_device(out):
+            token_gather_fwd_kernel[(batch * n,)](
+                out, x, visible, None if table is None else table.contiguous(), n, tokens,
+                C=width, BLOCK=power_of_two(width), TABLE=table is not None, num_warps=4,
+            )  # fmt: skip
     return out
 
 
@@ -90,9 +91,10 @@ def _token_gather_backward(dout: Tensor, visible: Tensor, tokens: int) -> Tensor
     batch, n, width = dout.shape
     dx = torch.zeros(batch, tokens, width, dtype=dout.dtype, device=dout.device)
     if dout.numel():
-        token_gather_bwd_kernel[(batch * n,)](
-            dx, dout, visible, n, tokens, C=width, BLOCK=power_of_two(width), num_warps=4
-        )  # fmt: skip
+        with on_device(dx):
+            token_gather_bwd_kernel[(batch * n,)](
+                dx, dout, visible, n, tokens, C=width, BLOCK=power_of_two(width), num_warps=4
+            )  # fmt: skip
     return dx
 
 
@@ -125,10 +127,11 @@ def _gather_norm(x: Tensor, visible: Tensor, weight: Tensor, bias: Tensor, eps: 
     n = visible.shape[1]
     out = torch.empty(batch, n, width, dtype=x.dtype, device=x.device)
     if out.numel():
-        gather_norm_kernel[(batch * n,)](
-            out, x, visible, weight.contiguous(), bias.contiguous(), n, tokens, eps,
-            C=width, BLOCK=power_of_two(width), num_warps=warps_for(width),
-        )  # fmt: skip
+        with on_device(out):
+            gather_norm_kernel[(batch * n,)](
+                out, x, visible, weight.contiguous(), bias.contiguous(), n, tokens, eps,
+                C=width, BLOCK=power_of_two(width), num_warps=warps_for(width),
+            )  # fmt: skip
     return out
 
 
