@@ -31,9 +31,11 @@ class HostWaits(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
         self.count = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         self.count += 1
+        self.names.append(operator._schema.name)
         name = operator._schema.name.removeprefix("aten::").lstrip("_")
         before = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         boolean = name.startswith("index") and any(leaf.dtype in (torch.bool, torch.uint8) for leaf in before[1:])
@@ -75,6 +77,18 @@ def test_forward_on_a_gpu_never_waits(teacher_patch: int) -> None:
         values = objective(batch, seed)
         assert values["loss"].device.type == "cuda" and waits.count > 100
     assert waits.found == []
+
+
+def test_norms_of_the_teacher_are_one_kernel_each_on_a_gpu(hopper: None) -> None:
+    settings = config(16)
+    settings.run.dtype, settings.teacher.depth = "bf16", 3
+    with imagined("cuda") as waits:
+        teacher = UnmaskedAlignment(settings).teacher
+        batch, seed = clips(), torch.empty(1, dtype=torch.int64)
+        waits.names.clear()
+        teacher(batch["video"], settings.mask, seed)
+    # ln_pre, six of blocks, ln_post of two taps.
+    assert waits.names.count("umt_kernels::gather_norm") == 9 and "aten::native_layer_norm" not in waits.names
 
 
 def test_forward_of_stage_2_on_a_gpu_never_waits(hopper: None) -> None:
