@@ -120,7 +120,8 @@ def main(out: str, *names: str) -> None:
                 for provider in case.providers:
                     row = figures(case, provider, rate)
                     print(json.dumps(row), file=file, flush=True)
-                    print(f"{case.name}, {provider}: {row.get('error') or row['seconds'] * 1e6}", flush=True)
+                    told = row["error"] if "error" in row else f"{row['seconds'] * 1e6:.1f} µs"
+                    print(f"{case.name}, {provider}: {told}", flush=True)
 
 
 if __name__ == "__main__":
