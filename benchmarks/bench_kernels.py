@@ -75,7 +75,7 @@ def figures(case: Case, provider: str, copy_rate: float) -> dict[str, object]:
     try:
         seconds = seconds_of(case.providers[provider])
     except Exception as error:
-        # The figures of the others count; a lease of a GPU does not come twice.
+        # The figures of the others count all the same.
         return row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     rate = case.bytes_moved / seconds
     return row | {
