@@ -3,7 +3,8 @@
 #
 #   bash benchmarks/gpu.sh [tests|kernels|attention|step|teacher|profile|all]   OUT=folder (default benchmarks/results/new)
 #
-#   tests      the kernel tests, native: values and gradients against float64, compile, sampling statistics
+#   tests      the kernel tests, native: values and gradients against float64, compile, sampling statistics; then the steps
+#              that never make the host wait and recorded steps beside eager ones
 #   kernels    every operation at B/16 and L/16: GB/s, share of the copy rate, against plain, compiled and textbook roads
 #   attention  every attention road at the token counts of student, teacher and classifier
 #   step       whole stage-1 steps: fast, fast compiled and plain road at several batch sizes, with peak memory
@@ -12,9 +13,10 @@
 #
 # Each writes into OUT beside machine.json (the device, its measured matmul and copy rates) and renews table.md and plot.svg;
 # figures of one table come from one process, so their ratios hold. A part can be cut short: lines written so far count.
+# A test that fails keeps no other part from running, but shows in the exit status.
 #
-# kernels and attention need torch and triton, tests also pytest; the other parts run umt_fast's step and need numpy and
-# safetensors too. flash-attn and xformers are timed where they are installed. PYTHON chooses the interpreter, UMT_BATCHES the
+# kernels and attention need torch, triton and pytest, tests also hypothesis; the other parts run umt_fast's step and need
+# numpy and safetensors too. flash-attn and xformers are timed where they are installed. PYTHON chooses the interpreter, UMT_BATCHES the
 # batch sizes. UMT_SIZES="tiny" tries the script on any machine, UMT_SIZES="l16" does one size alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,8 +35,12 @@ wanted() { [[ $part == "$1" || $part == all ]]; }
 
 "$PYTHON" -m benchmarks.machine >"$OUT/machine.json.partial"
 mv "$OUT/machine.json.partial" "$OUT/machine.json"
+failed=0
 if wanted tests; then
-    "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels
+    # Mostly Triton compiling: pytest-xdist, where it is installed, spreads that over the cores.
+    "$PYTHON" -c 'import xdist' 2>/dev/null && spread=(-n 8 --dist worksteal) || spread=()
+    "$PYTHON" -m pytest -q -p no:cacheprovider ${spread[@]+"${spread[@]}"} tests/kernels tests/objectives/test_one_graph.py ||
+        failed=1
 fi
 for size in $SIZES; do
     if wanted kernels; then
@@ -55,3 +61,4 @@ for size in $SIZES; do
     fi
 done
 "$PYTHON" -m benchmarks.report "$OUT"
+exit "$failed"

@@ -7,6 +7,7 @@ same result.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -49,16 +50,22 @@ def _providers(ours: Callable[[str], object], textbook: Call | None = None) -> d
 
 
 def _backward(forward: Callable[[str], Tensor], leaves: list[Tensor]) -> dict[str, Call]:
-    """The backward pass alone, over a graph recorded once for each provider."""
-    roads = {"ours": "auto", "plain": "reference"}
-    outs = {name: forward(road) for name, road in roads.items()}
-    if DEVICE.type == "cuda":
-        outs["compiled"] = torch.compile(lambda: forward("reference"), dynamic=False)()
-    upstream = torch.randn_like(outs["ours"])
-    return {
-        name: lambda out=out: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
-        for name, out in outs.items()
-    }
+    """The backward pass alone, over a graph recorded at a provider's first call."""
+
+    @functools.cache
+    def recorded(name: str) -> tuple[Tensor, Tensor]:
+        if name == "compiled":
+            out = torch.compile(lambda: forward("reference"), dynamic=False)()
+        else:
+            out = forward("auto" if name == "ours" else "reference")
+        return out, torch.randn_like(out)
+
+    def gradients(name: str) -> tuple[Tensor, ...]:
+        out, upstream = recorded(name)
+        return torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+
+    names = ("ours", "plain", "compiled") if DEVICE.type == "cuda" else ("ours", "plain")
+    return {name: functools.partial(gradients, name) for name in names}
 
 
 def cases() -> Iterator[Case]:

@@ -29,6 +29,12 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
+def _microseconds(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return "failed" if "error" in row else f"{row['seconds'] * 1e6:.1f}"
+
+
 def kernel_table(path: Path) -> str:
     """Time of each provider, and what ours reaches of the copy rate."""
     rows = rows_of(path)
@@ -36,11 +42,14 @@ def kernel_table(path: Path) -> str:
     lines = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         found = {row["provider"]: row for row in rows if row["kernel"] == kernel}
-        ours = found["ours"]
+        times = [_microseconds(found.get(name)) for name in providers]
+        ours, plain = found["ours"], found.get("plain", {})
+        if "error" in ours:
+            lines.append([kernel, ours["error"], "", "", *times])
+            continue
         rate = f"{ours['tflops']:.1f} TFLOP/s" if ours["tflops"] else f"{ours['gb_per_s']:.0f} GB/s"
         share = "" if ours["tflops"] else f"{100 * ours['share_of_copy_rate']:.0f}%"
-        gain = f"{found['plain']['seconds'] / ours['seconds']:.2f}" if "plain" in found else ""
-        times = [f"{found[name]['seconds'] * 1e6:.1f}" if name in found else "" for name in providers]
+        gain = f"{plain['seconds'] / ours['seconds']:.2f}" if "seconds" in plain else ""
         lines.append([kernel, rate, share, gain, *times])
     head = ["operation", "ours", "of the copy rate", "plain / ours", *(f"{name}, µs" for name in providers)]
     return f"{path.stem}: copy rate {rows[0]['copy_gb_per_s']:.0f} GB/s in this run\n\n" + _table(head, lines)

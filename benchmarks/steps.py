@@ -1,6 +1,6 @@
 """Whole stage-1 steps side by side in one process: `python -m benchmarks.steps MODEL OUT.jsonl [BATCH ...]`.
 
-For each batch size the fast road, the fast road compiled, and the plain road; each line is one of `bench stage1`, written as
+At each batch size the fast road, the plain road, and the fast road compiled; each line is one of `bench stage1`, written as
 soon as it is there. What does not fit is on record with its error. UMT_ROADS="fast plain" leaves the compiled one out.
 """
 
@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import traceback
 
 import torch
 
@@ -20,8 +21,8 @@ from umt_fast.bench import stage1
 GPU = torch.cuda.is_available()
 ROADS = {
     "fast": {"road": "fast"},
-    "compiled": {"road": "fast", "compile": True},
     "plain": {"road": "plain"},
+    "compiled": {"road": "fast", "compile": True},
 }
 
 
@@ -36,6 +37,10 @@ def line(model: str, batch: int, name: str) -> dict[str, object]:
         return json.loads(printed.getvalue().splitlines()[-1])
     except torch.OutOfMemoryError:
         return {"model": model, "batch_size": batch, "error": "out of memory"}
+    except Exception as error:
+        # One road that fails must not take the others' figures with it.
+        traceback.print_exc()
+        return {"model": model, "batch_size": batch, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     finally:
         torch.compiler.reset()
         gc.collect()
@@ -45,8 +50,9 @@ def line(model: str, batch: int, name: str) -> dict[str, object]:
 def main(model: str, out: str, *batches: str) -> None:
     roads = os.environ.get("UMT_ROADS", " ".join(ROADS)).split()
     with open(out, "w") as file:
-        for batch in map(int, batches or ("16", "64", "128")):
-            for name in roads:
+        # The compiled road last: it takes minutes to compile, and a run cut short keeps what it had.
+        for name in roads:
+            for batch in map(int, batches or ("16", "64", "128")):
                 row = line(model, batch, name) | {"name": name}
                 print(json.dumps(row), file=file, flush=True)
                 print(f"{model}, {batch} clips, {name}: {row.get('clips_per_s', row.get('error'))} clips/s", flush=True)

@@ -93,6 +93,11 @@ def check_visible(visible: Tensor, batch: int, tokens: int) -> None:
             raise IndexError(f"visible holds indices in [{low}, {high}]; they must lie in [0, {tokens})")
 
 
+def on_device(tensor: Tensor) -> torch.cuda.device_of:
+    """A context whose launches go to the tensor's GPU: Triton launches on the current one. For CPU tensors it does nothing."""
+    return torch.cuda.device_of(tensor)
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, no_second_gradient, power_of_two, use_triton, warps_for
+from kernels._launch import Road, check_visible, no_second_gradient, on_device, power_of_two, use_triton, warps_for
 
 Normalize = Literal["l2", "none"]
 Loss = Literal["l2", "mse", "smooth_l1"]
@@ -149,11 +149,12 @@ def _align_loss(
     layers, batch, n, width = student.shape
     out = torch.empty(layers, batch * n, dtype=torch.float32, device=student.device)
     if out.numel():
-        align_loss_fwd_kernel[(out.numel(),)](
-            out, *_arguments(student, target, visible, weight, bias), eps,
-            D=width, BLOCK=power_of_two(width), NORMALIZE=normalize, LOSS=loss, GATHER=visible is not None,
-            num_warps=warps_for(width),
-        )  # fmt: skip
+        with on_device(out):
+            align_loss_fwd_kernel[(out.numel(),)](
+                out, *_arguments(student, target, visible, weight, bias), eps,
+                D=width, BLOCK=power_of_two(width), NORMALIZE=normalize, LOSS=loss, GATHER=visible is not None,
+                num_warps=warps_for(width),
+            )  # fmt: skip
     return out
 
 
@@ -173,11 +174,12 @@ def _align_loss_backward(
     dstudent = torch.empty_like(student, memory_format=torch.contiguous_format)
     partial = torch.empty(2, layers, parts, width, dtype=torch.float32, device=student.device)
     if dstudent.numel():
-        align_loss_bwd_kernel[(parts, layers)](
-            dstudent, partial[0], partial[1], dout.contiguous(), *_arguments(student, target, visible, weight, bias), eps,
-            D=width, BLOCK=power_of_two(width), NORMALIZE=normalize, LOSS=loss, GATHER=visible is not None,
-            ROWS=per_program, num_warps=warps_for(width),
-        )  # fmt: skip
+        with on_device(dstudent):
+            align_loss_bwd_kernel[(parts, layers)](
+                dstudent, partial[0], partial[1], dout.contiguous(), *_arguments(student, target, visible, weight, bias), eps,
+                D=width, BLOCK=power_of_two(width), NORMALIZE=normalize, LOSS=loss, GATHER=visible is not None,
+                ROWS=per_program, num_warps=warps_for(width),
+            )  # fmt: skip
     # Summed apart: an operator's results must not share memory.
     return dstudent, partial[0].sum(1).to(weight.dtype), partial[1].sum(1).to(bias.dtype)
 

@@ -14,44 +14,45 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from types import ModuleType
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 log = logging.getLogger("kernels")
 
 AttentionRoad = Literal["auto", "flash_attn", "xformers", "varlen", "sdpa", "math"]
 _ROADS = ("auto", "flash_attn", "xformers", "varlen", "sdpa", "math")
-_VARLEN = "torch.nn.attention.varlen"
 
 
 @functools.cache
-def _library(name: str) -> ModuleType | None:
-    """The module, or None where it is missing or its compiled part does not load."""
+def _imports(name: str) -> bool:
+    """Whether a library is there and its compiled part loads."""
     try:
-        module = importlib.import_module(name)
+        importlib.import_module(name)
         if name == "xformers.ops":
             # xformers imports without its compiled operators; only this tells.
             importlib.import_module("xformers._C")
-        return module
+        return True
     except (ImportError, OSError):
-        return None
+        return False
+
+
+# Found out here: what asks for it is traced by torch.compile, which cannot follow an import.
+_FLASH_ATTN = _imports("flash_attn")
 
 
 def _why_not_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """What keeps torch's packed attention from these tensors, or None."""
-    if _library(_VARLEN) is None:
-        return f"{_VARLEN} is not in torch {torch.__version__}"
     if device.type != "cuda":
         return f"it needs CUDA tensors, these are on {device}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it needs float16 or bfloat16, these are {str(dtype).removeprefix('torch.')}"
     if head_dim > 256 or head_dim % 8:
         return f"it needs a head width that is a multiple of 8, at most 256; this is {head_dim}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if not torch.compiler.is_compiling() and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs an Ampere GPU or newer; {torch.cuda.get_device_name(device)} is older"
     return None
 
@@ -59,7 +60,7 @@ def _why_not_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 def attention_road(device: torch.device, dtype: torch.dtype, head_dim: int, *, packed: bool = False) -> str:
     """The road "auto" takes for tensors of this kind; packed: in attention_varlen."""
     half = dtype in (torch.float16, torch.bfloat16)
-    if device.type == "cuda" and half and head_dim <= 256 and _library("flash_attn") is not None:
+    if device.type == "cuda" and half and head_dim <= 256 and _FLASH_ATTN:
         return "flash_attn"
     return "varlen" if packed and _why_not_varlen(device, dtype, head_dim) is None else "sdpa"
 
@@ -80,7 +81,7 @@ def _choose(road: str, q: Tensor, packed: bool = False) -> str:
         return road
     if road in ("flash_attn", "xformers"):
         module = "flash_attn" if road == "flash_attn" else "xformers.ops"
-        if _library(module) is None:
+        if not (_FLASH_ATTN if road == "flash_attn" else _imports(module)):
             raise ValueError(f"road={road!r}, but {module} does not import here; install it or use road='auto'")
         if q.device.type != "cuda":
             raise ValueError(f"road={road!r} needs CUDA tensors, these are on {q.device}")
@@ -148,9 +149,13 @@ def attention(
     if not plain and road != "sdpa" and (road != "math" or dropout):
         raise ValueError(f"road={road!r} takes no mask and no dropout here; use road='sdpa' or 'auto'")
     if road == "flash_attn":
-        return _library("flash_attn").flash_attn_func(q, k, v, softmax_scale=scale)
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v, softmax_scale=scale)
     if road == "xformers":
-        return _library("xformers.ops").memory_efficient_attention(q, k, v, scale=scale)
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(q, k, v, scale=scale)
     allowed = None if key_mask is None else key_mask[:, None, None, :]
     if road == "math":
         return _math(q, k, v, scale, allowed)
@@ -243,15 +248,15 @@ def attention_varlen(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be (total_q, H, D), (total_k, H, D) twice, "
             f"with as many sequences in cu_seqlens_q {tuple(cu_seqlens_q.shape)} as in {tuple(cu_seqlens_k.shape)}"
         )
-    natural = q.shape[-1] ** -0.5
-    scale = natural if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     road = _choose(road, q, packed=True)
     places = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if road == "flash_attn":
-        return _library("flash_attn").flash_attn_varlen_func(q, k, v, *places, softmax_scale=scale)
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, *places, softmax_scale=scale)
     if road == "varlen":
-        # Not every release takes a scale.
-        return _library(_VARLEN).varlen_attn(q if scale == natural else q * (scale / natural), k, v, *places)
+        return varlen_attn(q, k, v, *places, scale=scale)
     if road == "math":
         allowed = _segments(cu_seqlens_q, len(q))[:, None] == _segments(cu_seqlens_k, len(k))[None]
         return _math(q[None], k[None], v[None], scale, allowed)[0]

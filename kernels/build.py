@@ -81,7 +81,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"gather_norm {size}", gather_norm_kernel,
             {"out": p16, "x": p16, "visible": i32, "weight": p32, "bias": p32},
-            {"n": n, "tokens": every, "eps": 1e-5}, gather,
+            {"n": n, "tokens": every, "eps": 1e-5}, gather | {"GATHER": True},
             warps=warps_for(width), bytes_moved=rows * (width * 4 + 4),
         )  # fmt: skip
         tiles = tiling(tokens, 64, 2)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, power_of_two, use_triton, values_can_be_checked
+from kernels._launch import Road, check_visible, on_device, power_of_two, use_triton, values_can_be_checked
 
 
 @triton.jit
@@ -74,12 +74,13 @@ def _patch_gather(
     width = 3 * tubelet * patch * patch
     out = torch.empty(batch, n, width, dtype=dtype, device=video.device)
     if out.numel():
-        patch_gather_kernel[(batch * n,)](
-            out, view, visible, None if origin is None else origin.contiguous(),
-            n, rows, columns, *view.stride(), *(scale or (1.0,) * 3), *(shift or (0.0,) * 3),
-            TUBELET=tubelet, PATCH=patch, BLOCK=power_of_two(width), SCALED=scale is not None,
-            WINDOW=origin is not None, num_warps=4,
-        )  # fmt: skip
+        with on_device(out):
+            patch_gather_kernel[(batch * n,)](
+                out, view, visible, None if origin is None else origin.contiguous(),
+                n, rows, columns, *view.stride(), *(scale or (1.0,) * 3), *(shift or (0.0,) * 3),
+                TUBELET=tubelet, PATCH=patch, BLOCK=power_of_two(width), SCALED=scale is not None,
+                WINDOW=origin is not None, num_warps=4,
+            )  # fmt: skip
     return out
 
 

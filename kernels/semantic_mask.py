@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _philox
-from kernels._launch import Road, interpreted, power_of_two, use_triton
+from kernels._launch import Road, interpreted, on_device, power_of_two, use_triton
 
 # Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
 _IMPOSSIBLE = tl.constexpr(-1000.0)
@@ -124,11 +124,12 @@ def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_sc
     out = torch.empty(rows, num_visible, dtype=torch.int32, device=q.device)
     scores = torch.empty((rows, tokens) if with_scores else (0,), dtype=torch.float32, device=q.device)
     if out.numel() or scores.numel():
-        semantic_mask_kernel[(rows,)](
-            out, scores, q, k, seed, width**-0.5, tokens, num_visible,
-            q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
-            HEADS=heads, D=width, RETURN=with_scores, UPCAST=interpreted(), **tiling(tokens, width, k.element_size()),
-        )  # fmt: skip
+        with on_device(out):
+            semantic_mask_kernel[(rows,)](
+                out, scores, q, k, seed, width**-0.5, tokens, num_visible,
+                q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
+                HEADS=heads, D=width, RETURN=with_scores, UPCAST=interpreted(), **tiling(tokens, width, k.element_size()),
+            )  # fmt: skip
     return out, scores
 
 
@@ -144,9 +145,10 @@ def _sample_visible(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
     rows, tokens = scores.shape
     out = torch.empty(rows, num_visible, dtype=torch.int32, device=scores.device)
     if out.numel():
-        sample_visible_kernel[(rows,)](
-            out, scores.contiguous(), seed, tokens, num_visible, BLOCK=power_of_two(tokens), num_warps=4
-        )  # fmt: skip
+        with on_device(out):
+            sample_visible_kernel[(rows,)](
+                out, scores.contiguous(), seed, tokens, num_visible, BLOCK=power_of_two(tokens), num_warps=4
+            )  # fmt: skip
     return out
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, no_second_gradient, power_of_two, use_triton, warps_for
+from kernels._launch import Road, check_visible, no_second_gradient, on_device, power_of_two, use_triton, warps_for
 
 
 @triton.jit
@@ -50,14 +50,16 @@ def token_gather_bwd_kernel(dx, dout, visible, n, tokens, C: tl.constexpr, BLOCK
 
 @triton.jit
 def gather_norm_kernel(
-    out, x, visible, weight, bias, n, tokens, eps, C: tl.constexpr, BLOCK: tl.constexpr
+    out, x, visible, weight, bias, n, tokens, eps, C: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr
 ):  # fmt: skip
     """One program per row; statistics in fp32, as the two-pass formula that does not cancel."""
     i_row = tl.program_id(0).to(tl.int64)
-    token = tl.load(visible + i_row).to(tl.int64)
+    i_source = i_row
+    if GATHER:
+        i_source = i_row // n * tokens + tl.load(visible + i_row).to(tl.int64)
     o = tl.arange(0, BLOCK)
     inside = o < C
-    value = tl.load(x + (i_row // n * tokens + token) * C + o, mask=inside, other=0).to(tl.float32)
+    value = tl.load(x + i_source * C + o, mask=inside, other=0).to(tl.float32)
     centred = tl.where(inside, value - tl.sum(value, 0) / C, 0.0)
     standard = centred / tl.sqrt(tl.sum(centred * centred, 0) / C + eps)
     b_weight = tl.load(weight + o, mask=inside, other=0).to(tl.float32)
@@ -72,10 +74,11 @@ def _token_gather(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
     n = visible.shape[1]
     out = torch.empty(batch, n, width, dtype=x.dtype, device=x.device)
     if out.numel():
-        token_gather_fwd_kernel[(batch * n,)](
-            out, x, visible, None if table is None else table.contiguous(), n, tokens,
-            C=width, BLOCK=power_of_two(width), TABLE=table is not None, num_warps=4,
-        )  # fmt: skip
+        with on_device(out):
+            token_gather_fwd_kernel[(batch * n,)](
+                out, x, visible, None if table is None else table.contiguous(), n, tokens,
+                C=width, BLOCK=power_of_two(width), TABLE=table is not None, num_warps=4,
+            )  # fmt: skip
     return out
 
 
@@ -90,9 +93,10 @@ def _token_gather_backward(dout: Tensor, visible: Tensor, tokens: int) -> Tensor
     batch, n, width = dout.shape
     dx = torch.zeros(batch, tokens, width, dtype=dout.dtype, device=dout.device)
     if dout.numel():
-        token_gather_bwd_kernel[(batch * n,)](
-            dx, dout, visible, n, tokens, C=width, BLOCK=power_of_two(width), num_warps=4
-        )  # fmt: skip
+        with on_device(dx):
+            token_gather_bwd_kernel[(batch * n,)](
+                dx, dout, visible, n, tokens, C=width, BLOCK=power_of_two(width), num_warps=4
+            )  # fmt: skip
     return dx
 
 
@@ -119,22 +123,23 @@ _token_gather.register_autograd(_backward, setup_context=_setup)
 
 
 @torch.library.custom_op("umt_kernels::gather_norm", mutates_args=())
-def _gather_norm(x: Tensor, visible: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    x, visible = x.contiguous(), visible.contiguous()
+def _gather_norm(x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    x, visible = x.contiguous(), None if visible is None else visible.contiguous()
     batch, tokens, width = x.shape
-    n = visible.shape[1]
+    n = tokens if visible is None else visible.shape[1]
     out = torch.empty(batch, n, width, dtype=x.dtype, device=x.device)
     if out.numel():
-        gather_norm_kernel[(batch * n,)](
-            out, x, visible, weight.contiguous(), bias.contiguous(), n, tokens, eps,
-            C=width, BLOCK=power_of_two(width), num_warps=warps_for(width),
-        )  # fmt: skip
+        with on_device(out):
+            gather_norm_kernel[(batch * n,)](
+                out, x, visible, weight.contiguous(), bias.contiguous(), n, tokens, eps,
+                C=width, BLOCK=power_of_two(width), GATHER=visible is not None, num_warps=warps_for(width),
+            )  # fmt: skip
     return out
 
 
 @_gather_norm.register_fake
 def _(x, visible, weight, bias, eps):
-    return x.new_empty(*visible.shape, x.shape[2])
+    return x.new_empty(x.shape if visible is None else (*visible.shape, x.shape[2]))
 
 
 def _reference(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
@@ -168,19 +173,19 @@ def token_gather(x: Tensor, visible: Tensor, table: Tensor | None = None, road: 
 
 
 def gather_norm(
-    x: Tensor, visible: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, road: Road = "auto"
+    x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, road: Road = "auto"
 ) -> Tensor:
     """Rows of x at visible, through a LayerNorm; for frozen towers, so nothing gets a gradient.
 
     Args:
         x: (B, N, C), floating.
-        visible: int32 or int64 (B, n).
+        visible: int32 or int64 (B, n); None for all rows in their order.
         weight, bias: (C,) of the LayerNorm. Statistics and affine are fp32 whatever x is.
         eps: of the LayerNorm.
         road: "auto", "reference" or "triton".
 
     Returns:
-        (B, n, C) in x's dtype, detached.
+        (B, n, C) in x's dtype, or (B, N, C), detached.
 
     Raises:
         ValueError: shapes that do not fit. IndexError: an index out of range (see token_gather).
@@ -189,10 +194,11 @@ def gather_norm(
         raise ValueError(
             f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be (B, N, C), (C,), (C,)"
         )
-    check_visible(visible, x.shape[0], x.shape[1])
+    if visible is not None:
+        check_visible(visible, x.shape[0], x.shape[1])
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     if use_triton(road, x):
         return _gather_norm(x, visible, weight, bias, eps)
-    rows = _reference(x, visible, None)
+    rows = x if visible is None else _reference(x, visible, None)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     return F.layer_norm(rows.to(kind), x.shape[2:], weight.to(kind), bias.to(kind), eps).to(x.dtype)

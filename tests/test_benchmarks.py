@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+from benchmarks.bench_kernels import figures
+from benchmarks.kernel_cases import Case
 from benchmarks.profile_step import kind_of, shares
 from benchmarks.report import main
 
@@ -25,7 +27,8 @@ def test_tables_and_plot(tmp_path: Path, capsys) -> None:
           step("plain", 16, 10.0, 9.0), step("fast", 64, 40.0, 16.0), none, tail='{"name": "comp')  # fmt: skip
     kernel = {"kernel": "gather", "gb_per_s": 50.0, "share_of_copy_rate": 0.5, "copy_gb_per_s": 100.0, "tflops": 0.0}
     write(tmp_path / "kernels_b16.jsonl", kernel | {"provider": "ours", "seconds": 2e-6},
-          kernel | {"provider": "plain", "seconds": 5e-6})  # fmt: skip
+          kernel | {"provider": "plain", "seconds": 5e-6},
+          {"kernel": "scatter", "provider": "ours", "copy_gb_per_s": 100.0, "error": "ValueError: no"})  # fmt: skip
     teacher = {"precision": "native", "batch_size": 10, "seconds": 1.0, "peak_memory_gib": 2.0, "cosine_to_first": 1.0}
     write(tmp_path / "teacher_b16.jsonl", teacher, teacher | {"precision": "int8", "seconds": 0.5},
           {"precision": "fp8", "batch_size": 10, "error": "needs another GPU"})  # fmt: skip
@@ -37,6 +40,7 @@ def test_tables_and_plot(tmp_path: Path, capsys) -> None:
     assert "| b16 | 16 | 30.00 | 45.00 | 10.00 | 3.00 | 4.50 | 25% | 25% | 4.00 | 3.50 | 9.00 |" in text
     assert "| b16 | 64 | 40.00 |  | out of memory |  |  | 25% |  | 16.00 |  | out of memory |" in text
     assert "| gather | 50 GB/s | 50% | 2.50 | 2.0 | 5.0 |" in text
+    assert "| scatter | ValueError: no |  |  | failed |  |" in text
     assert "| int8 | 20.00 | 2.00 |" in text and "needs another GPU" in text
     assert "| b16, 8 clips | 75% | 25% |" in text
     plot = ElementTree.parse(tmp_path / "plot.svg").getroot()
@@ -46,8 +50,16 @@ def test_tables_and_plot(tmp_path: Path, capsys) -> None:
     assert heights == [round(220 * rate / 45, 1) for rate in (10, 30, 45, 0, 40)]
 
 
+def test_a_provider_that_fails_is_on_record() -> None:
+    def fails() -> None:
+        raise ValueError("not on this device\nand more")
+
+    row = figures(Case("gather", {"ours": fails}), "ours", 1e9)
+    assert row["error"] == "ValueError: not on this device" and row["copy_gb_per_s"] == 1.0
+
+
 def test_work_is_told_apart_by_name() -> None:
-    assert kind_of("fmha_cutlassF_bf16_aligned") == "attention"
+    assert kind_of("fmha_cutlassF_bf16_aligned") == kind_of("cudnn_generated_fort_native_sdpa_sm90") == "attention"
     assert kind_of("sm90_xmma_gemm_bf16bf16") == kind_of("aten::addmm") == "matrix products"
     assert kind_of("_patch_gather_kernel") == "our kernels" and kind_of("aten::gelu") == "other element-wise"
     assert shares([("aten::mm", 3.0), ("aten::add", 1.0), ("aten::bmm", 4.0)]) == {

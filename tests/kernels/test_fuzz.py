@@ -10,7 +10,8 @@ import kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 FUZZ = settings(
-    max_examples=200 if DEVICE == "cuda" else 12,
+    # Nearly every example is a shape of its own, which Triton compiles for seconds.
+    max_examples=60 if DEVICE == "cuda" else 12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

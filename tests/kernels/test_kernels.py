@@ -129,6 +129,16 @@ def test_gather_norm(batch, tokens, n, width, dtype) -> None:
     assert not kernels.gather_norm(x.requires_grad_(), visible, weight, bias).requires_grad
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_norm_of_all_rows(dtype) -> None:
+    x = (torch.randn(7, 3, 20, device=DEVICE) + 30).to(dtype).transpose(0, 1)
+    every = torch.arange(7, dtype=torch.int32, device=DEVICE).expand(3, -1)
+    weight, bias = torch.randn(20, device=DEVICE), torch.randn(20, device=DEVICE)
+    for road in ROADS:
+        ours = kernels.gather_norm(x, None, weight, bias, road=road)
+        assert torch.equal(ours, kernels.gather_norm(x, every, weight, bias, road=road))
+
+
 # semantic_mask and sample_visible
 
 

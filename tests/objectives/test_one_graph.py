@@ -31,9 +31,11 @@ class HostWaits(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
         self.count = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         self.count += 1
+        self.names.append(operator._schema.name)
         name = operator._schema.name.removeprefix("aten::").lstrip("_")
         before = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
         boolean = name.startswith("index") and any(leaf.dtype in (torch.bool, torch.uint8) for leaf in before[1:])
@@ -73,6 +75,28 @@ def test_forward_on_a_gpu_never_waits(teacher_patch: int) -> None:
         batch, seed = clips(), torch.empty(1, dtype=torch.int64)
         waits.found.clear()
         values = objective(batch, seed)
+        assert values["loss"].device.type == "cuda" and waits.count > 100
+    assert waits.found == []
+
+
+def test_norms_of_the_teacher_are_one_kernel_each_on_a_gpu(hopper: None) -> None:
+    settings = config(16)
+    settings.run.dtype, settings.teacher.depth = "bf16", 3
+    with imagined("cuda") as waits:
+        teacher = UnmaskedAlignment(settings).teacher
+        batch, seed = clips(), torch.empty(1, dtype=torch.int64)
+        waits.names.clear()
+        teacher(batch["video"], settings.mask, seed)
+    # ln_pre, six of blocks, ln_post of two taps.
+    assert waits.names.count("umt_kernels::gather_norm") == 9 and "aten::native_layer_norm" not in waits.names
+
+
+def test_forward_of_stage_2_on_a_gpu_never_waits(hopper: None) -> None:
+    with imagined("cuda") as waits:
+        objective, batch = stage2()
+        seed = torch.empty(1, dtype=torch.int64)
+        waits.found.clear()
+        values = objective.train()(batch, seed)
         assert values["loss"].device.type == "cuda" and waits.count > 100
     assert waits.found == []
 
@@ -142,6 +166,52 @@ def test_the_whole_objective_of_stage_2_is_one_graph() -> None:
         torch.manual_seed(1)
         found.append({name: value.detach() for name, value in module(batch, torch.tensor([5])).items()})
     torch.testing.assert_close(found[0], found[1])
+
+
+def stage1(precision: str) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    settings = config(16)
+    settings.run.dtype, settings.teacher.precision = "bf16", precision
+    return UnmaskedAlignment(settings), clips()
+
+
+def stage2() -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """A packed step: clips and images."""
+    settings = tiny.captions()
+    settings.run.dtype = "bf16"
+    texts = {"ids": torch.empty(2, 6, dtype=torch.int64), "mask": torch.empty(2, 6, dtype=torch.bool)}
+    texts["sample"] = torch.empty(2, dtype=torch.int64)
+    batch = clips() | texts | {f"image_{name}": value for name, value in (clips(1) | texts).items()}
+    return VideoTextPretraining(settings, mask_id=3, special=(0, 1, 2)), batch
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch asks of a GPU before it computes in bf16, answered as an H100 would."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+
+
+@pytest.mark.parametrize("make", [lambda: stage1("native"), lambda: stage1("fp8"), stage2], ids=["1", "fp8", "2"])
+def test_the_objective_is_one_graph_on_a_gpu(make: Callable, hopper: None) -> None:
+    """The roads that only CUDA tensors in bf16 take; the tracer needs no GPU."""
+    torch.compiler.reset()
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            objective, batch = make()
+            seed = torch.empty(1, dtype=torch.int64)
+        graphs = []
+
+        def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+            graphs.append(graph)
+            return graph
+
+        loss = torch.compile(objective.train(), fullgraph=True, dynamic=False, backend=keep)(batch, seed)["loss"]
+    assert loss.device.type == "cuda" and loss.dtype == torch.float32
+    targets = [str(node.target) for node in graphs[0].graph.nodes]
+    assert any("umt_kernels" in target for target in targets), "the Triton road"
+    if "image_video" in batch:
+        assert any("varlen" in target for target in targets), "packed attention"
 
 
 class OneBatch:

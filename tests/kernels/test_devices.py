@@ -1,0 +1,57 @@
+"""Kernels are launched on the GPU that holds their tensors, which need not be the current one."""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+
+# The package shows functions of these names.
+MODULES = [f"kernels.{name}" for name in ("align_loss", "patch_gather", "semantic_mask", "token_gather")]
+
+
+class Spy:
+    """Stands for a kernel and notes, in place of its launch, for which tensor the current device was chosen."""
+
+    def __init__(self, name: str, chosen: list[Tensor], launched: dict[str, Tensor | None]) -> None:
+        self.name, self.chosen, self.launched = name, chosen, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> "Spy":
+        return self
+
+    def __call__(self, *args: object, **options: object) -> None:
+        self.launched[self.name] = self.chosen[-1] if self.chosen else None
+
+
+def test_every_launch_chooses_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Tensor] = []
+    launched: dict[str, Tensor | None] = {}
+
+    @contextlib.contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        chosen.append(tensor)
+        yield
+        chosen.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    names = []
+    for module in map(importlib.import_module, MODULES):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            names.append(name)
+            monkeypatch.setattr(module, name, Spy(name, chosen, launched))
+    with kernels.force_road("triton"):
+        visible = torch.zeros(1, 2, dtype=torch.int32)
+        x, affine = torch.randn(1, 4, 8, requires_grad=True), torch.ones(8)
+        kernels.token_gather(x, visible).sum().backward()
+        kernels.gather_norm(x, visible, affine, affine)
+        kernels.patch_gather(torch.zeros(1, 1, 16, 16, 3, dtype=torch.uint8), visible, patch_size=8)
+        kernels.semantic_mask(torch.randn(1, 2, 16), torch.randn(1, 2, 5, 16), 2, torch.tensor([1]))
+        kernels.sample_visible(torch.ones(1, 4), 2, torch.tensor([1]))
+        student, weight = torch.randn(1, 1, 2, 8, requires_grad=True), torch.ones(1, 8)
+        kernels.align_loss(student, student.detach(), weight, weight).backward()
+    assert len(names) == 8 and sorted(launched) == sorted(names)
+    assert all(isinstance(tensor, Tensor) for tensor in launched.values()), launched
