@@ -258,6 +258,25 @@ def test_rows_of_zeros_have_a_zero_gradient(road: str) -> None:
     assert loss.isfinite() and student.grad.isfinite().all() and not student.grad[0, 0, 1].any()
 
 
+def before_nan(x: Tensor) -> Tensor:
+    """The same numbers, with nothing but NaN in the memory behind them."""
+    memory = torch.full((x.numel() + 4096,), float("nan"), device=DEVICE)
+    return memory[: x.numel()].view(x.shape).copy_(x)
+
+
+def test_align_loss_reads_nothing_behind_its_last_row() -> None:
+    """Five rows in two backward programs of four: the second has three to leave out, which must not even be read."""
+    student, target = (before_nan(torch.randn(1, 1, 5, 20, device=DEVICE)) for _ in range(2))
+    weight, bias = (before_nan(torch.randn(1, 20, device=DEVICE)) for _ in range(2))
+    gradients = []
+    for road in ROADS:
+        leaves = [tensor.detach().requires_grad_() for tensor in (student, weight, bias)]
+        loss = kernels.align_loss(leaves[0], target, *leaves[1:], loss="mse", road=road)
+        gradients.append(torch.autograd.grad(loss, leaves))
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
 @pytest.mark.parametrize("road", ["reference", "triton"])
 def test_align_loss_of_nothing_is_not_a_number_and_has_no_gradient(road: str) -> None:
     student = torch.randn(2, 3, 0, 8, device=DEVICE, requires_grad=True)
