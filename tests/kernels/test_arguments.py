@@ -115,9 +115,12 @@ def test_the_road_of_attention_on_a_gpu_that_need_not_be_there(monkeypatch: pyte
     monkeypatch.setattr(module, "_library", lambda name: module)
     roads = [module.attention_road(gpu, dtype, width, packed=packed) for dtype, width, packed in kinds]
     assert roads == ["flash_attn", "flash_attn", "sdpa", "flash_attn", "flash_attn", "sdpa"]
+    q, mask = torch.randn(1, 3, 2, 8), torch.tensor([[True, False, True]])
+    assert module.attention_road(q.device, torch.bfloat16, 64) == "sdpa"
+    with pytest.raises(ValueError, match="'flash_attn' needs CUDA tensors, these are on cpu"):
+        kernels.attention(q, q, q, road="flash_attn")
     # A mask that the library cannot take goes to sdpa instead.
     monkeypatch.setattr(module, "attention_road", lambda *args, **kwargs: "flash_attn")
-    q, mask = torch.randn(1, 3, 2, 8), torch.tensor([[True, False, True]])
     torch.testing.assert_close(
         kernels.attention(q, q, q, key_mask=mask), kernels.attention(q, q, q, key_mask=mask, road="math")
     )

@@ -87,7 +87,7 @@ def test_patch_gather_of_windows_equals_cutting_them_first(road: str, kind: torc
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "tokens", "n", "width"), [(2, 9, 4, 20), (1, 5, 5, 60), (3, 7, 1, 1), (0, 4, 2, 8)])
 def test_token_gather_value_and_gradient(batch, tokens, n, width, dtype) -> None:
-    x, table = torch.randn(batch, tokens, width, device=DEVICE), torch.randn(tokens, width, device=DEVICE)
+    x, table = torch.randn(batch, tokens, width, device=DEVICE), torch.randn(width, tokens, device=DEVICE).T
     visible, upstream = some_visible(batch, tokens, n), torch.randn(batch, width, n, device=DEVICE).mT
     results = {}
     for road, kind in (("triton", dtype), ("reference", dtype), ("truth", torch.float64)):

@@ -41,6 +41,7 @@ def rounding(x: torch.Tensor, precision: str) -> torch.Tensor:
 def test_each_number_moves_by_its_bound_at_most(precision: str) -> None:
     x, _, _ = layer(37, 96, 16)
     values, scale = kernels.quantize_rows(x, precision)
+    assert (values.float().abs().amax(1) == {"int8": 127, "fp8": 448}[precision]).all(), "the range is not used"
     error = (values.double() * scale.double() - x.double()).abs()
     assert (error <= rounding(x, precision)).all()
     assert (error.amax(1) > rounding(x, precision).amax(1) / 4).all(), "finer than 8 bits: what was rounded?"
@@ -111,6 +112,8 @@ def test_what_does_not_fit_is_named() -> None:
         kernels.quantized_linear(x, weight, scale, bias)
     with pytest.raises(ValueError, match=r"\(7,\)"):
         kernels.quantized_linear(x, values, scale[:7], bias)
+    with pytest.raises(ValueError, match="'scaled_mm' does not fit int8|VNNI"):
+        kernels.quantized_linear(x, values, scale, bias, road="scaled_mm")
     with pytest.raises(ValueError, match="has no gradient"):
         kernels.quantized_linear(x.requires_grad_(), values, scale, bias)
     if DEVICE == "cpu":
