@@ -71,7 +71,7 @@ def test_patch_gather_of_a_view() -> None:
 @pytest.mark.parametrize("road", ["reference", "triton"])
 def test_patch_gather_of_windows_equals_cutting_them_first(road: str, kind: torch.dtype) -> None:
     video = torch.randint(256, (3, 4, 37, 45, 3), device=DEVICE).to(torch.uint8)
-    origin = torch.tensor([[0, 0], [5, 13], [3, 2]], dtype=torch.int32, device=DEVICE)
+    origin = torch.tensor([[0, 5, 3], [0, 13, 2]], dtype=torch.int32, device=DEVICE).T
     cut = torch.stack([v[:, y : y + 32, x : x + 32] for v, (y, x) in zip(video, origin.tolist(), strict=True)])
     if kind == torch.float32:
         video, cut = (tensor.permute(0, 4, 1, 2, 3).float() for tensor in (video, cut))

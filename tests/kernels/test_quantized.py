@@ -59,6 +59,15 @@ def test_product_within_the_bound_of_rounding(precision, road, rows, inputs, out
     assert ((out.double() - truth).abs() <= bound + slack).all()
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_the_reference_is_its_formula_in_any_shape(precision: str) -> None:
+    x, weight, bias = layer(6, 16, 8)
+    (a, r), (b, c) = kernels.quantize_rows(x, precision), kernels.quantize_weight(weight, precision)
+    expected = ((a.double() * r) @ (b.double() * c[:, None]).T + bias).float()
+    ours = kernels.quantized_linear(x.view(2, 3, 16), b, c, bias, road="reference")
+    torch.testing.assert_close(ours, expected.view(2, 3, 8))
+
+
 @pytest.mark.parametrize("road", roads("int8")[1:])
 def test_int8_equals_the_reference(road: str) -> None:
     x, weight, bias = layer(130, 768, 64)
