@@ -216,7 +216,8 @@ def l2_normalize(x: Tensor) -> Tensor:
 def align_features(
     student: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, normalize: Normalize = "l2"
 ) -> Tensor:
-    """The student's side of the loss, (K, B, n, D): LayerNorm of each layer's rows, then L2 norm. Plain PyTorch, fp32."""
+    """The student's side of the loss, (K, B, n, D): LayerNorm of each layer's rows, then L2 norm. Plain PyTorch, in
+    fp32, or float64 where student is."""
     x = student if student.dtype == torch.float64 else student.float()
     y = F.layer_norm(x, x.shape[-1:], eps=eps) * weight[:, None, None] + bias[:, None, None]
     return l2_normalize(y) if normalize == "l2" else y
@@ -272,7 +273,8 @@ def align_loss(
         fp32 scalar, or (K,). Differentiable with respect to student, weight and bias. Empty input gives NaN, as any mean.
 
     Raises:
-        ValueError: shapes or options that do not fit. IndexError: an index out of range (CPU only).
+        ValueError: shapes or options that do not fit. IndexError: an index out of range (on a GPU within checked()
+            only).
     """
     if student.ndim != 4 or target.ndim != 4 or weight.shape != (student.shape[0], student.shape[3]):
         raise ValueError(

@@ -79,14 +79,14 @@ def _choose(road: str, q: Tensor, packed: bool = False) -> str:
         if not torch.compiler.is_compiling():
             _say_once(q.device.type, q.dtype, road, packed)
         return road
+    if packed and road == "xformers":
+        raise ValueError("road='xformers' has no packed form here; use road='auto'")
     if road in ("flash_attn", "xformers"):
         module = "flash_attn" if road == "flash_attn" else "xformers.ops"
         if not (_FLASH_ATTN if road == "flash_attn" else _imports(module)):
             raise ValueError(f"road={road!r}, but {module} does not import here; install it or use road='auto'")
         if q.device.type != "cuda":
             raise ValueError(f"road={road!r} needs CUDA tensors, these are on {q.device}")
-    if packed and road == "xformers":
-        raise ValueError("road='xformers' has no packed form here; use road='auto'")
     if road == "varlen":
         why = _why_not_varlen(q.device, q.dtype, q.shape[-1]) if packed else "it is for attention_varlen alone"
         if why is not None:

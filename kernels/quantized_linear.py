@@ -126,8 +126,8 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *, 
     Args:
         x: (..., K) fp32, bf16 or fp16.
         weight, scale: (N, K) int8 or float8_e4m3fn and (N,) fp32, from quantize_weight. Constant: the onednn road keeps its
-            own packed copy of a weight from the first call on. On CUDA K and N are multiples of 16 and
-            x has more than 16 rows.
+            own packed copy of a weight from the first call on. On CUDA K and N are multiples of 16 and x has more than 16
+            rows.
         bias: (N,) fp32.
         road: which library computes it; one that does not fit the weight or the device raises.
 

@@ -229,6 +229,9 @@ def sample_visible(scores: Tensor, num_visible: int, seed: Tensor, road: Road = 
 
     Returns:
         int32 (R, n), ascending in each row.
+
+    Raises:
+        ValueError: scores of another kind, n outside [0, L], L over 4096.
     """
     if scores.ndim != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores are {scores.dtype} {tuple(scores.shape)}; they must be float32 (R, L)")

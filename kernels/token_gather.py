@@ -161,7 +161,7 @@ def token_gather(x: Tensor, visible: Tensor, table: Tensor | None = None, road: 
         (B, n, C) in x's dtype; differentiable with respect to x.
 
     Raises:
-        ValueError: shapes that do not fit. IndexError: an index out of range (CPU only).
+        ValueError: shapes that do not fit. IndexError: an index out of range (on a GPU within checked() only).
     """
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be floating (B, N, C)")

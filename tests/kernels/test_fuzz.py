@@ -1,5 +1,9 @@
 """Random shapes, types, strides and options: both roads agree with float64 truth wherever the arguments are legal."""
 
+from collections.abc import Callable
+from itertools import accumulate
+from unittest import mock
+
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -35,12 +39,12 @@ def strided(draw: st.DrawFn, *shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-def assert_close_to_truth(ours: Tensor, reference: Tensor, truth: Tensor) -> None:
-    """At most twice the reference's own error, plus units in the last place."""
+def assert_close_to_truth(ours: Tensor, reference: Tensor, truth: Tensor, size: float | None = None) -> None:
+    """At most twice the reference's own error, plus units in the last place of numbers of this size."""
     assert ours.shape == truth.shape
     if truth.numel() == 0:
         return
-    floor = 8 * torch.finfo(reference.dtype).eps * max(truth.abs().max().item(), 1e-3)
+    floor = 8 * torch.finfo(reference.dtype).eps * (size or max(truth.abs().max().item(), 1e-3))
     allowed = 2 * (reference.double() - truth).abs().max().item() + floor
     assert (ours.double() - truth).abs().max().item() <= allowed
 
@@ -51,7 +55,7 @@ def test_token_gather(data: st.DataObject) -> None:
     draw = data.draw
     batch, tokens, width, dtype = draw(small), draw(small), draw(st.integers(1, 40)), draw(DTYPES)
     x, visible = strided(draw, batch, tokens, width, dtype=dtype), visible_of(draw, batch, tokens)
-    table = torch.randn(tokens, width, device=DEVICE) if draw(st.booleans()) else None
+    table = strided(draw, tokens, width, dtype=torch.float32) if draw(st.booleans()) else None
     upstream = torch.randn(*visible.shape, width, device=DEVICE).to(dtype)
     results = []
     for road, kind in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
@@ -61,6 +65,20 @@ def test_token_gather(data: st.DataObject) -> None:
         results.append((out.detach(), *torch.autograd.grad(out, leaf, upstream.to(kind))))
     for ours, reference, truth in zip(*results, strict=True):
         assert_close_to_truth(ours, reference, truth)
+
+
+@FUZZ
+@given(st.data())
+def test_gather_norm(data: st.DataObject) -> None:
+    draw = data.draw
+    batch, tokens, width, dtype = draw(small), draw(small), draw(st.integers(1, 40)), draw(DTYPES)
+    x, visible = strided(draw, batch, tokens, width, dtype=dtype), visible_of(draw, batch, tokens)
+    affine, eps = strided(draw, 2, width, 3, dtype=torch.float32)[..., 1], draw(st.sampled_from([1e-5, 0.1]))
+    ours, reference, truth = (
+        kernels.gather_norm(x.to(kind or dtype), visible, *affine.to(kind or affine.dtype), eps=eps, road=road)
+        for road, kind in (("triton", None), ("reference", None), ("reference", torch.float64))
+    )
+    assert_close_to_truth(ours, reference, truth)
 
 
 @FUZZ
@@ -86,6 +104,11 @@ def test_patch_gather(data: st.DataObject) -> None:
     truth = dense.gather(1, visible.long()[..., None].expand(-1, -1, dense.shape[2])).float()
     assert torch.equal(ours, truth)
     assert torch.equal(kernels.patch_gather(video, visible, road="reference", **options), truth)
+    options |= {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "dtype": draw(DTYPES)}
+    ours, reference = (kernels.patch_gather(video, visible, road=road, **options) for road in ("triton", "reference"))
+    mean, std = (truth.new_tensor(options[name]).double()[:, None] for name in ("mean", "std"))
+    truth = ((truth.double().unflatten(2, (3, -1)) / 255 - mean) / std).flatten(2)
+    assert_close_to_truth(ours, reference, truth)
 
 
 @FUZZ
@@ -115,9 +138,9 @@ def test_align_loss(data: st.DataObject) -> None:
     dtype, visible = draw(DTYPES), visible_of(draw, batch, tokens)
     n = visible.shape[1]
     assume(n > 0)  # the mean of nothing is not a number
-    student = torch.randn(layers, batch, n, width, device=DEVICE).to(dtype)
+    student = strided(draw, layers, batch, n, width, dtype=dtype)
     target = strided(draw, layers, batch, tokens, width, dtype=dtype)
-    weight, bias = torch.rand(layers, width, device=DEVICE) + 0.5, torch.randn(layers, width, device=DEVICE)
+    weight, bias = (strided(draw, layers, width, dtype=torch.float32) for _ in range(2))
     options = {
         "visible": visible,
         "normalize": draw(st.sampled_from(["l2", "none"])),
@@ -130,3 +153,59 @@ def test_align_loss(data: st.DataObject) -> None:
         results.append((value.detach(), *torch.autograd.grad(value, leaves)))
     for ours, reference, truth in zip(*results, strict=True):
         assert_close_to_truth(ours, reference, truth)
+
+
+def assert_roads_of_attention(
+    roads: list, tensors: list[Tensor], upstream: Tensor, compute: Callable[..., Tensor]
+) -> None:
+    """Values and gradients of compute(road, q, k, v): every road against the definition."""
+    results = []
+    for road, kind in (*((road, None) for road in roads), ("math", None), ("math", torch.float64)):
+        leaves = [tensor.detach().to(kind or tensor.dtype).requires_grad_() for tensor in tensors]
+        out = compute(road, *leaves)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))))
+    *ours, reference, truth = results
+    # The gradients of q and k are differences; of a single key they vanish, and what is left is the rounding of others.
+    size = max((part.abs().max().item() for part in truth if part.numel()), default=1.0)
+    for result in ours:
+        for parts in zip(result, reference, truth, strict=True):
+            assert_close_to_truth(*parts, size)
+
+
+@FUZZ
+@given(st.data())
+def test_attention(data: st.DataObject) -> None:
+    draw = data.draw
+    batch, queries, keys, heads, width, dtype = (
+        *(draw(small) for _ in range(4)),
+        8 * draw(st.integers(1, 4)),
+        draw(DTYPES),
+    )
+    tensors = [strided(draw, batch, n, heads, width, dtype=dtype) for n in (queries, keys, keys)]
+    mask = torch.rand(batch, keys, device=DEVICE) < 0.5
+    mask[:, draw(st.integers(0, keys - 1))] = True
+    options = {"scale": draw(st.sampled_from([None, 0.3])), "key_mask": draw(st.sampled_from([None, mask]))}
+    upstream = torch.randn_like(tensors[0])
+    assert_roads_of_attention(
+        ["sdpa"], tensors, upstream, lambda road, *qkv: kernels.attention(*qkv, road=road, **options)
+    )
+
+
+@FUZZ
+@given(st.data())
+def test_attention_varlen(data: st.DataObject) -> None:
+    draw = data.draw
+    lengths = draw(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=5))
+    heads, width, dtype = draw(small), 8 * draw(st.integers(1, 4)), draw(DTYPES)
+    totals = [torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=DEVICE) for n in zip(*lengths, strict=True)]
+    longest = [max(n) for n in zip(*lengths, strict=True)]
+    tensors = [strided(draw, int(totals[i][-1]), heads, width, dtype=dtype) for i in (0, 1, 1)]
+    scale = draw(st.sampled_from([None, 0.3]))
+
+    def compute(road: str, *qkv: Tensor) -> Tensor:
+        # Padded: what sdpa does on a GPU, and in a compiled program.
+        with mock.patch.object(torch.compiler, "is_compiling", lambda: road == "padded"):
+            road = "sdpa" if road == "padded" else road
+            return kernels.attention_varlen(*qkv, *totals, *longest, scale=scale, road=road)
+
+    assert_roads_of_attention(["sdpa", "padded"], tensors, torch.randn_like(tensors[0]), compute)

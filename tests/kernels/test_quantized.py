@@ -41,6 +41,7 @@ def rounding(x: torch.Tensor, precision: str) -> torch.Tensor:
 def test_each_number_moves_by_its_bound_at_most(precision: str) -> None:
     x, _, _ = layer(37, 96, 16)
     values, scale = kernels.quantize_rows(x, precision)
+    assert (values.float().abs().amax(1) == {"int8": 127, "fp8": 448}[precision]).all(), "the range is not used"
     error = (values.double() * scale.double() - x.double()).abs()
     assert (error <= rounding(x, precision)).all()
     assert (error.amax(1) > rounding(x, precision).amax(1) / 4).all(), "finer than 8 bits: what was rounded?"
@@ -56,6 +57,15 @@ def test_product_within_the_bound_of_rounding(precision, road, rows, inputs, out
     bound = dx @ weight.abs().double().t() + (x.abs().double() + dx) @ dw.t()
     slack = 1e-5 * truth.abs().max(1, keepdim=True).values if road != "scaled_mm" else 2**-8 * truth.abs() + 1e-3
     assert ((out.double() - truth).abs() <= bound + slack).all()
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_the_reference_is_its_formula_in_any_shape(precision: str) -> None:
+    x, weight, bias = layer(6, 16, 8)
+    (a, r), (b, c) = kernels.quantize_rows(x, precision), kernels.quantize_weight(weight, precision)
+    expected = ((a.double() * r) @ (b.double() * c[:, None]).T + bias).float()
+    ours = kernels.quantized_linear(x.view(2, 3, 16), b, c, bias, road="reference")
+    torch.testing.assert_close(ours, expected.view(2, 3, 8))
 
 
 @pytest.mark.parametrize("road", roads("int8")[1:])
@@ -111,6 +121,8 @@ def test_what_does_not_fit_is_named() -> None:
         kernels.quantized_linear(x, weight, scale, bias)
     with pytest.raises(ValueError, match=r"\(7,\)"):
         kernels.quantized_linear(x, values, scale[:7], bias)
+    with pytest.raises(ValueError, match="'scaled_mm' does not fit int8|VNNI"):
+        kernels.quantized_linear(x, values, scale, bias, road="scaled_mm")
     with pytest.raises(ValueError, match="has no gradient"):
         kernels.quantized_linear(x.requires_grad_(), values, scale, bias)
     if DEVICE == "cpu":
