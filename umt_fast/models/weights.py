@@ -14,6 +14,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from umt_fast.config import TeacherConfig
+from umt_fast.config import CLIP_TEXT_LENGTH, CLIP_TEXT_WORDS, TeacherConfig
 from umt_fast.models.clip_teacher import ClipTeacher
+
+if TYPE_CHECKING:
+    from umt_fast.models.clip_text import ClipText
 
 log = logging.getLogger("umt_fast.weights")
 
 _WRAPPERS = ("model", "module", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
+# What OpenAI's layout has of the text tower.
+_TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
 
 
 class WeightsError(ValueError):
@@ -183,13 +189,72 @@ def load_teacher(teacher: ClipTeacher, config: TeacherConfig) -> None:
         )
         teacher.quantize(config.precision)
         return
-    if ":" in weights and not Path(weights).exists():
-        state = _open_clip_state(config)
-    else:
-        state = load_state(weights)
+    state = _clip_state(config)
     visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
     fit(teacher, _adapt(visual or state, teacher), f"teacher weights {weights}")
     teacher.quantize(config.precision)
+
+
+def _clip_state(config: TeacherConfig) -> dict[str, Tensor]:
+    """Everything that teacher.weights, a name or a file, hold."""
+    if ":" in config.weights and not Path(config.weights).exists():
+        return _open_clip_state(config)
+    return load_state(config.weights)
+
+
+def load_teacher_text(config: TeacherConfig) -> ClipText:
+    """The text tower that belongs to the teacher, from the same weights; its sizes are theirs.
+
+    Raises WeightsError: no weights, weights of the visual tower alone, a text tower of another kind than CLIP's.
+    """
+    from umt_fast.models.clip_text import HEAD_WIDTH, ClipText  # open_clip is slow to import, and few runs need it
+
+    source, need = f"teacher.weights {config.weights}", "losses.text_projection needs"
+    if config.weights == "untrained":
+        raise WeightsError(f"{source}: {need} a trained CLIP; give ARCH:TAG or a file, or set it to 0")
+    if ":" in config.weights and not Path(config.weights).exists():
+        _check_plain_text(config.weights.partition(":")[0], need)
+    state = {key: value for key, value in _clip_state(config).items() if key.startswith(_TEXT)}
+    try:
+        vocabulary, width = state["token_embedding.weight"].shape
+        length, output_dim = len(state["positional_embedding"]), state["text_projection"].shape[1]
+    except (KeyError, IndexError, ValueError) as error:
+        raise WeightsError(
+            f"{source} hold no CLIP text tower (token_embedding, text_projection), which {need}; give ARCH:TAG, or a file of "
+            "the whole CLIP in OpenAI's or open_clip's layout, not its visual part"
+        ) from error
+    depth = len({key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")})
+    found = {"words": vocabulary, "positions": length, "output_dim": output_dim, "width": width}
+    if (
+        vocabulary != CLIP_TEXT_WORDS
+        or length < CLIP_TEXT_LENGTH
+        or output_dim != config.output_dim
+        or width % HEAD_WIDTH
+    ):
+        raise WeightsError(
+            f"{source}: the text tower has {found}; {need} {CLIP_TEXT_WORDS} words, at least {CLIP_TEXT_LENGTH} positions, "
+            f"teacher.output_dim {config.output_dim} and a multiple of {HEAD_WIDTH}"
+        )
+    text = ClipText(
+        width=width, depth=depth, vocab_size=vocabulary, context_length=length, output_dim=output_dim,
+        quick_gelu=config.activation == "quick_gelu",
+    )  # fmt: skip
+    fit(text.tower, {key: value.float() for key, value in state.items()}, f"the text tower of {source}")
+    return text
+
+
+def _check_plain_text(arch: str, need: str) -> None:
+    """Refuses open_clip's text towers that have CLIP's names and compute something else."""
+    import open_clip
+
+    from umt_fast.models.clip_text import HEAD_WIDTH
+
+    text = (open_clip.get_model_config(arch) or {}).get("text_cfg", {})
+    other = set(text) - {"context_length", "vocab_size", "width", "heads", "layers"}
+    if other or text.get("width", 512) != HEAD_WIDTH * text.get("heads", 8):
+        raise WeightsError(
+            f"open_clip's {arch} has a text tower of another kind ({', '.join(sorted(other or text))}); {need} CLIP's own"
+        )
 
 
 def _open_clip_state(config: TeacherConfig) -> dict[str, Tensor]:
@@ -212,7 +277,7 @@ def _open_clip_state(config: TeacherConfig) -> dict[str, Tensor]:
     if quick != (config.activation == "quick_gelu"):
         found = "quick_gelu" if quick else "gelu"
         raise WeightsError(f"{config.weights} was trained with {found}; set --teacher.activation {found}")
-    return {f"visual.{key}": value for key, value in model.visual.state_dict().items()}
+    return model.state_dict()
 
 
 def _adapt(state: dict[str, Tensor], teacher: ClipTeacher) -> dict[str, Tensor]:
