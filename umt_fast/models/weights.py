@@ -2,7 +2,7 @@
 
 A file may be safetensors or a PyTorch file; it may hold the parameters flat or under `model`, `module` or `state_dict`,
 with or without the prefixes of DDP and torch.compile. PyTorch files are read with weights_only=True. Nothing is left
-random in silence: each key that finds no partner is listed, and unless it is one that is expected to be absent
+random in silence: a key that finds no partner is named, and unless it is one that is expected to be absent
 (a fresh classification head, say) loading fails.
 """
 
@@ -37,7 +37,7 @@ _TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final."
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be read or do not fit; the message lists the keys."""
+    """Weights that cannot be read or do not fit; the message names the keys."""
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def fit(
         dropped: prefixes of entries of the file that the module has no place for; a line counts them.
 
     Raises:
-        WeightsError: any other missing, unexpected or differently shaped entry; all are listed.
+        WeightsError: any other missing, unexpected or differently shaped entry; the first of each kind are named.
     """
     own = module.state_dict()
     missing = [key for key in own if key not in state]
@@ -103,21 +103,32 @@ def fit(
     shaped = [key for key in own if key in state and own[key].shape != state[key].shape]
     kept_fresh = [key for key in missing + shaped if key.startswith(tuple(fresh))] if fresh else []
     kept_out = [key for key in unexpected if key.startswith(tuple(dropped))] if dropped else []
-    problems = [f"  missing: {key} {tuple(own[key].shape)}" for key in missing if key not in kept_fresh]
-    problems += [f"  not known to the model: {key}" for key in unexpected if key not in kept_out]
-    problems += [
-        f"  other size: {key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
-        for key in shaped
-        if key not in kept_fresh
-    ]
-    if problems:
-        raise WeightsError(f"{source} does not fit the configured model:\n" + "\n".join(problems))
+    problems = {
+        "missing": [f"{key} {tuple(own[key].shape)}" for key in missing if key not in kept_fresh],
+        "not known to the model": [key for key in unexpected if key not in kept_out],
+        "other size": [
+            f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+            for key in shaped
+            if key not in kept_fresh
+        ],
+    }
+    if any(problems.values()):
+        kinds = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+        raise WeightsError(
+            f"{source} does not fit the configured model: {kinds}. Give weights of this model, or configure the sizes they have"
+        )
     if kept_fresh:
         log.warning("%s: starting fresh: %s", source, ", ".join(kept_fresh))
     if kept_out:
         log.info("%s: %d entries not used: %s", source, len(kept_out), ", ".join(kept_out))
     taken = {key: value for key, value in state.items() if key in own and key not in kept_fresh}
     module.load_state_dict(taken, strict=False)
+
+
+def _some(entries: list[str], most: int = 3) -> str:
+    """The first entries by name, the others by number."""
+    more = len(entries) - most
+    return ", ".join(entries[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def load_student(student: nn.Module, path: str | Path) -> None:
