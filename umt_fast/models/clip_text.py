@@ -1,4 +1,4 @@
-"""The frozen CLIP text tower, which the alignment of projected captions takes its targets from (paper Table 7).
+"""The frozen CLIP text tower, whose embeddings of captions losses.text_projection aligns to.
 
 open_clip's layers under OpenAI's names (`token_embedding`, `transformer.resblocks.*`, `ln_final`, `text_projection`).
 """
