@@ -57,7 +57,7 @@ def test_kill_and_resume_is_bit_exact(co_training: str, tmp_path: Path, caption_
     whole = finish(tmp_path / "whole")
     killed = tmp_path / "killed"
     with run(killed) as process:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while process.poll() is None and len(rows(killed)) < 7 and time.monotonic() < end:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
