@@ -246,7 +246,7 @@ def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, c
 def test_stage_2_from_stage_1_weights_and_resumed(
     tmp_path: Path, tiny_list: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Captioned clips and images in, checkpoint out; stopped after three of six steps it continues exactly."""
+    """Captioned clips and images in, checkpoint out; stopped within the second epoch of two it continues exactly."""
     import torch
     from PIL import Image
 
@@ -272,7 +272,7 @@ def test_stage_2_from_stage_1_weights_and_resumed(
         "--init",
         str(weights),
     ]
-    for name, stops in (("whole", [6]), ("parts", [3, 6])):
+    for name, stops in (("whole", [6]), ("parts", [4, 6])):
         for stop in stops:
             assert main([*base, "--run.out", str(tmp_path / name), "--run.max_steps", str(stop)]) == 0
     rows = [

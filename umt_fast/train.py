@@ -73,7 +73,10 @@ def build_loader(
     for entries, frames in ((config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)):
         if entries:
             corpus = read_corpora(entries, workers=config.data.workers)
-            tokens = Tokens(corpus.captions, tokenizer, max_length=config.max_length, sep=config.sep_token, fixed=fixed)
+            tokens = Tokens(
+                corpus.captions, tokenizer, max_length=config.max_length, sep=config.sep_token, fixed=fixed,
+                teacher=config.losses.text_projection > 0,
+            )  # fmt: skip
             # Single pictures cost a CPU little, and are no videos to DALI.
             data = config.data if entries is config.videos else dataclasses.replace(config.data, reader="cpu")
             parts.append(CaptionLoader(clips_of(corpus.clips, frames, data), tokens, corpus.sample))

@@ -16,6 +16,7 @@ from tests.assets import tiny
 from umt_fast.config import Stage1Config
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.engine.trainer import Trainer
+from umt_fast.models.clip_text import ClipText
 from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
@@ -212,6 +213,18 @@ def test_the_objective_is_one_graph_on_a_gpu(make: Callable, hopper: None) -> No
     assert any("umt_kernels" in target for target in targets), "the Triton road"
     if "image_video" in batch:
         assert any("varlen" in target for target in targets), "packed attention"
+
+
+def test_clips_text_tower_is_one_graph_and_never_waits() -> None:
+    sizes = {"width": 64, "depth": 2, "vocab_size": 50, "context_length": 12, "output_dim": 8, "quick_gelu": True}
+    with imagined("cuda") as waits:
+        tower = ClipText(**sizes).compute_in(torch.bfloat16)
+        waits.found.clear()
+        assert tower(torch.empty(2, 9, dtype=torch.int64)).device.type == "cuda"
+    assert waits.found == []
+    tower, ids = ClipText(**sizes), torch.randint(50, (2, 9))
+    compiled = torch.compile(tower, fullgraph=True, dynamic=False, backend="eager")
+    torch.testing.assert_close(compiled(ids), tower(ids))
 
 
 class OneBatch:

@@ -4,7 +4,16 @@ Every field is documented where it stands; a wrong value is refused at construct
 and the rule in the message. Shapes and defaults follow Unmasked Teacher (arXiv 2303.16058).
 """
 
-from umt_fast.config.core import IMAGENET_MEAN, IMAGENET_STD, ConfigError, from_dict, require, to_dict
+from umt_fast.config.core import (
+    CLIP_TEXT_LENGTH,
+    CLIP_TEXT_WORDS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ConfigError,
+    from_dict,
+    require,
+    to_dict,
+)
 from umt_fast.config.models import (
     AlignConfig,
     MaskConfig,
@@ -19,6 +28,8 @@ from umt_fast.config.run import DataConfig, Dtype, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
 
 __all__ = [
+    "CLIP_TEXT_LENGTH",
+    "CLIP_TEXT_WORDS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "AlignConfig",

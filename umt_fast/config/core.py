@@ -9,6 +9,10 @@ from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Tokens of a caption, start and end included, that CLIP's text tower takes; OpenAI's figure, and open_clip's.
+CLIP_TEXT_LENGTH = 77
+# Its words: those of open_clip's tokenizer.
+CLIP_TEXT_WORDS = 49408
 
 
 class ConfigError(ValueError):

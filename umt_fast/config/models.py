@@ -166,12 +166,15 @@ class Stage2Losses:
     vision_projection: float = 0.0
     """Alignment of the projected, pooled clip to CLIP's own image embedding, averaged over frames: 1 - cosine. Not in the
     official training; needs embed_dim equal to teacher.output_dim."""
+    text_projection: float = 0.0
+    """Alignment of the projected caption to the embedding CLIP's text tower gives it, likewise. Needs teacher.weights with
+    that tower: `ARCH:TAG`, or a file of the whole CLIP in OpenAI's or open_clip's layout."""
     gather: Literal["full", "official"] = "full"
     """Gradient of the contrastive loss over several ranks: `full`, that of the joint batch, or `official`: 1 / ranks of it
     at the encoders and projections."""
 
     def __post_init__(self) -> None:
-        names = ("vtc", "vtm", "mlm", "uta", "vision_projection")
+        names = ("vtc", "vtm", "mlm", "uta", "vision_projection", "text_projection")
         for name in names:
             require(getattr(self, name) >= 0, f"losses.{name} is {getattr(self, name)}; it must not be negative")
         require(any(getattr(self, name) for name in names), "every weight of losses is 0; nothing would be trained")

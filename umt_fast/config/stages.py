@@ -114,10 +114,11 @@ class Stage2Config:
             2 <= self.max_length <= self.text.max_positions,
             f"max_length is {self.max_length}; it must lie in [2, text.max_positions = {self.text.max_positions}]",
         )
-        require(
-            not self.losses.vision_projection or self.embed_dim == self.teacher.output_dim,
-            f"losses.vision_projection needs embed_dim {self.embed_dim} to be teacher.output_dim {self.teacher.output_dim}",
-        )
+        for name in ("vision_projection", "text_projection"):
+            require(
+                not getattr(self.losses, name) or self.embed_dim == self.teacher.output_dim,
+                f"losses.{name} needs embed_dim {self.embed_dim} to be teacher.output_dim {self.teacher.output_dim}",
+            )
         require(
             self.co_training == "alternating" or self.student.attention == "joint",
             "co_training 'packed' needs student.attention 'joint'; choose that, or 'alternating'",

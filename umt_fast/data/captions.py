@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from umt_fast.config import CLIP_TEXT_LENGTH
 from umt_fast.data.clip import DataError
 from umt_fast.data.entries import read_entries
 from umt_fast.data.loader import ClipLoader
@@ -94,11 +95,13 @@ class Tokens:
 
     Sequences are [CLS] and word pieces without a closing [SEP], as released UMT checkpoints were trained (`sep` adds it).
     Batches are as long as their longest text, or always `max_length` where `fixed`: compiled steps want one shape.
+    `teacher` adds what CLIP's text tower reads of the same (cleaned) captions, see teacher_ids.
     """
 
     def __init__(
-        self, captions: Sequence[str], tokenizer: Any, *, max_length: int, sep: bool = False, fixed: bool = False
-    ) -> None:
+        self, captions: Sequence[str], tokenizer: Any, *, max_length: int, sep: bool = False, fixed: bool = False,
+        teacher: bool = False,
+    ) -> None:  # fmt: skip
         self.captions = captions if isinstance(captions, Strings) else Strings.of(captions)
         # The Rust object alone: a decoding process need not import transformers.
         self.tokenizer = tokenizer.backend_tokenizer
@@ -108,6 +111,7 @@ class Tokens:
         self.end = [tokenizer.sep_token_id] if sep else []
         self.pieces = max_length - 1 - len(self.end)
         self.least = max_length if fixed else 1
+        self.fixed, self.teacher = fixed, teacher
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -123,9 +127,17 @@ class Tokens:
         return ids, torch.arange(longest) < lengths[:, None]
 
     def columns(self, rows: Tensor) -> dict[str, Tensor]:
-        """The same by the names of a batch."""
+        """The same by the names of a batch, and `teacher_ids` where they were asked for."""
         ids, mask = self[rows]
-        return {"ids": ids, "mask": mask}
+        return {"ids": ids, "mask": mask} | ({"teacher_ids": self.teacher_ids(rows)} if self.teacher else {})
+
+    def teacher_ids(self, rows: Tensor) -> Tensor:
+        """int64 (B, l): start token, CLIP's word pieces, end token, zeros; longer captions lose their last pieces."""
+        import open_clip  # slow to import, and most runs need no such ids
+
+        ids = open_clip.tokenize([self.captions[row] for row in rows.tolist()], CLIP_TEXT_LENGTH)
+        # The end token has the largest id.
+        return ids if self.fixed else ids[:, : int(ids.argmax(1).max()) + 1]
 
 
 def load_tokenizer(name: str) -> Any:

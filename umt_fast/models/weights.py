@@ -2,7 +2,7 @@
 
 A file may be safetensors or a PyTorch file; it may hold the parameters flat or under `model`, `module` or `state_dict`,
 with or without the prefixes of DDP and torch.compile. PyTorch files are read with weights_only=True. Nothing is left
-random in silence: each key that finds no partner is listed, and unless it is one that is expected to be absent
+random in silence: a key that finds no partner is named, and unless it is one that is expected to be absent
 (a fresh classification head, say) loading fails.
 """
 
@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +23,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from umt_fast.config import TeacherConfig
+from umt_fast.config import CLIP_TEXT_LENGTH, CLIP_TEXT_WORDS, TeacherConfig
 from umt_fast.models.clip_teacher import ClipTeacher
+
+if TYPE_CHECKING:
+    from umt_fast.models.clip_text import ClipText
 
 log = logging.getLogger("umt_fast.weights")
 
 _WRAPPERS = ("model", "module", "state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
+# What OpenAI's layout has of the text tower.
+_TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be read or do not fit; the message lists the keys."""
+    """Weights that cannot be read or do not fit; the message names the keys."""
 
 
 @contextlib.contextmanager
@@ -103,7 +109,7 @@ def fit(
         dropped: prefixes of entries of the file that the module has no place for; a line counts them.
 
     Raises:
-        WeightsError: any other missing, unexpected or differently shaped entry; all are listed.
+        WeightsError: any other missing, unexpected or differently shaped entry; the first of each kind are named.
     """
     own = module.state_dict()
     missing = [key for key in own if key not in state]
@@ -111,21 +117,32 @@ def fit(
     shaped = [key for key in own if key in state and own[key].shape != state[key].shape]
     kept_fresh = [key for key in missing + shaped if key.startswith(tuple(fresh))] if fresh else []
     kept_out = [key for key in unexpected if key.startswith(tuple(dropped))] if dropped else []
-    problems = [f"  missing: {key} {tuple(own[key].shape)}" for key in missing if key not in kept_fresh]
-    problems += [f"  not known to the model: {key}" for key in unexpected if key not in kept_out]
-    problems += [
-        f"  other size: {key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
-        for key in shaped
-        if key not in kept_fresh
-    ]
-    if problems:
-        raise WeightsError(f"{source} does not fit the configured model:\n" + "\n".join(problems))
+    problems = {
+        "missing": [f"{key} {tuple(own[key].shape)}" for key in missing if key not in kept_fresh],
+        "not known to the model": [key for key in unexpected if key not in kept_out],
+        "other size": [
+            f"{key} is {tuple(state[key].shape)} in the file and {tuple(own[key].shape)} in the model"
+            for key in shaped
+            if key not in kept_fresh
+        ],
+    }
+    if any(problems.values()):
+        kinds = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+        raise WeightsError(
+            f"{source} does not fit the configured model: {kinds}. Give weights of this model, or configure the sizes they have"
+        )
     if kept_fresh:
         log.warning("%s: starting fresh: %s", source, ", ".join(kept_fresh))
     if kept_out:
         log.info("%s: %d entries not used: %s", source, len(kept_out), ", ".join(kept_out))
     taken = {key: value for key, value in state.items() if key in own and key not in kept_fresh}
     module.load_state_dict(taken, strict=False)
+
+
+def _some(entries: list[str], most: int = 3) -> str:
+    """The first entries by name, the others by number."""
+    more = len(entries) - most
+    return ", ".join(entries[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def load_student(student: nn.Module, path: str | Path) -> None:
@@ -197,13 +214,72 @@ def load_teacher(teacher: ClipTeacher, config: TeacherConfig) -> None:
         )
         teacher.quantize(config.precision)
         return
-    if ":" in weights and not Path(weights).exists():
-        state = _open_clip_state(config)
-    else:
-        state = load_state(weights)
+    state = _clip_state(config)
     visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
     fit(teacher, _adapt(visual or state, teacher), f"teacher weights {weights}")
     teacher.quantize(config.precision)
+
+
+def _clip_state(config: TeacherConfig) -> dict[str, Tensor]:
+    """Everything that teacher.weights, a name or a file, hold."""
+    if ":" in config.weights and not Path(config.weights).exists():
+        return _open_clip_state(config)
+    return load_state(config.weights)
+
+
+def load_teacher_text(config: TeacherConfig) -> ClipText:
+    """The text tower that belongs to the teacher, from the same weights; its sizes are theirs.
+
+    Raises WeightsError: no weights, weights of the visual tower alone, a text tower of another kind than CLIP's.
+    """
+    from umt_fast.models.clip_text import HEAD_WIDTH, ClipText  # open_clip is slow to import, and few runs need it
+
+    source, need = f"teacher.weights {config.weights}", "losses.text_projection needs"
+    if config.weights == "untrained":
+        raise WeightsError(f"{source}: {need} a trained CLIP; give ARCH:TAG or a file, or set it to 0")
+    if ":" in config.weights and not Path(config.weights).exists():
+        _check_plain_text(config.weights.partition(":")[0], need)
+    state = {key: value for key, value in _clip_state(config).items() if key.startswith(_TEXT)}
+    try:
+        vocabulary, width = state["token_embedding.weight"].shape
+        length, output_dim = len(state["positional_embedding"]), state["text_projection"].shape[1]
+    except (KeyError, IndexError, ValueError) as error:
+        raise WeightsError(
+            f"{source} hold no CLIP text tower (token_embedding, text_projection), which {need}; give ARCH:TAG, or a file of "
+            "the whole CLIP in OpenAI's or open_clip's layout, not its visual part"
+        ) from error
+    depth = len({key.split(".")[2] for key in state if key.startswith("transformer.resblocks.")})
+    found = {"words": vocabulary, "positions": length, "output_dim": output_dim, "width": width}
+    if (
+        vocabulary != CLIP_TEXT_WORDS
+        or length < CLIP_TEXT_LENGTH
+        or output_dim != config.output_dim
+        or width % HEAD_WIDTH
+    ):
+        raise WeightsError(
+            f"{source}: the text tower has {found}; {need} {CLIP_TEXT_WORDS} words, at least {CLIP_TEXT_LENGTH} positions, "
+            f"teacher.output_dim {config.output_dim} and a multiple of {HEAD_WIDTH}"
+        )
+    text = ClipText(
+        width=width, depth=depth, vocab_size=vocabulary, context_length=length, output_dim=output_dim,
+        quick_gelu=config.activation == "quick_gelu",
+    )  # fmt: skip
+    fit(text.tower, {key: value.float() for key, value in state.items()}, f"the text tower of {source}")
+    return text
+
+
+def _check_plain_text(arch: str, need: str) -> None:
+    """Refuses open_clip's text towers that have CLIP's names and compute something else."""
+    import open_clip
+
+    from umt_fast.models.clip_text import HEAD_WIDTH
+
+    text = (open_clip.get_model_config(arch) or {}).get("text_cfg", {})
+    other = set(text) - {"context_length", "vocab_size", "width", "heads", "layers"}
+    if other or text.get("width", 512) != HEAD_WIDTH * text.get("heads", 8):
+        raise WeightsError(
+            f"open_clip's {arch} has a text tower of another kind ({', '.join(sorted(other or text))}); {need} CLIP's own"
+        )
 
 
 def _open_clip_state(config: TeacherConfig) -> dict[str, Tensor]:
@@ -226,7 +302,7 @@ def _open_clip_state(config: TeacherConfig) -> dict[str, Tensor]:
     if quick != (config.activation == "quick_gelu"):
         found = "quick_gelu" if quick else "gelu"
         raise WeightsError(f"{config.weights} was trained with {found}; set --teacher.activation {found}")
-    return {f"visual.{key}": value for key, value in model.visual.state_dict().items()}
+    return model.state_dict()
 
 
 def _adapt(state: dict[str, Tensor], teacher: ClipTeacher) -> dict[str, Tensor]:

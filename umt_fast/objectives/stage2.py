@@ -24,7 +24,7 @@ import kernels
 from umt_fast.config import Stage2Config, Stage2Losses
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.multimodal import HEAD_EPS, VideoText
-from umt_fast.models.weights import load_bert, load_teacher, load_tower
+from umt_fast.models.weights import load_bert, load_teacher, load_teacher_text, load_tower
 from umt_fast.objectives import vision_text
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
@@ -70,7 +70,8 @@ def stage2_losses(
 class Pairs(NamedTuple):
     """A batch of clips, or of images, with their captions; see stage2_losses for each.
 
-    image: fp32 (B, D) CLIP's image embeddings, for the alignment of the projected clip, or None.
+    image, caption: fp32 (B, D) CLIP's embeddings of the clip and of its caption, for the alignment of the projected ones,
+    or None.
     """
 
     video: Tensor
@@ -84,6 +85,7 @@ class Pairs(NamedTuple):
     targets: Tensor | None = None
     negatives: tuple[Tensor, Tensor] | None = None
     image: Tensor | None = None
+    caption: Tensor | None = None
     capacity: int | None = None
 
 
@@ -123,8 +125,8 @@ def _losses_of(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The losses of one kind by name, from its vision tokens (B, n, C) and its plain and masked text (B, l, W)."""
     text, tower, found = model.text_encoder, model.vision_encoder, {}
-    vision = model.project_vision(tower.pool(tokens))
-    sim = vision_text.similarity(vision, model.project_text(plain), pairs.index, model.temperature, losses.gather)
+    vision, caption = model.project_vision(tower.pool(tokens)), model.project_text(plain)
+    sim = vision_text.similarity(vision, caption, pairs.index, model.temperature, losses.gather)
     if losses.vtc:
         found["vtc"] = vision_text.contrastive_loss(sim)
     if losses.vtm or losses.mlm:
@@ -144,6 +146,8 @@ def _losses_of(
         found["uta"] = kernels.align_loss(heads, pairs.targets, tower.norm_weight, tower.norm_bias, eps=HEAD_EPS)
     if losses.vision_projection and pairs.image is not None:
         found["vision_projection"] = (1 - F.cosine_similarity(vision, pairs.image, dim=-1)).mean()
+    if losses.text_projection and pairs.caption is not None:
+        found["text_projection"] = (1 - F.cosine_similarity(caption, pairs.caption, dim=-1)).mean()
     return found
 
 
@@ -160,12 +164,15 @@ class VideoTextPretraining(nn.Module):
         )
         self.teacher = ClipTeacher(config.teacher, layers, vit.tubelet_size)
         load_teacher(self.teacher, config.teacher)
+        self.teacher_text = load_teacher_text(config.teacher) if config.losses.text_projection else None
         if config.init:
             load_tower(self.model.vision_encoder, config.init)
         if config.bert != "untrained":
             load_bert(self.model.text_encoder, config.bert)
         if config.run.dtype == "bf16":
             self.teacher.compute_in(torch.bfloat16)
+            if self.teacher_text is not None:
+                self.teacher_text.compute_in(torch.bfloat16)
 
     @property
     def trainable(self) -> nn.Module:
@@ -179,8 +186,9 @@ class VideoTextPretraining(nn.Module):
         return min(losses.vtc, losses.vtm, losses.mlm, losses.uta) == 0
 
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
-        """batch: `video` as in stage 1, `ids`, `mask` and `sample` as CaptionLoader gives them, and the same of images with
-        `image_` before their names where clips and images are packed. Returns stage2_losses'."""
+        """batch: `video` as in stage 1, `ids`, `mask` and `sample` (with text_projection `teacher_ids` too) as CaptionLoader
+        gives them, and the same of images with `image_` before their names where clips and images are packed. Returns
+        stage2_losses'."""
         return self.losses(self.prepare(batch, seed))
 
     def prepare(self, batch: dict[str, Tensor], seed: Tensor) -> list[Pairs]:
@@ -210,9 +218,10 @@ class VideoTextPretraining(nn.Module):
             ids, mask, probability=config.mask_words, mask_id=self.mask_id, vocab_size=config.text.vocab_size,
             special=self.special,
         )  # fmt: skip
+        caption = None if self.teacher_text is None else self.teacher_text(batch[prefix + "teacher_ids"])
         return Pairs(
             video, target.visible, ids, mask, sample, masked, labels, seed, target.targets, image=target.image,
-            capacity=vision_text.masked_capacity(labels.numel(), config.mask_words),
+            caption=caption, capacity=vision_text.masked_capacity(labels.numel(), config.mask_words),
         )  # fmt: skip
 
     def flops_per_clip(self) -> float:
@@ -223,7 +232,10 @@ class VideoTextPretraining(nn.Module):
 
     @staticmethod
     def flops_of(config: Stage2Config, *, image: bool = False) -> float:
-        """Matrix-product FLOPs of a clip or image: teacher, tower, text (forward and backward three times forward)."""
+        """Matrix-product FLOPs of a clip or image: teacher, tower, text (forward and backward three times forward).
+
+        Not counted: CLIP's text tower, which only losses.text_projection runs.
+        """
         if image:
             frames = config.student.tubelet_size
             config = dataclasses.replace(
