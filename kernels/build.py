@@ -51,12 +51,28 @@ class Case:
     """Read and written by the operation's definition, each tensor once."""
 
 
+def semantic_mask_case(size: str, tokens: int, label: str = "") -> Case:
+    """Keys as the teacher gives them: a view of the fused product of keys and values."""
+    width, heads, _, _ = SIZES[size]
+    kept = tokens - int(0.8 * tokens)
+    tiles = tiling(tokens, 64, 2)
+    warps = tiles.pop("num_warps")
+    return Case(
+        f"semantic_mask {size}{label}", semantic_mask_kernel,
+        {"out": "*i32", "score_out": "*fp32", "q": "*bf16", "k": "*bf16", "seed": "*i64"},
+        {"scale": 0.125, "L": tokens, "n": kept, "q_row": width, "q_head": 64,
+         "k_row": (1 + tokens) * 2 * width, "k_head": 64, "k_token": 2 * width},
+        {"HEADS": heads, "D": 64, "RETURN": False, "UPCAST": False} | tiles,
+        warps=warps, bytes_moved=BATCH * FRAMES * ((2 + tokens) * width * 2 + kept * 4),
+    )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
-    """Every kernel at B/16 and L/16."""
+    """Every kernel at B/16 and L/16, and the mask of frames of 384 pixels."""
     p8, p16, p32, i32 = "*u8", "*bf16", "*fp32", "*i32"
     n = FRAMES * KEPT
     rows, frames = BATCH * n, BATCH * FRAMES
-    for size, (width, heads, tokens, out) in SIZES.items():
+    for size, (width, _, tokens, out) in SIZES.items():
         every = FRAMES * tokens
         yield Case(
             f"patch_gather {size}", patch_gather_kernel,
@@ -84,17 +100,7 @@ def cases() -> Iterator[Case]:
             {"n": n, "tokens": every, "eps": 1e-5}, gather | {"GATHER": True},
             warps=warps_for(width), bytes_moved=rows * (width * 4 + 4),
         )  # fmt: skip
-        tiles = tiling(tokens, 64, 2)
-        warps = tiles.pop("num_warps")
-        yield Case(
-            f"semantic_mask {size}", semantic_mask_kernel,
-            {"out": i32, "score_out": p32, "q": p16, "k": p16, "seed": "*i64"},
-            # Keys as the teacher gives them: a view of the fused product of keys and values.
-            {"scale": 0.125, "L": tokens, "n": KEPT, "q_row": width, "q_head": 64,
-             "k_row": (1 + tokens) * 2 * width, "k_head": 64, "k_token": 2 * width},
-            {"HEADS": heads, "D": 64, "RETURN": False, "UPCAST": False} | tiles,
-            warps=warps, bytes_moved=frames * ((2 + tokens) * width * 2 + KEPT * 4),
-        )  # fmt: skip
+        yield semantic_mask_case(size, tokens)
         yield Case(
             f"sample_visible {size}", sample_visible_kernel,
             {"out": i32, "score": p32, "seed": "*i64"}, {"L": tokens, "n": KEPT}, {"BLOCK": power_of_two(tokens)},
@@ -113,6 +119,7 @@ def cases() -> Iterator[Case]:
             options | {"ROWS": rows_per_program(6 * rows)},
             warps=warps_for(out), bytes_moved=6 * rows * (out * 6 + 8),
         )  # fmt: skip
+    yield semantic_mask_case("l16", 576, " 384 px")
 
 
 def source_of(case: Case) -> ASTSource:

@@ -24,9 +24,11 @@ from kernels._launch import Road, interpreted, on_device, power_of_two, use_trit
 
 # Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
 _IMPOSSIBLE = tl.constexpr(-1000.0)
-# Bytes of keys that semantic_mask keeps on the way at a time; two programs of twice this fit an SM of an A100.
-_TILE_BYTES = 32768
-_STAGES, _WARPS = 3, 8
+# Bytes of keys in one tile of semantic_mask, and on the way at a time: two programs then fit an SM of an A100, and one that
+# of a consumer GPU, whose limit is 99 KiB.
+_TILE_BYTES, _WAY_BYTES = 32768, 65536
+# What a program holds at a time: the keys' logits beside the keys, or scores alone.
+MOST_TOKENS, MOST_SCORES = 1024, 4096
 # The smallest step of the generator: keeps the logarithm of a drawn zero finite.
 _SMALLEST = tl.constexpr(2.0**-32)
 
@@ -74,7 +76,7 @@ def semantic_mask_kernel(
         # Token 0 is the class token: read apart, so that the patch tokens start at a power of two.
         class_logit = 0.0
         product = tl.zeros((16, BLOCK), tl.float32)
-        for i_d in tl.static_range(0, D, BLOCK_D):
+        for i_d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
             o_d = i_d + tl.arange(0, BLOCK_D)
             inside_d = o_d < D
             b_q = tl.load(p_q + o_d, mask=inside_d, other=0)
@@ -110,9 +112,10 @@ def tiling(tokens: int, width: int, element_bytes: int) -> dict[str, int]:
     """Block sizes, pipeline stages and warps of semantic_mask for L tokens and heads of `width` channels."""
     block = max(16, power_of_two(tokens))
     channels = min(max(16, power_of_two(width)), max(16, _TILE_BYTES // (block * element_bytes)))
-    # More tokens than a tile holds 16 channels of: fewer tiles on the way.
-    stages = _STAGES if block * channels * element_bytes <= _TILE_BYTES else 1
-    return {"BLOCK": block, "BLOCK_D": channels, "STAGES": stages, "num_warps": _WARPS if block <= 256 else 8}
+    # Heads of one tile come in a pipeline of heads; larger ones tile by tile, in fewer stages, which spill no register.
+    head = -(-width // channels) * block * channels * element_bytes
+    stages, warps = 1 + min(2, _WAY_BYTES // head), 8 if block <= 256 else 16
+    return {"BLOCK": block, "BLOCK_D": channels, "STAGES": stages, "num_warps": warps}
 
 
 @torch.library.custom_op("umt_kernels::semantic_mask", mutates_args=())
@@ -175,11 +178,11 @@ def class_attention(q: Tensor, k: Tensor) -> Tensor:
     return logits.float().softmax(-1)[..., 1:].mean(1)
 
 
-def _check(num_visible: int, tokens: int, seed: Tensor) -> None:
+def _check(num_visible: int, tokens: int, most: int, seed: Tensor) -> None:
     if not 0 <= num_visible <= tokens:
         raise ValueError(f"num_visible is {num_visible}; it must lie in [0, {tokens}], the number of tokens")
-    if tokens > 4096:
-        raise ValueError(f"{tokens} tokens in a row exceed the limit of 4096; draw over fewer frames at a time")
+    if tokens > most:
+        raise ValueError(f"{tokens} tokens in a row exceed the limit of {most}; draw over fewer of them at a time")
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"seed is {seed.dtype} with {seed.numel()} elements; it must be int64 with one")
 
@@ -207,11 +210,11 @@ def semantic_mask(
         int32 (R, n), ascending in each row.
 
     Raises:
-        ValueError: shapes that do not fit, n outside [0, L], L over 4096.
+        ValueError: shapes that do not fit, n outside [0, L], L over 1024.
     """
     if q.ndim != 3 or k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[2] or k.shape[2] < 2:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (R, H, D) and (R, H, 1 + L, D)")
-    _check(num_visible, k.shape[2] - 1, seed)
+    _check(num_visible, k.shape[2] - 1, MOST_TOKENS, seed)
     if use_triton(road, q):
         visible, scores = _semantic_mask(q, k, num_visible, seed, return_scores)
     else:
@@ -235,7 +238,7 @@ def sample_visible(scores: Tensor, num_visible: int, seed: Tensor, road: Road = 
     """
     if scores.ndim != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores are {scores.dtype} {tuple(scores.shape)}; they must be float32 (R, L)")
-    _check(num_visible, scores.shape[1], seed)
+    _check(num_visible, scores.shape[1], MOST_SCORES, seed)
     if use_triton(road, scores):
         return _sample_visible(scores, num_visible, seed)
     return _sample_reference(scores, num_visible, seed)

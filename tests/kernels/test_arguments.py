@@ -1,10 +1,10 @@
 """Arguments that do not fit are refused by name; block sizes, warps and roads are the ones the kernels are tuned for."""
 
+import functools
 import importlib
 
 import pytest
 import torch
-from torch import Tensor
 
 import kernels
 from kernels._launch import power_of_two, warps_for
@@ -99,20 +99,21 @@ def test_block_sizes_and_warps() -> None:
     assert [warps_for(n) for n in (16, 512, 768, 1024, 1408, 8192)] == [1, 1, 2, 2, 4, 8]
     # 6 layers of 64 clips with 320 tokens each: about 4000 programs.
     assert [rows_per_program(n) for n in (1, 6 * 64 * 320, 10**7)] == [4, 32, 64]
-    # Two programs of three tiles of 32 KB at most fit an SM of an A100.
     assert tiling(196, 64, 2) == {"BLOCK": 256, "BLOCK_D": 64, "STAGES": 3, "num_warps": 8}
-    assert tiling(4096, 64, 4) == {"BLOCK": 4096, "BLOCK_D": 16, "STAGES": 1, "num_warps": 8}
+    assert tiling(196, 80, 2) == {"BLOCK": 256, "BLOCK_D": 64, "STAGES": 2, "num_warps": 8}
+    assert tiling(196, 128, 4) == {"BLOCK": 256, "BLOCK_D": 32, "STAGES": 1, "num_warps": 8}
+    assert tiling(576, 64, 2) == {"BLOCK": 1024, "BLOCK_D": 16, "STAGES": 1, "num_warps": 16}
 
 
 def test_the_road_of_attention_on_a_gpu_that_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     module, gpu = importlib.import_module("kernels.attention"), torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(module, "_library", lambda name: None if name == "flash_attn" else module)
+    monkeypatch.setattr(module, "_FLASH_ATTN", False)
     kinds = [(torch.bfloat16, 64, True), (torch.bfloat16, 64, False), (torch.float32, 64, True)]
     kinds += [(torch.bfloat16, 12, True), (torch.float16, 256, True), (torch.float16, 264, True)]
     roads = [module.attention_road(gpu, dtype, width, packed=packed) for dtype, width, packed in kinds]
     assert roads == ["varlen", "sdpa", "sdpa", "sdpa", "varlen", "sdpa"]
-    monkeypatch.setattr(module, "_library", lambda name: module)
+    monkeypatch.setattr(module, "_FLASH_ATTN", True)
     roads = [module.attention_road(gpu, dtype, width, packed=packed) for dtype, width, packed in kinds]
     assert roads == ["flash_attn", "flash_attn", "sdpa", "flash_attn", "flash_attn", "sdpa"]
     q, mask = torch.randn(1, 3, 2, 8), torch.tensor([[True, False, True]])
@@ -126,18 +127,12 @@ def test_the_road_of_attention_on_a_gpu_that_need_not_be_there(monkeypatch: pyte
     )
 
 
-def test_the_varlen_road_gives_the_scale_to_a_library_that_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_varlen_road_passes_lengths_and_scale_on(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("kernels.attention")
     q, k, v = torch.randn(3, 7, 2, 8)
     places = (*(torch.tensor([0, 4, 7], dtype=torch.int32),) * 2, 4, 4)
-
-    class Library:
-        @staticmethod
-        def varlen_attn(*arguments: Tensor | int) -> Tensor:
-            return kernels.attention_varlen(*arguments, road="math")
-
     monkeypatch.setattr(module, "_why_not_varlen", lambda *args: None)
-    monkeypatch.setattr(module, "_library", lambda name: Library)
+    monkeypatch.setattr(module, "varlen_attn", functools.partial(kernels.attention_varlen, road="math"))
     for scale in (None, 0.7):
         ours = kernels.attention_varlen(q, k, v, *places, scale=scale, road="varlen")
         torch.testing.assert_close(ours, kernels.attention_varlen(q, k, v, *places, scale=scale, road="math"))

@@ -383,6 +383,8 @@ def test_errors_name_value_and_limit() -> None:
         kernels.align_loss(student, torch.zeros(1, 1, 9, 8), *affine, visible=visible)
     with pytest.raises(ValueError, match="limit of 4096"):
         kernels.sample_visible(torch.ones(1, 4097), 2, torch.tensor([0]))
+    with pytest.raises(ValueError, match="1025 tokens in a row exceed the limit of 1024"):
+        kernels.semantic_mask(torch.zeros(1, 1, 8), torch.zeros(1, 1, 1026, 8), 0, torch.tensor([0]))
     with pytest.raises(ValueError, match=r"must be \(R, H, D\)"):
         kernels.semantic_mask(torch.zeros(1, 1, 8), torch.zeros(1, 1, 1, 8), 0, torch.tensor([0]))
     with pytest.raises(ValueError, match=r"must be \(B, Nq, H, D\)"):

@@ -2,7 +2,7 @@
 
 A file may be safetensors or a PyTorch file; it may hold the parameters flat or under `model`, `module` or `state_dict`,
 with or without the prefixes of DDP and torch.compile. PyTorch files are read with weights_only=True. Nothing is left
-random in silence: a key that finds no partner is named, and unless it is one that is expected to be absent
+random in silence: each key that finds no partner is listed, and unless it is one that is expected to be absent
 (a fresh classification head, say) loading fails.
 """
 
@@ -109,7 +109,7 @@ def fit(
         dropped: prefixes of entries of the file that the module has no place for; a line counts them.
 
     Raises:
-        WeightsError: any other missing, unexpected or differently shaped entry; the first of each kind are named.
+        WeightsError: any other missing, unexpected or differently shaped entry; the log lists all, the message a few.
     """
     own = module.state_dict()
     missing = [key for key in own if key not in state]
@@ -126,6 +126,9 @@ def fit(
             if key not in kept_fresh
         ],
     }
+    for kind, keys in problems.items():
+        for key in keys:
+            log.error("%s: %s: %s", source, kind, key)
     if any(problems.values()):
         kinds = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
         raise WeightsError(
