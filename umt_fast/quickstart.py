@@ -138,11 +138,16 @@ def _one_core() -> None:
     logging.basicConfig(level=logging.INFO, format="%(process)d  %(message)s")
 
 
-def compare(out: Path, teacher: TeacherConfig, pretrained: str, seed: int) -> dict[str, Any]:
-    """The scores of every label and start. On a CPU two runs go side by side: models this small gain little from two cores."""
-    kinds = [(label, start) for label in ("motion", "scene") for start in ("pretrained", "scratch", "teacher")]
+def side_by_side() -> ProcessPoolExecutor:
+    """A pool for training runs: one on a GPU, two on a CPU, where models this small gain little from a second core."""
     processes = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver"), _one_core) as pool:
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver"), _one_core)
+
+
+def compare(out: Path, teacher: TeacherConfig, pretrained: str, seed: int) -> dict[str, Any]:
+    """The scores of every label and start."""
+    kinds = [(label, start) for label in ("motion", "scene") for start in ("pretrained", "scratch", "teacher")]
+    with side_by_side() as pool:
         runs = [pool.submit(tune, out, *kind, teacher, pretrained, seed) for kind in kinds]
         scores: dict[str, Any] = {}
         for (label, start), run in zip(kinds, runs, strict=True):
@@ -230,11 +235,12 @@ def stage2_config(out: Path, seed: int, pretrained: str) -> Stage2Config:
 def retrieve(out: Path, config: Stage2Config, show: int = 8) -> dict[str, Any]:
     """Zero-shot retrieval among unseen clips; `show` queries with the clips they found go to retrieval.npz."""
     data, table = DataConfig(workers=config.data.workers), out / "world" / "test_captions.json"
-    checkpoint = Path(newest_weights(Path(config.run.out)))
+    run = Path(config.run.out)
+    checkpoint, scores = Path(newest_weights(run)), run / "retrieval.json"
     figures = evaluate_checkpoint(
-        checkpoint, table, data, batch_size=32, top_k=128, ranks=current_ranks(config.run), scores=out / "retrieval.json"
+        checkpoint, table, data, batch_size=32, top_k=128, ranks=current_ranks(config.run), scores=scores
     )  # fmt: skip
-    few = json.loads((out / "retrieval.json").read_text())["t2v"][:show]
+    few = json.loads(scores.read_text())["t2v"][:show]
     if few:
         best = [[name for name, _ in query["found"][:3]] for query in few]
         frames = [[decode_frames(name, lambda count: sparse_center(count, 4)) for name in names] for names in best]
