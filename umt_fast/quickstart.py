@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,25 +134,39 @@ def tune(out: Path, label: str, start: str, teacher: TeacherConfig, pretrained: 
 
 
 def _one_core() -> None:
+    os.nice(5)
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO, format="%(process)d  %(message)s")
 
 
 def side_by_side() -> ProcessPoolExecutor:
-    """A pool for training runs: one on a GPU, two on a CPU, where models this small gain little from a second core."""
+    """A pool for training runs beside the main one: one on a GPU, two on a CPU."""
     processes = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
     return ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver"), _one_core)
 
 
-def compare(out: Path, teacher: TeacherConfig, pretrained: str, seed: int) -> dict[str, Any]:
-    """The scores of every label and start."""
-    kinds = [(label, start) for label in ("motion", "scene") for start in ("pretrained", "scratch", "teacher")]
-    with side_by_side() as pool:
-        runs = [pool.submit(tune, out, *kind, teacher, pretrained, seed) for kind in kinds]
+class Comparison:
+    """Fine-tuning from three starts on two kinds of labels, beside the main work.
+
+    begin() starts the two runs of a start, as soon as what they start from is there; scores() waits for all.
+    """
+
+    def __init__(self, out: Path, teacher: TeacherConfig, seed: int, pool: ProcessPoolExecutor) -> None:
+        self.settings, self.pool = (out, teacher, seed), pool
+        self.runs: dict[tuple[str, str], Future[float]] = {}
+
+    def begin(self, start: str, pretrained: str = "") -> None:
+        """start: `scratch`, `teacher`, or `pretrained`, from the checkpoint that is given then."""
+        out, teacher, seed = self.settings
+        for label in ("motion", "scene"):
+            self.runs[label, start] = self.pool.submit(tune, out, label, start, teacher, pretrained, seed)
+
+    def scores(self) -> dict[str, Any]:
+        """The accuracy of every label and start, once all are done."""
         scores: dict[str, Any] = {}
-        for (label, start), run in zip(kinds, runs, strict=True):
+        for (label, start), run in self.runs.items():
             scores.setdefault(label, {})[start] = run.result()
-    return scores
+        return scores
 
 
 @torch.no_grad()
@@ -263,19 +277,28 @@ def run(out: str | Path, seed: int = 0, stage2: bool = False) -> Path:
     results, config = Results(out, seed), stage1_config(out, seed)
     world = out / "world"
     results.part("world", lambda: {"folder": str(sample_world.build(world, seed=seed, **WORLD))})
-    weights = Path(config.teacher.weights)
-    results.part("teacher", lambda: train_teacher(world, config.teacher, weights, seed))
-    results.part("stage1", lambda: {"run": str(train(config))})
-    pretrained = newest_weights(out / "stage1")
     results.part("labelled clips", lambda: pack(out, "labelled_motion.csv"))
-    results.part("comparison", lambda: compare(out, config.teacher, pretrained, seed))
+    weights = Path(config.teacher.weights)
+    if not torch.cuda.is_available():
+        # Models this small gain nothing from a second core; the comparison uses it.
+        torch.set_num_threads(1)
+    with side_by_side() as pool:
+        comparison = Comparison(out, config.teacher, seed, pool)
+        begin = comparison.begin if "comparison" not in results.values else lambda *start: None
+        begin("scratch")
+        results.part("teacher", lambda: train_teacher(world, config.teacher, weights, seed))
+        begin("teacher")
+        results.part("stage1", lambda: {"run": str(train(config))})
+        pretrained = newest_weights(out / "stage1")
+        begin("pretrained", pretrained)
+        if stage2:
+            second = stage2_config(out, seed, pretrained)
+            results.part("captioned clips", lambda: pack(out, "train_captions.json"))
+            write_vocabulary(out / "tokenizer", world / "train_captions.json")
+            results.part("stage2", lambda: {"run": str(train(second))})
+            results.part("retrieval", lambda: retrieve(out, second))
+        results.part("comparison", comparison.scores)
     results.part("foreground", lambda: measure_masks(out, config))
-    if stage2:
-        write_vocabulary(out / "tokenizer", world / "train_captions.json")
-        second = stage2_config(out, seed, pretrained)
-        results.part("captioned clips", lambda: pack(out, "train_captions.json"))
-        results.part("stage2", lambda: {"run": str(train(second))})
-        results.part("retrieval", lambda: retrieve(out, second))
     report = write_report(out)
     log.info("checkpoint %s\nmetrics    %s\nreport     %s", pretrained, out / "stage1" / "metrics.jsonl", report)
     return report
