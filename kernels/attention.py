@@ -36,11 +36,14 @@ def _imports(name: str) -> bool:
             # xformers imports without its compiled operators; only this tells.
             importlib.import_module("xformers._C")
         return True
-    except (ImportError, OSError):
+    except ModuleNotFoundError:
+        return False
+    except Exception as error:  # a build for another torch or GPU fails in many ways
+        log.warning("%s is installed but does not import, so its road is left out: %s", name, error)
         return False
 
 
-# Found out here: what asks for it is traced by torch.compile, which cannot follow an import.
+# Tried here because torch.compile, which traces what asks for it, cannot follow importlib.
 _FLASH_ATTN = _imports("flash_attn")
 
 
@@ -52,6 +55,7 @@ def _why_not_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         return f"it needs float16 or bfloat16, these are {str(dtype).removeprefix('torch.')}"
     if head_dim > 256 or head_dim % 8:
         return f"it needs a head width that is a multiple of 8, at most 256; this is {head_dim}"
+    # Not asked while torch.compile traces, which cannot follow it: there an older GPU fails when the kernel runs.
     if not torch.compiler.is_compiling() and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs an Ampere GPU or newer; {torch.cuda.get_device_name(device)} is older"
     return None

@@ -24,10 +24,10 @@ from kernels._launch import Road, interpreted, on_device, power_of_two, use_trit
 
 # Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
 _IMPOSSIBLE = tl.constexpr(-1000.0)
-# Bytes of keys in one tile of semantic_mask, and on the way at a time: two programs then fit an SM of an A100, and one that
-# of a consumer GPU, whose limit is 99 KiB.
+# Bytes of keys in one tile of semantic_mask, and in all tiles that are being loaded. Two programs then fit an SM of an A100,
+# and one fits the 99 KiB of a consumer GPU.
 _TILE_BYTES, _WAY_BYTES = 32768, 65536
-# What a program holds at a time: the keys' logits beside the keys, or scores alone.
+# Tokens of a row that one program can hold: in semantic_mask the keys beside their logits, in sample_visible scores alone.
 MOST_TOKENS, MOST_SCORES = 1024, 4096
 # The smallest step of the generator: keeps the logarithm of a drawn zero finite.
 _SMALLEST = tl.constexpr(2.0**-32)
@@ -112,7 +112,7 @@ def tiling(tokens: int, width: int, element_bytes: int) -> dict[str, int]:
     """Block sizes, pipeline stages and warps of semantic_mask for L tokens and heads of `width` channels."""
     block = max(16, power_of_two(tokens))
     channels = min(max(16, power_of_two(width)), max(16, _TILE_BYTES // (block * element_bytes)))
-    # Heads of one tile come in a pipeline of heads; larger ones tile by tile, in fewer stages, which spill no register.
+    # Heads that fit one tile are pipelined head by head, larger ones tile by tile, in fewer stages to save registers.
     head = -(-width // channels) * block * channels * element_bytes
     stages, warps = 1 + min(2, _WAY_BYTES // head), 8 if block <= 256 else 16
     return {"BLOCK": block, "BLOCK_D": channels, "STAGES": stages, "num_warps": warps}

@@ -12,6 +12,7 @@ from umt_fast.__main__ import main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = "tests/assets/tiny.py"
+LONG = "/folder" * 30  # longer than a line of a terminal
 
 
 def fails(capsys: pytest.CaptureFixture, *arguments: object) -> str:
@@ -59,8 +60,11 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
         (["train", "stage1_k710", "--run.dtype", "fp16"], "invalid choice 'fp16' for argument '--run.dtype'"),
         (["train", "stage1_k710", "--run.batch_size"], "Missing value for argument '--run.batch_size'"),
         (["train", "stage1_k710", "--data.frame_pattern", "img_%05d.jpg"], "data.frame_pattern is 'img_%05d.jpg'"),
+        (["scan", "list.csv", "--out", "x", "--frame_pattern", "{0.name}.jpg"], "frame_pattern is '{0.name}.jpg'"),
+        (["scan", "list.csv", "--out", "x", "--frame_pattern", "{0[1]}.jpg"], "frame_pattern is '{0[1]}.jpg'"),
         (["plan", "stage1_k710", "--run.batchsize", "7"], "did you mean --run.batch_size?"),
         (["scan", "list.csv"], "Missing from python -m umt_fast scan: --out PATH"),
+        (["scan", "list.csv", "--out", "x", "--wokers", f"{LONG},2"], f"--wokers, {LONG},2; did you mean --workers?"),
         (["scan", "list.csv", "--out", "tests"], "tests cannot be written: it is a folder"),
         (["prepare", "list.csv", "--out", "pyproject.toml"], "pyproject.toml is a file"),
         (["eval", "no/such/checkpoint.pt", "list.csv", "--out", "no/figures.json"], "no is not a folder"),

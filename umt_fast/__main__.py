@@ -24,9 +24,11 @@ import inspect
 import io
 import json
 import logging
+import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,9 +40,10 @@ from umt_fast.config import ConfigError
 def _cli(function: Any, arguments: list[str], command: str, **keywords: Any) -> Any:
     """What `function` gives for the arguments. Raises ConfigError where they do not fit it."""
     said = io.StringIO()
+    whole = contextlib.nullcontext() if {"-h", "--help"} & set(arguments) else _unbroken_lines()
     try:
         # tyro reports in a box on stderr; a command is run outside, where stderr is the user's.
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), whole:
             result = tyro.cli(
                 _deferred(function) if inspect.isfunction(function) else function,
                 args=arguments,
@@ -55,6 +58,20 @@ def _cli(function: Any, arguments: list[str], command: str, **keywords: Any) -> 
         raise ConfigError(f"{_in_one_line(said.getvalue())} (python -m umt_fast {command} --help)") from None
     sys.stderr.write(said.getvalue())
     return result() if inspect.isfunction(function) else result
+
+
+@contextlib.contextmanager
+def _unbroken_lines() -> Iterator[None]:
+    """Makes tyro believe in a terminal wider than any message: words longer than a line would come in pieces."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(1 << 20)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def _deferred(function: Any) -> Any:

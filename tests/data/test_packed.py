@@ -15,11 +15,15 @@ from umt_fast.data.manifest import read_list
 from umt_fast.data.packed import Clips, Strings, first_of_each
 
 
-def test_strings_come_back() -> None:
+def test_strings_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["", "a", "ein Käfer", "猫\U0001f408", "", "half \ud83d of a pair", "x" * 1000]
     packed = Strings.of(texts)
     assert list(packed) == texts and packed[-1] == texts[-1] and packed[1:6:2] == texts[1:6:2]
     assert packed.blob.dtype == torch.uint8 and len(Strings.of([])) == 0
+    for at_once in (2, 7, 1 << 16):
+        monkeypatch.setattr("umt_fast.data.packed._AT_ONCE", at_once)
+        assert [text.decode("utf-8", "surrogatepass") for text in packed.encoded()] == texts
+    assert list(Strings.of([]).encoded()) == []
     with pytest.raises(IndexError):
         packed[7]
 

@@ -301,6 +301,23 @@ def test_a_killed_preparation_ends_with_the_same_bytes(table: Path, tmp_path: Pa
     assert left == {path.name: path.read_bytes() for path in whole.iterdir()}
 
 
+@pytest.mark.parametrize("left", ["records", "nothing"])
+def test_a_preparation_killed_while_it_closes_a_shard(left: str, table: Path, tmp_path: Path) -> None:
+    """Between the two renames that end a shard, or between the two deletions of one without a clip."""
+    out = tmp_path / "out"
+    prepare(table, out, workers=0)
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    if left == "records":
+        os.replace(out / "part-0-of-1-00000.jsonl", out / "part-0-of-1-00000.jsonl.writing")
+    else:
+        (out / "part-0-of-1-00001.jsonl.writing").touch()
+    part = out / "part-0-of-1.json"
+    part.write_text(json.dumps(json.loads(part.read_text()) | {"finished": None}))
+    (out / "part-0-of-1.bad.jsonl").unlink()
+    assert prepare(table, out, workers=0)["resumed"] == 3
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+
+
 def test_pictures_can_be_prepared(tmp_path: Path) -> None:
     Image.fromarray(np.full((300, 400, 3), 77, np.uint8)).save(tmp_path / "a.jpg")
     (tmp_path / "list.csv").write_text("a.jpg,0\n")

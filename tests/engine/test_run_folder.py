@@ -134,6 +134,33 @@ def test_a_killed_run_holds_nothing(tmp_path: Path) -> None:
             os.kill(left, signal.SIGKILL)
 
 
+def test_every_rank_is_refused(tmp_path: Path) -> None:
+    """One that was not told would wait for the others for ever."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path\n"
+        "from umt_fast.config import RunConfig\n"
+        "from umt_fast.engine.checkpoint import CheckpointError, own_folder\n"
+        "from umt_fast.engine.distributed import distributed_run\n"
+        "with distributed_run(RunConfig(device='cpu')) as ranks:\n"
+        "    try:\n"
+        "        with own_folder(Path(sys.argv[1]), first=ranks.first):\n"
+        "            print('entered')\n"
+        "    except CheckpointError as error:\n"
+        "        print(f'rank {ranks.rank}: {error}')\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with own_folder(tmp_path / "run", first=True):
+        done = subprocess.run(
+            [*launch, str(script), str(tmp_path / "run"), str(REPOSITORY)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(f"rank {rank}: another run is writing" in done.stdout for rank in (0, 1)), done.stdout
+    assert "entered" not in done.stdout
+
+
 def test_file_systems_without_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

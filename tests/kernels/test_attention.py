@@ -178,3 +178,20 @@ def test_attention_dropout_drops_and_scales() -> None:
     q = torch.randn(1, 400, 4, 16, device=DEVICE)
     sums = kernels.attention(q, q, torch.ones_like(q), dropout=0.5)[..., 0]
     assert sums.std() > 0.02 and abs(sums.mean() - 1) < 0.05
+
+
+def test_a_library_that_does_not_import_is_named_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """kernels looks for flash-attn when it is imported itself: a build for another torch must not keep it from that."""
+    from kernels.attention import _imports
+
+    assert not _imports.__wrapped__("no_such_library") and not caplog.records
+
+    def broken(name: str) -> None:
+        raise AttributeError("module 'torch' has no attribute 'old'")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    assert not _imports.__wrapped__("flash_attn")
+    (record,) = caplog.records
+    assert "flash_attn is installed but does not import" in record.getMessage() and "'old'" in record.getMessage()

@@ -1,5 +1,6 @@
 """Official sizes and layouts, masks, the lean teacher, weights in and out."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from umt_fast.config import AlignConfig, MaskConfig, RunConfig, Stage1Config, TeacherConfig, TextConfig, VitConfig
 from umt_fast.models.classifier import Classifier
-from umt_fast.models.clip_teacher import ClipTeacher
+from umt_fast.models.clip_teacher import ClipTeacher, Mlp
 from umt_fast.models.multimodal import VideoText
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.models.student import Student
@@ -141,6 +142,20 @@ def test_drop_path_drops_whole_samples_at_its_rate() -> None:
     assert abs(kept - 0.7) < 4 * (0.21 / 20000) ** 0.5
     assert (out == out[:, :1, :1]).all() and out.mean().item() == pytest.approx(1, abs=0.03)
     assert torch.equal(drop_path(out, 0.3, False), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quick_gelu_with_its_factors_in_the_products_is_as_exact_as_its_formula(dtype: torch.dtype) -> None:
+    """Also where a large bias cancels most of the product; without gradients, as the frozen tower runs."""
+    torch.manual_seed(0)
+    mlp, x = Mlp(64, "quick_gelu"), torch.randn(3, 50, 64).to(dtype)
+    torch.nn.init.normal_(mlp.c_fc.bias, std=4)
+    exact = copy.deepcopy(mlp.to(dtype)).double()
+    formula, truth = mlp(x).detach(), exact(x.double()).detach()
+    with torch.no_grad():
+        ours = mlp(x)
+    assert ours.dtype == dtype and not torch.equal(ours, formula)
+    assert (ours.double() - truth).norm() <= 1.5 * (formula.double() - truth).norm()
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:

@@ -15,7 +15,7 @@ def _numbers(pattern: str) -> bool:
     """Whether a pattern names each frame's file."""
     try:
         return pattern.format(1) != pattern.format(2)
-    except (IndexError, KeyError, ValueError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return False
 
 

@@ -167,7 +167,7 @@ def index_lines(part: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             try:
                 line = json.loads(text)
                 if "reason" not in line:  # older versions listed bad clips here
-                    _clip(index, line), line["number"], line["checksum"]
+                    _clip(index, line), line["number"], line["checksum"]  # a missing field is damage
                     yield index.with_suffix(".clips"), line
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(

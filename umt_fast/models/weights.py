@@ -261,7 +261,7 @@ def load_teacher_text(config: TeacherConfig) -> ClipText:
     ):
         raise WeightsError(
             f"{source}: the text tower has {found}; {need} {CLIP_TEXT_WORDS} words, at least {CLIP_TEXT_LENGTH} positions, "
-            f"teacher.output_dim {config.output_dim} and a multiple of {HEAD_WIDTH}"
+            f"teacher.output_dim {config.output_dim} and a width that is a multiple of {HEAD_WIDTH}"
         )
     text = ClipText(
         width=width, depth=depth, vocab_size=vocabulary, context_length=length, output_dim=output_dim,
