@@ -181,7 +181,8 @@ def _results_section(results: dict[str, Any]) -> str:
         rows = [
             [way, how, *(100 * found[f"{head}_{side}_r{k}"] for k in (1, 5, 10)), found[f"{head}_{side}_median_rank"]]
             for side, way in (("t2v", "captions search clips"), ("v2t", "clips search captions"))
-            for head, how in (("dual", "embeddings"), ("match", "re-ranked by matching"))
+            for head, how in (("dual", "embeddings"), ("match", "re-ranked by matching"), ("both", "re-ranked by both"))
+            if f"{head}_{side}_r1" in found
         ]
         parts.append(_table(rows, ["zero-shot, unseen clips", "by", "R@1, %", "R@5, %", "R@10, %", "median rank"]))
         parts.append(

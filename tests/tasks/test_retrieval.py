@@ -19,7 +19,7 @@ from umt_fast.data.queries import Queries, read_queries
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.multimodal import VideoText
 from umt_fast.models.weights import WeightsError
-from umt_fast.tasks.retrieval import Keeper, both_ways, evaluate, judge, listing, ranks_of, recalls, search
+from umt_fast.tasks.retrieval import Keeper, both_ways, evaluate, judge, listing, ranks_of, recalls, rerank, search
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmno"]
@@ -129,30 +129,38 @@ def pair_by_pair(model: VideoText, world: Path, queries: Queries) -> tuple[Tenso
     return dual, match
 
 
-def test_figures_equal_those_of_every_pair_by_itself(world: Path) -> None:
-    model = small_model()
+def test_figures_equal_those_of_every_pair_by_itself(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ordered = small_model(), {}
+
+    def noted(*arguments: object, **options: object) -> dict:
+        ordered.update(rerank(*arguments, **options))
+        return ordered
+
+    monkeypatch.setattr("umt_fast.tasks.retrieval.rerank", noted)
     queries, figures, v2t, t2v = judged(world, model=model)
     dual, match = pair_by_pair(model, world, queries)
     hits = dense(queries.right, *dual.shape)
     assert figures["clips"] == 5 and figures["captions"] == 9
     expected = both_ways(ranks_of(dual, hits), ranks_of(dual.t(), hits.t()), "dual")
-    sides = []
-    for axis in (1, 0):
-        kept = torch.zeros_like(hits).scatter_(axis, dual.topk(3, dim=axis).indices, True)
-        sides.append(match.masked_fill(~kept, -100.0))
-    expected |= both_ways(ranks_of(sides[0], hits), ranks_of(sides[1].t(), hits.t()), "match")
+    for name, scores in (("both", match + dual / model.temperature), ("match", match)):
+        sides = []
+        for axis in (1, 0):
+            kept = torch.zeros_like(hits).scatter_(axis, dual.topk(3, dim=axis).indices, True)
+            sides.append(scores.masked_fill(~kept, -100.0))
+        expected |= both_ways(ranks_of(sides[0], hits), ranks_of(sides[1].t(), hits.t()), name)
+        for found, side in zip(ordered[name], (sides[0], sides[1].t()), strict=True):
+            torch.testing.assert_close(found.scores, side.topk(3).values, rtol=1e-4, atol=1e-4)
+            assert torch.equal(found.items, side.topk(3).indices)
     assert {name: figures[name] for name in expected} == pytest.approx(expected)
-    torch.testing.assert_close(v2t.scores, sides[0].topk(3).values, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(t2v.scores, sides[1].t().topk(3).values, rtol=1e-4, atol=1e-5)
-    assert torch.equal(t2v.items, sides[1].t().topk(3).indices)
+    assert ordered["match"][0] is v2t and ordered["match"][1] is t2v
 
 
 def test_more_candidates_than_there_are_means_all(world: Path) -> None:
     _, figures, v2t, t2v = judged(world, top_k=128)
     assert v2t.items.shape == (5, 9) and t2v.items.shape == (9, 5)
     _, plain, listed, _ = judged(world, top_k=0)
-    assert not any(name.startswith("match") for name in plain) and listed.items.shape == (5, 9)
-    assert plain == {name: value for name, value in figures.items() if not name.startswith("match")}
+    assert not any(name.startswith(("match", "both")) for name in plain) and listed.items.shape == (5, 9)
+    assert plain == {name: value for name, value in figures.items() if not name.startswith(("match", "both"))}
 
 
 def test_tokens_beyond_the_memory_limit_go_to_a_file(

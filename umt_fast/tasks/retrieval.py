@@ -221,18 +221,25 @@ def rerank(
     ranks: Ranks,
     *,
     pairs: int,
-) -> tuple[Found, Found]:
-    """Candidates of both directions in the order of the matching logits; a pair that both want is computed once."""
+) -> dict[str, tuple[Found, Found]]:
+    """Candidates of both directions, (of clips, of captions), in new orders; a pair that both want is computed once.
+
+    `match`: by the matching logits. `both`: by their sum with similarity over temperature, the logits of the contrastive loss.
+    """
     count_v, count_n = len(queries.clips), len(queries.captions)
     by_clip = torch.arange(count_v)[:, None] * count_n + v2t.items
     by_text = t2v.items * count_n + torch.arange(count_n)[:, None]
     wanted = torch.cat([by_clip.flatten(), by_text.flatten()]).unique()
     logits = match_scores(model, clips.tokens, texts, wanted, ranks, count=count_n, pairs=pairs)
     own, other = (logits[torch.searchsorted(wanted, keys)] for keys in (by_clip, by_text))
-    return (
-        judge(v2t.items, own, queries.right, count_n),
-        judge(t2v.items, other, _turned(queries.right), count_v),
-    )
+    temperature = model.temperature.detach().cpu()
+    return {
+        name: (
+            judge(v2t.items, own + share * v2t.scores, queries.right, count_n),
+            judge(t2v.items, other + share * t2v.scores, _turned(queries.right), count_v),
+        )
+        for name, share in (("match", 0.0), ("both", 1 / temperature))
+    }
 
 
 def _turned(right: Tensor) -> Tensor:
@@ -255,7 +262,8 @@ def evaluate(
     """Recalls both ways by embeddings (`dual_*`) and after re-ranking (`match_*`), and what clips and captions found.
 
     The official protocol: for each clip its top_k captions by embeddings, for each caption its top_k clips are ordered by the
-    matching logits alone; the rest ties below them. Every rank returns the same.
+    matching logits alone; the rest ties below them. `both_*`, not official, orders them by embeddings and matching together
+    (see rerank). Every rank returns the same.
 
     Args:
         top_k: 0: no re-ranking; more than there is: all.
@@ -283,10 +291,12 @@ def evaluate(
     figures: dict[str, float] = {"clips": len(queries.clips), "captions": len(queries.captions)}
     figures |= both_ways(v2t.rank, t2v.rank, "dual")
     if top_k:
-        v2t, t2v = rerank(model, clips, texts, queries, v2t, t2v, ranks, pairs=pairs)
+        ordered = rerank(model, clips, texts, queries, v2t, t2v, ranks, pairs=pairs)
+        v2t, t2v = ordered["match"]
         if not (v2t.scores.isfinite().all() and t2v.scores.isfinite().all()):
             raise WeightsError("the matching head's scores are not finite: the run that made this checkpoint diverged")
-        figures |= both_ways(v2t.rank, t2v.rank, "match")
+        for name, (own, other) in ordered.items():
+            figures |= both_ways(own.rank, other.rank, name)
     return figures, v2t, t2v
 
 
