@@ -3,4 +3,6 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 cd "$ROOT"
+# Small work on several threads waits for the slowest of them, long where the machine is shared.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$PYTHON" -m pytest -q "$@"
