@@ -108,15 +108,15 @@ def test_identity_is_of_names_and_order_alone() -> None:
         return Clips.of(Clip(path=path, **values) for path in paths).identity()
 
     own = identity("/a/b/x/1.mp4", "/a/b/y.mp4", label=3)
-    assert own == identity("/data/x/1.mp4", "/data/y.mp4") == identity("x/1.mp4", "y.mp4", num_frames=9)
+    assert own == identity("/b/x/1.mp4", "/b/y.mp4") == identity("b/x/1.mp4", "b/y.mp4", num_frames=9)
     others = [
         identity("/a/b/y.mp4", "/a/b/x/1.mp4"),
+        identity("/a/test/x/1.mp4", "/a/test/y.mp4"),
         identity("/a/b/x/1.mp4", "/a/b/z.mp4"),
         identity("/a/b/x/1.mp4", "/a/b/y.mp4", "/a/b/y.mp4"),
         identity("/a/b/x/1.mp4", "/a/c/y.mp4"),
         identity("x/1.mp4y.mp4", ""),
     ]
-    assert len({own, *others}) == 6
+    assert len({own, *others}) == 7
     members = [Clip(path="/a/0.tar", member=name) for name in ("1.jpg", "2.jpg")]
     assert Clips.of(members).identity() != Clips.of(members[::-1]).identity()
-    assert Clips.of([Clip(path="/a.mp4"), Clip(path="/b/c.mp4")]).identity() == identity("/d/a.mp4", "/d/b/c.mp4")

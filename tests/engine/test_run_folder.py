@@ -48,7 +48,7 @@ def test_another_list_cannot_continue(
     base = [f"{TINY}:{variant}", "--run.out", tmp_path / "run", "--run.max_steps"]
     assert not run(capsys, *base, 1, "--data.train", tiny_list)
     assert "made with another list of clips" in run(capsys, *base, 2, "--data.train", other)
-    moved = tmp_path / "moved" / "here"
+    moved = tmp_path / "moved" / tmp_path.name
     moved.mkdir(parents=True)
     for number in range(2):
         os.link(tmp_path / f"video{number}.mp4", moved / f"video{number}.mp4")
@@ -172,3 +172,8 @@ def test_file_systems_without_locks(
         pass
     first, second = (record.getMessage() for record in caplog.records)
     assert first == second and "cannot be locked (Function not implemented)" in first
+
+
+def test_settings_that_name_no_folder_and_no_seed(capsys: pytest.CaptureFixture) -> None:
+    assert "run.out is empty" in run(capsys, f"{TINY}:tiny", "--run.out", "")
+    assert "run.seed is -1; it must lie in" in run(capsys, f"{TINY}:tiny", "--run.seed", -1)

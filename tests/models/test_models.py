@@ -18,6 +18,7 @@ from umt_fast.models.weights import (
     WeightsError,
     load_bert,
     load_encoder,
+    load_state,
     load_student,
     load_teacher,
     load_video_text,
@@ -338,3 +339,11 @@ def test_hugging_face_bert_gives_the_same_hidden_states_and_words(tmp_path: Path
     torch.testing.assert_close(ours.cls.predictions(hidden), theirs.cls(hidden), rtol=1e-4, atol=1e-5)
     with pytest.raises(WeightsError, match="no BERT weights"):
         load_bert(ours, str(tmp_path / "missing"))
+
+
+def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
+    tied = torch.randn(3, 2)
+    save_state({"one": tied, "other": tied, "turned": tied.t()}, tmp_path / "tied.safetensors")
+    state = load_state(tmp_path / "tied.safetensors")
+    for name, expected in (("one", tied), ("other", tied), ("turned", tied.t())):
+        assert torch.equal(state[name], expected)

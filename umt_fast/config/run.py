@@ -141,6 +141,8 @@ class RunConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        require(self.out != "", "run.out is empty; give a folder for checkpoints and metrics")
+        require(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it must lie in [0, 2^63)")
         for name in ("batch_size", "accumulate", "epochs", "log_every", "keep"):
             require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("warmup_epochs", "max_steps", "save_every", "keep_every_epochs"):

@@ -160,7 +160,8 @@ class Clips(Sequence[Clip]):
     def identity(self) -> str:
         """64 bits, in hexadecimal, of the names in their order: equal for a list, its manifest and its prepared folder.
 
-        The folder that all paths share does not count, so that a list keeps its identity where its files move.
+        Of the folder that all paths share only the last name counts, so that a list keeps its identity where its files move,
+        and those of train/ and test/ differ.
         """
         paths, members = self.columns["path"], self.columns.get("member", ())
         folder = None
@@ -168,6 +169,7 @@ class Clips(Sequence[Clip]):
             folder = path[: path.rfind(b"/") + 1] if folder is None else folder
             while not path.startswith(folder):
                 folder = folder[: folder.rfind(b"/", 0, -1) + 1]
+        folder = folder and folder[: folder.rfind(b"/", 0, -1) + 1]
         digest = hashlib.blake2b(digest_size=8)
         for path in paths.encoded():
             digest.update(path[len(folder) :] + b"\0")

@@ -330,7 +330,8 @@ def _adapt(state: dict[str, Tensor], teacher: ClipTeacher) -> dict[str, Tensor]:
 def save_state(state: dict[str, Tensor], path: str | Path) -> None:
     """Writes tensors by name as safetensors or, for any other suffix, as a flat PyTorch file; whole or not at all."""
     path = Path(path)
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    # Copies: safetensors takes no two names for the same memory, as tied weights have.
+    state = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
     partial = path.with_name(path.name + ".partial")
     try:
         if path.suffix == ".safetensors":
