@@ -7,7 +7,7 @@
 | scene      | linear probe on scene labels (24 classes)                                    |
 | stage2     | captions and clips, from the stage-1 weights (only with `--stage2 True`)     |
 
-Expected, on average over three seeds: see the README. Each takes one to three minutes on two cores.
+Expected, on average over three seeds: see the README. Each takes one to five minutes on two cores.
 """
 
 from umt_fast.config import (

@@ -32,6 +32,11 @@ def test_every_part_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
     assert len(written) >= 8, "stage 1, stage 2 and six comparisons leave a checkpoint each"
+
+    def begun(*arguments: object) -> None:
+        raise AssertionError("a finished comparison is begun again")
+
+    monkeypatch.setattr(quickstart.Comparison, "begin", begun)
     quickstart.run(tmp_path, stage2=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")} == written
     assert json.loads((tmp_path / "results.json").read_text()) == results

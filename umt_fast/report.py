@@ -191,6 +191,10 @@ def _results_section(results: dict[str, Any]) -> str:
         )
     seconds = [[name, part["seconds"]] for name, part in results.items() if isinstance(part, dict)]
     parts.append("<h2>Time</h2>" + _table(seconds, ["part", "seconds"]))
+    if "comparison" in results:
+        parts.append(
+            '<p class="note">The comparison runs beside the other parts; its seconds are the wait for its end.</p>'
+        )
     return "".join(parts)
 
 

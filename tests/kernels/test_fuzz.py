@@ -49,12 +49,18 @@ def assert_close_to_truth(ours: Tensor, reference: Tensor, truth: Tensor, size: 
     assert (ours.double() - truth).abs().max().item() <= allowed
 
 
+def tokens_of(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Tokens (B, N, C) of any strides and kind, and visible ones of each row."""
+    batch, tokens, width, dtype = draw(small), draw(small), draw(st.integers(1, 40)), draw(DTYPES)
+    return strided(draw, batch, tokens, width, dtype=dtype), visible_of(draw, batch, tokens)
+
+
 @FUZZ
 @given(st.data())
 def test_token_gather(data: st.DataObject) -> None:
     draw = data.draw
-    batch, tokens, width, dtype = draw(small), draw(small), draw(st.integers(1, 40)), draw(DTYPES)
-    x, visible = strided(draw, batch, tokens, width, dtype=dtype), visible_of(draw, batch, tokens)
+    x, visible = tokens_of(draw)
+    (_, tokens, width), dtype = x.shape, x.dtype
     table = strided(draw, tokens, width, dtype=torch.float32) if draw(st.booleans()) else None
     upstream = torch.randn(*visible.shape, width, device=DEVICE).to(dtype)
     results = []
@@ -71,9 +77,9 @@ def test_token_gather(data: st.DataObject) -> None:
 @given(st.data())
 def test_gather_norm(data: st.DataObject) -> None:
     draw = data.draw
-    batch, tokens, width, dtype = draw(small), draw(small), draw(st.integers(1, 40)), draw(DTYPES)
-    x, visible = strided(draw, batch, tokens, width, dtype=dtype), visible_of(draw, batch, tokens)
-    affine, eps = strided(draw, 2, width, 3, dtype=torch.float32)[..., 1], draw(st.sampled_from([1e-5, 0.1]))
+    x, visible = tokens_of(draw)
+    dtype = x.dtype
+    affine, eps = strided(draw, 2, x.shape[2], 3, dtype=torch.float32)[..., 1], draw(st.sampled_from([1e-5, 0.1]))
     ours, reference, truth = (
         kernels.gather_norm(x.to(kind or dtype), visible, *affine.to(kind or affine.dtype), eps=eps, road=road)
         for road, kind in (("triton", None), ("reference", None), ("reference", torch.float64))

@@ -321,8 +321,8 @@ class Trainer:
         if saved.get("clips", self.identity) != self.identity:  # older checkpoints do not say
             raise checkpoint.CheckpointError(
                 f"{path} was made with another list of clips (identity {saved['clips']}, now {self.identity}): its place in "
-                "the epoch would mean other clips. Continue with the same files in the same order (the folder above all of "
-                "them may be another), or start a new run.out from these weights (--init)"
+                "the epoch would mean other clips. Continue with the same files in the same order (they may have moved, in a "
+                "folder of the same name), or start a new run.out from these weights (--init)"
             )
         try:
             sharding.load_states(self.objective.trainable, self.optimizer, content["model"], content["optimizer"])
