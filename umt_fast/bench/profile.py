@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import kernels
 from umt_fast.bench.stage1 import Clock
 from umt_fast.config import Stage1Config
+from umt_fast.engine.host_memory import keep_freed_memory
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
@@ -148,6 +149,8 @@ def _gib(tensors: list[Tensor]) -> float:
 
 def profile(config: Stage1Config, device: torch.device, steps: int) -> dict[str, object]:
     """Times the parts of `steps` steps after two warm-up steps; a table of them and of the memory, by name."""
+    if device.type == "cpu":
+        keep_freed_memory()  # as every run does
     torch.manual_seed(0)
     objective = UnmaskedAlignment(config).to(device).train()
     optimizer = build_optimizer(objective.trainable, config.optim, lr=1e-4)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from umt_fast.config import RunConfig
+from umt_fast.engine.host_memory import keep_freed_memory
 from umt_fast.engine.precision import pick_device
 
 
@@ -42,6 +43,8 @@ def distributed_run(run: RunConfig) -> Iterator[Ranks]:
         logging.getLogger("umt_fast").setLevel(logging.WARNING)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
+    else:
+        keep_freed_memory()
     if ranks.world_size > 1:
         dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo")
         # A rank that ends on a user's mistake before the others have joined would leave them with errors of their own.
