@@ -117,13 +117,14 @@ def evaluate(objective: nn.Module, config: FinetuneConfig, test_list: Path, devi
 
 
 def tune(out: Path, label: str, start: str, teacher: TeacherConfig, pretrained: str, seed: int) -> float:
-    """Trains the settings of a label from pre-training, from scratch or on the per-frame teacher; accuracy on unseen clips."""
+    """Trains the settings of a label, on the per-frame teacher if `start` is that, else the student, from `pretrained` weights
+    ("": from scratch), in OUT/LABEL_START; accuracy on unseen clips."""
     config: FinetuneConfig = recipe.load(f"quickstart:{label}")
     config.run.seed = seed
     config.run.out = str(out / f"{label}_{start}")
     config.data.train = str(out / "world" / f"labelled_{label}.csv")
     config.data.prepared = (str(out / "prepared" / "labelled_motion"),)  # the same clips, whatever their labels
-    config.init = pretrained if start == "pretrained" else ""
+    config.init = pretrained
     torch.manual_seed(seed)
     objective = FrameSupervised(config, teacher) if start == "teacher" else Supervised(config)
     fit_objective(config, objective)
