@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,9 @@ from umt_fast.config import ConfigError, TeacherConfig, TeacherPrecision
 
 class QuantizedLinear(nn.Module):
     """Takes the place of a Linear: 8-bit weights, activations quantised row by row (kernels.quantized_linear)."""
+
+    road: Literal["auto", "reference"] = "auto"
+    """`reference` computes by the definition, slowly: to see what a precision changes where no device has it."""
 
     def __init__(self, weight: Tensor, bias: Tensor, precision: TeacherPrecision) -> None:
         """weight (N, K) and bias (N,) fp32; precision int8 or fp8."""
@@ -22,7 +27,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
         """(..., K) -> (..., N); factor multiplies the product, not the bias."""
-        return kernels.quantized_linear(x, self.weight, self.scale if factor == 1 else self.scale * factor, self.bias)
+        scale = self.scale if factor == 1 else self.scale * factor
+        return kernels.quantized_linear(x, self.weight, scale, self.bias, road=self.road)
 
 
 def require_precision(teacher: TeacherConfig, device: torch.device) -> None:
