@@ -241,8 +241,9 @@ class Counter(TorchDispatchMode):
         """Copies between host and device: the host waits for those that are not told otherwise."""
         source, target = (args[1], args[0]) if func is aten.copy_.default else (args[0], out)
         if source.device != target.device:
+            in_copy = func is aten.copy_.default and args[2:] == (True,)
             self.counts.host_bytes += size_of(source)
-            self.counts.waits += not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
+            self.counts.waits += not (kwargs.get("non_blocking") or in_copy)
 
     def _positions(self, mask: Tensor) -> list[Tensor]:
         """What a boolean index becomes before it is used: the positions of its true entries, which the host waits for."""
@@ -259,6 +260,9 @@ class Counter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             self.counts.waits += args[0].device == self.device
             return 1.0 if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
+        if func is aten.index_put.default and isinstance(args[0], FakeTensor):
+            # The gradient of indexing; where tensors have values it is put in place, into zeros.
+            func = aten._index_put_impl_.default
         if func in (aten.index.Tensor, aten._index_put_impl_.default) and isinstance(args[0], FakeTensor):
             indices = []
             for index in args[1]:

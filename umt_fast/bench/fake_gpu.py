@@ -24,8 +24,17 @@ _running: list[Any] = []
 
 
 def running_node() -> Any | None:
-    """The node of the graph that `run_backward` is running, if it is."""
+    """The node of the graph that `run_backward` is running, or summing gradients for, if it is."""
     return _running[-1] if _running else None
+
+
+@contextlib.contextmanager
+def _marked(node: Any) -> Iterator[None]:
+    _running.append(node)
+    try:
+        yield
+    finally:
+        _running.pop()
 
 
 def _dependencies(roots: Sequence[Any]) -> dict[Any, int]:
@@ -65,7 +74,9 @@ def run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor], *_: obj
 
     def give(node: Any, place: int, gradient: Tensor | None) -> None:
         slots = received.setdefault(node, [None] * len(node._input_metadata))
-        if gradient is not None:
+        if gradient is None:
+            return
+        with _marked(node):
             wanted = node._input_metadata[place]
             # Formulas leave it to the engine to undo broadcasting.
             gradient = gradient.sum_to_size(wanted.shape).to(wanted.dtype)
@@ -82,12 +93,12 @@ def run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor], *_: obj
         slots, edges = received.pop(node, [None]), node.next_functions
         del waits[node]
         found: Any = ()
-        _running.append(node)
-        if hasattr(node, "variable"):
-            _accumulate(node.variable, slots[0])
-        elif any(slot is not None for slot in slots):
-            found = node.apply(*slots) if isinstance(node, torch.autograd.function.BackwardCFunction) else node(*slots)
-        _running.pop()
+        with _marked(node):
+            if hasattr(node, "variable"):
+                _accumulate(node.variable, slots[0])
+            elif any(slot is not None for slot in slots):
+                written_in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+                found = node.apply(*slots) if written_in_python else node(*slots)
         slots.clear()
         found = list(found) if isinstance(found, tuple | list) else [found]
         found += [None] * (len(edges) - len(found))
