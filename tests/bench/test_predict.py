@@ -68,6 +68,10 @@ def test_roads_branch_as_on_a_gpu(roads: dict[str, Counts]) -> None:
     assert "align_loss_backward" in names(roads["fast"], "backward")
     # Scores, two position tables, the loss; and three boolean indices, one of them in the backward pass too.
     assert roads["fast"].waits == roads["fp8"].waits == 0 and roads["plain"].waits == 8
+    # The scores there (all of a frame's indices, of which the kept ones), the mask back, and both position tables.
+    tokens, kept, width = 8 * 16, 8 * 4, 96
+    assert roads["plain"].host_bytes == 2 * kept * 8 + 2 * tokens + tokens * width * 2 + 2 * tokens * width * 4
+    assert roads["fast"].host_bytes == 0
 
 
 def test_bytes_counted_by_hand() -> None:
@@ -178,9 +182,9 @@ def test_a_real_step_is_counted_too() -> None:
 
 
 def test_floor_is_the_larger_of_both() -> None:
-    rows = [Operation("teacher", "Mlp", "addmm.default", (1,), 100.0, 0.0, 10.0),
-            Operation("teacher", "Mlp", "_scaled_mm.default", (1,), 0.0, 100.0, 1.0),
-            Operation("teacher", "Mlp", "add.Tensor", (1,), 0.0, 0.0, 40.0)]  # fmt: skip
+    rows = [Operation("teacher", "Mlp", "addmm.default", 100.0, 0.0, 10.0),
+            Operation("teacher", "Mlp", "_scaled_mm.default", 0.0, 100.0, 1.0),
+            Operation("teacher", "Mlp", "add.Tensor", 0.0, 0.0, 40.0)]  # fmt: skip
     found = figures(Counts(rows, peak=1 << 30), 3, matmul=10.0, copy=2.0)
     assert found["floor_ms"] == 1e3 * (10 + 5 + 20) and found["clips_per_s_at_most"] == round(3 / 35, 2)
     assert found["share_of_matrix_products"] == round(15 / 35, 3) and found["peak_memory_gib"] == 1

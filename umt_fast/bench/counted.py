@@ -48,7 +48,6 @@ class Operation:
     part: str
     place: str
     name: str
-    shape: tuple[int, ...]
     products: float
     products8: float
     bytes: float
@@ -232,9 +231,8 @@ class Counter(TorchDispatchMode):
         for tensor in _tensors(out):
             self.memory.see(tensor)
         moved = bytes_of(func, args, kwargs, out, self.device)
-        shape = tuple(_tensors(out)[0].shape) if _tensors(out) else ()
         if moved:
-            found = Operation(*self._where(), func.__name__, shape, *products_of(func, args, kwargs, out), moved)
+            found = Operation(*self._where(), func.__name__, *products_of(func, args, kwargs, out), moved)
             self.counts.operations.append(found)
 
     def _note_host(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
@@ -242,7 +240,8 @@ class Counter(TorchDispatchMode):
         source, target = (args[1], args[0]) if func is aten.copy_.default else (args[0], out)
         if source.device != target.device:
             in_copy = func is aten.copy_.default and args[2:] == (True,)
-            self.counts.host_bytes += size_of(source)
+            # Types are converted on the host's side.
+            self.counts.host_bytes += size_of(source if source.device == self.device else target)
             self.counts.waits += not (kwargs.get("non_blocking") or in_copy)
 
     def _positions(self, mask: Tensor) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 `fake_gpu` is a context in which the code of a training step runs as it would on a GPU, as far as which operations follow
 which: every branch on the device, every cast of CUDA's autocast, the fused optimizers. Nothing is computed. What PyTorch
-asks a real GPU for is answered here instead; `Autograd` needs one even for such tensors, so the graph is walked in Python.
+asks a real GPU for is answered here instead; autograd's engine needs one even for such tensors, so the graph is walked in
+Python.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ CAPABILITIES = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0)}
 NOT_COUNTED = (
     "real kernels, which reach some 60 to 80% of such rates; and what caches save where a batch is small",
     "launches: the host has to issue every operation, which bounds small batches (unless a graph replays them)",
-    "the plain road's mask, drawn on the host, its copies over PCIe and the pauses of the device at every wait",
+    "the plain road's work on the host (its mask, its position table), the bytes it sends over PCIe (host MB), and the "
+    "pauses of the device while the host waits",
     "scratch memory and second passes inside kernels (sorting, attention's backward, cuBLAS, cuDNN), fragmentation",
 )
 
@@ -77,6 +78,7 @@ def figures(counts: Counts, batch_size: int, matmul: float, copy: float) -> dict
         "gb": round(sum(o.bytes for o in counts.operations) / 1e9, 3),
         "operations": len(counts.operations),
         "host_waits": counts.waits,
+        "host_mb": round(counts.host_bytes / 1e6, 3),
     }
 
 
@@ -148,7 +150,7 @@ def table(line: dict) -> str:
     where = f"{line['gpu']}, {line['model']}, {line['batch_size']} clips"
     rows = [
         ["prediction", "road", "floor ms", "clips/s at most", "against plain", "in products", "peak GiB", "of plain's",
-         "TFLOP", "GB", "operations", "host waits"],
+         "TFLOP", "GB", "operations", "host waits", "host MB"],
     ]  # fmt: skip
     rows.append(["---"] * len(rows[0]))
     plain_peak = line["roads"]["plain"]["peak_memory_gib"]
@@ -159,7 +161,7 @@ def table(line: dict) -> str:
             cells += [
                 f"{100 * row['share_of_matrix_products']:.0f}%", f"{row['peak_memory_gib']:.2f}",
                 f"{100 * row['peak_memory_gib'] / plain_peak:.0f}%", f"{row['tflop']:.2f}", f"{row['gb']:.1f}",
-                row["operations"], row["host_waits"],
+                row["operations"], row["host_waits"], f"{row['host_mb']:.0f}",
             ]  # fmt: skip
         rows.append(["prediction: " + cells[0], *cells[1:], *[""] * (len(rows[0]) - len(cells))])
     for title, key in (("by floor", "most_ms"), ("by bytes", "most_gb")):
