@@ -1,0 +1,205 @@
+"""Predictions: what is counted, against counts by hand, the objective's own FLOPs, real gradients and real allocations."""
+
+import copy
+import json
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+from umt_fast.__main__ import main
+from umt_fast.bench.counted import Counter, Counts, Operation
+from umt_fast.bench.fake_gpu import fake_gpu, run_backward
+from umt_fast.bench.measure import random_video
+from umt_fast.bench.predict import count, figures, top
+from umt_fast.bench.profile import costs
+from umt_fast.bench.stage1 import fast_steps, stage1_config
+from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+
+CPU = torch.device("cpu")
+HOPPER = (9, 0)
+
+
+@pytest.fixture(scope="module")
+def roads() -> dict[str, Counts]:
+    """The counts of a tiny step of two clips."""
+    config = stage1_config("tiny", 2, "bf16")
+    eight = stage1_config("tiny", 2, "bf16", "fp8")
+    return {
+        "fast": count(config, "fast", HOPPER),
+        "plain": count(config, "plain", HOPPER),
+        "fp8": count(eight, "fast", HOPPER),
+    }
+
+
+def names(counts: Counts, part: str) -> set[str]:
+    return {operation.name.removesuffix(".default") for operation in counts.operations if operation.part == part}
+
+
+def test_flops_are_those_of_the_objective(roads: dict[str, Counts]) -> None:
+    config = stage1_config("tiny", 2, "bf16")
+    expected = 2 * UnmaskedAlignment.flops_of(config)
+    counted = {name: sum(o.products + o.products8 for o in found.operations) for name, found in roads.items()}
+    # Attention's backward computes the logits once more, which the formula leaves out.
+    assert expected < counted["fast"] < 1.02 * expected
+    assert counted["fp8"] == counted["fast"] < counted["plain"]
+    eight = sum(operation.products8 for operation in roads["fp8"].operations)
+    blocks, c, rows = config.teacher.depth - 1, config.teacher.width, 2 * 8 * 17
+    assert eight == blocks * rows * 24 * c * c
+
+
+def test_bytes_are_at_least_those_of_a_fused_step(roads: dict[str, Counts]) -> None:
+    trained = sum(p.numel() for p in UnmaskedAlignment(stage1_config("tiny", 2, "fp32")).student.parameters())
+    fused = sum(cost.bytes for cost in costs(stage1_config("tiny", 2, "bf16"), trained).values())
+    moved = {name: sum(operation.bytes for operation in found.operations) for name, found in roads.items()}
+    assert fused < moved["fast"] < 5 * fused and moved["fast"] < moved["plain"]
+
+
+def test_roads_branch_as_on_a_gpu(roads: dict[str, Counts]) -> None:
+    teacher = names(roads["fast"], "teacher")
+    assert {"patch_gather", "semantic_mask", "gather_norm", "token_gather"} <= teacher
+    assert "_scaled_dot_product_flash_attention" in teacher and "native_layer_norm" not in teacher
+    assert names(roads["fast"], "optimizer") == {"_fused_adamw_", "_foreach_add_.Scalar"}
+    assert {"_foreach_addcdiv_.ScalarList", "_foreach_sqrt"} <= names(roads["plain"], "optimizer")
+    assert "_scaled_mm" in names(roads["fp8"], "teacher")
+    assert "align_loss_backward" in names(roads["fast"], "backward")
+    # Scores, two position tables, the loss; and three boolean indices, one of them in the backward pass too.
+    assert roads["fast"].waits == roads["fp8"].waits == 0 and roads["plain"].waits == 8
+    # The scores there (all of a frame's indices, of which the kept ones), the mask back, and both position tables.
+    tokens, kept, width = 8 * 16, 8 * 4, 96
+    assert roads["plain"].host_bytes == 2 * kept * 8 + 2 * tokens + tokens * width * 2 + 2 * tokens * width * 4
+    assert roads["fast"].host_bytes == 0
+
+
+def test_bytes_counted_by_hand() -> None:
+    x, table = torch.zeros(6, 10), torch.zeros(100, 10)
+    rows = torch.tensor([3, 5, 7])
+    with Counter(CPU) as counter:
+        expected = {}
+
+        def step(name: str, operation: object, moved: int) -> None:
+            operation()
+            expected[name] = moved
+
+        step("views", lambda: x.t()[2:].unsqueeze(0).expand(4, -1, -1), 0)
+        step("allocation", lambda: torch.empty(1000), 0)
+        step("elementwise", lambda: x + x.exp(), 4 * (60 * 2 + 60 * 3))
+        step("broadcast is read once", lambda: x[:1].expand(6, 10).clone(), 4 * (10 + 60))
+        step("in place", lambda: x.mul_(2), 4 * 120)
+        step("overwritten", lambda: x.zero_(), 4 * 60)
+        step("copied into", lambda: x.copy_(table[:6]), 4 * 120)
+        step("picked rows alone", lambda: table[rows], 4 * 30 * 2 + 8 * 3)
+        step("product", lambda: x @ table.t(), 4 * (60 + 1000 + 600))
+        found = counter.finish().operations
+    assert sum(operation.bytes for operation in found) == sum(expected.values()), (found, expected)
+    assert sum(operation.products for operation in found) == 2 * 6 * 10 * 100
+
+
+def test_kernels_read_visible_rows_alone() -> None:
+    with fake_gpu(HOPPER) as device, Counter(device) as counter:
+        x, weight = torch.empty(2, 50, 64, device=device, dtype=torch.bfloat16), torch.empty(64, device=device)
+        visible = torch.empty(2, 7, dtype=torch.int32, device=device)
+        video = torch.empty(2, 8, 64, 64, 3, dtype=torch.uint8, device=device)
+        counter.restart()
+        kernels.gather_norm(x, visible, weight, weight)
+        kernels.token_gather(x, visible)
+        kernels.patch_gather(video, visible, patch_size=16, mean=(0.5,) * 3, std=(0.5,) * 3, dtype=torch.bfloat16)
+        moved = [operation.bytes for operation in counter.finish().operations]
+    rows, index = 2 * 7 * 64 * 2, 2 * 7 * 4
+    assert moved == [2 * rows + index + 2 * 64 * 4, 2 * rows + index, 2 * 7 * 768 * (2 + 1) + index]
+
+
+def test_memory_follows_real_allocations() -> None:
+    with Counter(CPU) as counter:
+        a = torch.zeros(1024, 256)  # 1 MiB
+        b = a.view(512, 512) + 1
+        assert counter.memory.held == 2 << 20
+        c = torch.zeros(100)  # 400 bytes take 512
+        del b
+        assert counter.memory.held == (1 << 20) + 512 and counter.memory.peak == (2 << 20) + 512
+        counter.restart()
+        d = torch.cat([a, a])
+        view = d[:1]
+        del a, d
+        assert counter.memory.held == (2 << 20) + 512 and counter.finish().peak == (3 << 20) + 512
+        del c, view
+    assert counter.memory.held == 0
+
+
+def test_memory_of_saved_tensors_is_freed_during_backward() -> None:
+    """A chain of n squares saves n tensors; backward frees each as it goes, so the peak is n and a few more."""
+    size = 1 << 18
+    with fake_gpu(HOPPER) as device, Counter(device) as counter:
+        x = torch.empty(size // 4, device=device, requires_grad=True)
+        y = x
+        for _ in range(10):
+            y = y.square()
+        loss = y.sum()
+        del y
+        assert counter.memory.held == 10 * size + 512  # the sum needs no values of the last square
+        loss.backward()
+        assert counter.memory.held == 2 * size + 512 and counter.finish().peak <= 14 * size
+        assert x.grad.shape == x.shape
+
+
+def test_gradients_are_those_of_the_engine() -> None:
+    torch.manual_seed(0)
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+            x = x + self.out(F.scaled_dot_product_attention(q, k, v))
+            return (x + F.gelu(self.out(x[:, [2, 0]])).mean(1, keepdim=True)).square().mean()
+
+    real, walked, x = Small(), None, torch.randn(3, 5, 8)
+    walked = copy.deepcopy(real)
+    real(x).backward()
+    with mock.patch("torch.autograd._engine_run_backward", run_backward):
+        walked(x).backward()
+    for (name, expected), found in zip(real.named_parameters(), walked.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, msg=name)
+
+
+def test_a_real_step_is_counted_too() -> None:
+    config = stage1_config("tiny", 2, "fp32")
+    video = random_video(2, 8, 64, CPU)
+    step, _ = fast_steps(config, video, CPU, False)
+    with Counter(CPU) as counter:
+        step(0)
+        counter.restart()
+        step(1)
+        found = counter.finish()
+    products = sum(operation.products for operation in found.operations)
+    assert products == pytest.approx(2 * UnmaskedAlignment.flops_of(config), rel=0.02)
+    assert {"addmm"} <= names(found, "teacher") & names(found, "student")
+
+
+def test_floor_is_the_larger_of_both() -> None:
+    rows = [Operation("teacher", "Mlp", "addmm.default", 100.0, 0.0, 10.0),
+            Operation("teacher", "Mlp", "_scaled_mm.default", 0.0, 100.0, 1.0),
+            Operation("teacher", "Mlp", "add.Tensor", 0.0, 0.0, 40.0)]  # fmt: skip
+    found = figures(Counts(rows, peak=1 << 30), 3, matmul=10.0, copy=2.0)
+    assert found["floor_ms"] == 1e3 * (10 + 5 + 20) and found["clips_per_s_at_most"] == round(3 / 35, 2)
+    assert found["share_of_matrix_products"] == round(15 / 35, 3) and found["peak_memory_gib"] == 1
+    assert [row["operation"] for row in top(rows, 10.0, 2.0, by="ms", most=2)] == ["add.Tensor", "addmm"]
+
+
+def test_command_prints_predictions(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "predict", "--model", "tiny", "--batch_size", "2", "--gpu", "h100"]
+    assert main([*arguments, "--matmul_tflops", "700", "--copy_gb_per_s", "3000", "--top", "3"]) == 0
+    out = capsys.readouterr()
+    line = json.loads(out.out)
+    assert line["kind"] == "prediction" and line["rates"] == "given" and line["matmul_tflops"] == 700
+    assert list(line["roads"]) == ["plain", "fast", "fast, fp8 teacher"] and len(line["most_gb"]) == 3
+    plain, fast = line["roads"]["plain"], line["roads"]["fast"]
+    assert line["speed_against_plain"]["fast"] == pytest.approx(plain["floor_ms"] / fast["floor_ms"], rel=0.1)
+    assert all("prediction" in row for row in out.err.splitlines() if row.startswith("|") and "---" not in row)
+    assert main([*arguments, "--copy_gb_per_s", "-1"]) == 2
+    assert "copy_gb_per_s is -1.0" in capsys.readouterr().err

@@ -1,0 +1,212 @@
+"""`bench predict`: what a stage-1 step costs on a GPU at best, fast and plain road, counted without one.
+
+Both roads of `bench stage1` run on tensors without values (bench/fake_gpu.py), every operation of forward, backward and
+optimizer is counted (bench/counted.py), and
+
+    floor = sum over operations of max(FLOPs / matmul rate, bytes / copy rate)
+
+with the rates of a datasheet, or measured ones. That is the eager step whose every operation runs at full rate and whose
+launches are free: a prediction, and a bound. `fused` is the same for the parts of bench/profile.py, which counts what is left
+when every elementwise pass is fused into a neighbour, as a compiler would at best.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+
+from umt_fast.bench.counted import Counter, Counts, Operation
+from umt_fast.bench.fake_gpu import fake_gpu
+from umt_fast.bench.measure import Model, random_video
+from umt_fast.bench.profile import costs
+from umt_fast.bench.stage1 import fast_steps, plain_steps, stage1_config
+from umt_fast.config import ConfigError, Stage1Config
+from umt_fast.plan import SHEETS, work_of
+from umt_fast.tokens import num_visible
+
+CAPABILITIES = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0)}
+# What a prediction of this kind cannot know, in its own output.
+NOT_COUNTED = (
+    "real kernels, which reach some 60 to 80% of such rates; and what caches save where a batch is small",
+    "launches: the host has to issue every operation, which bounds small batches (unless a graph replays them)",
+    "the plain road's work on the host (its mask, its position table), the bytes it sends over PCIe (host MB), and the "
+    "pauses of the device while the host waits",
+    "scratch memory and second passes inside kernels (sorting, attention's backward, cuBLAS, cuDNN), fragmentation",
+)
+
+
+def count(config: Stage1Config, road: Literal["fast", "plain"], capability: tuple[int, int]) -> Counts:
+    """A step of run.batch_size clips on a GPU of this compute capability, the optimizer's state already there."""
+    log = logging.getLogger("umt_fast")
+    level = log.level
+    log.setLevel(logging.ERROR)  # that the teacher is untrained does not matter here
+    vit = config.student
+    per_frame = (vit.image_size // vit.patch_size) ** 2
+    share = (num_visible(per_frame, config.mask.ratio), per_frame)
+    try:
+        with fake_gpu(capability) as device, Counter(device, share) as counter:
+            video = random_video(config.run.batch_size, vit.num_frames, vit.image_size, device)
+            steps = fast_steps(config, video, device, False) if road == "fast" else plain_steps(config, video, device)
+            steps[0](0)
+            counter.restart()
+            steps[0](1)
+            return counter.finish()
+    finally:
+        log.setLevel(level)
+
+
+def figures(counts: Counts, batch_size: int, matmul: float, copy: float) -> dict[str, object]:
+    """Of one road, at rates in FLOP/s and bytes/s."""
+    seconds = [operation.seconds(matmul, copy) for operation in counts.operations]
+    floor = sum(seconds)
+    products = sum(
+        taken for operation, taken in zip(counts.operations, seconds, strict=True)
+        if operation.products or operation.products8
+    )  # fmt: skip
+    return {
+        "floor_ms": round(1e3 * floor, 3),
+        "clips_per_s_at_most": round(batch_size / floor, 2),
+        "share_of_matrix_products": round(products / floor, 3),
+        "peak_memory_gib": round(counts.peak / 2**30, 3),
+        "tflop": round(sum(o.products + o.products8 for o in counts.operations) / 1e12, 4),
+        "gb": round(sum(o.bytes for o in counts.operations) / 1e9, 3),
+        "operations": len(counts.operations),
+        "host_waits": counts.waits,
+        "host_mb": round(counts.host_bytes / 1e6, 3),
+    }
+
+
+def fused(config: Stage1Config, products8: float, matmul: float, copy: float) -> dict[str, object]:
+    """The fast road with every elementwise pass fused; products8: FLOPs of the teacher in 8 bits."""
+    parts = costs(config, work_of(config).trained)
+    floor = 0.0
+    for name, cost in parts.items():
+        flops = cost.flops - (products8 / 2 if name == "teacher blocks" else 0)
+        floor += max(flops / matmul, cost.bytes / copy)
+    return {"floor_ms": round(1e3 * floor, 3), "clips_per_s_at_most": round(config.run.batch_size / floor, 2)}
+
+
+def top(
+    operations: Iterable[Operation], matmul: float, copy: float, *, by: Literal["ms", "gb"], most: int
+) -> list[dict[str, object]]:
+    """The operations that cost most, those of one name at one place together."""
+    groups: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for operation in operations:
+        group = groups[operation.part, operation.place, operation.name.removesuffix(".default")]
+        group[0] += 1
+        group[1] += 1e3 * operation.seconds(matmul, copy)
+        group[2] += operation.bytes / 1e9
+    rows = [
+        {"part": part, "place": place, "operation": name, "calls": calls, "ms": round(ms, 3), "gb": round(gb, 3)}
+        for (part, place, name), (calls, ms, gb) in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row[by])[:most]
+
+
+def predict(model: Model, batch_size: int, gpus: Iterable[str], matmul: float, copy: float, most: int) -> list[dict]:
+    """The JSON lines, one for each GPU; matmul and copy: rates in FLOP/s and bytes/s, or 0 for the datasheet's."""
+    counted: dict[tuple[str, str], Counts] = {}
+    lines = []
+    for gpu in gpus:
+        sheet, capability = SHEETS[gpu], CAPABILITIES[gpu]
+        rates = (matmul or sheet.matmul, copy or sheet.bandwidth)
+        eight = "fp8" if capability >= (9, 0) else "int8"
+        roads, bounds = {}, {}
+        for name, road, precision in (("plain", "plain", "native"), ("fast", "fast", "native"), (eight, "fast", eight)):
+            config = stage1_config(model, batch_size, "bf16", precision)
+            counts = counted.setdefault((road, precision), None) or count(config, road, capability)
+            counted[road, precision] = counts
+            label = name if name in ("plain", "fast") else f"fast, {eight} teacher"
+            roads[label] = figures(counts, batch_size, *rates)
+            if road == "fast":
+                bounds[f"{label}, fused"] = fused(config, sum(o.products8 for o in counts.operations), *rates)
+        slowest, fast = roads["plain"], counted["fast", "native"].operations
+        lines.append(
+            {
+                "bench": "predict", "kind": "prediction", "model": model, "batch_size": batch_size, "gpu": sheet.name,
+                "matmul_tflops": round(rates[0] / 1e12, 2), "copy_gb_per_s": round(rates[1] / 1e9, 1),
+                "rates": "given" if matmul or copy else "datasheet", "torch": torch.__version__,
+                "roads": roads, "bounds": bounds,
+                "speed_against_plain": {
+                    name: round(slowest["floor_ms"] / row["floor_ms"], 3)
+                    for name, row in (roads | bounds).items() if name != "plain"
+                },
+                "memory_against_plain": round(roads["fast"]["peak_memory_gib"] / slowest["peak_memory_gib"], 3),
+                "most_ms": top(fast, *rates, by="ms", most=most), "most_gb": top(fast, *rates, by="gb", most=most),
+                "not_counted": NOT_COUNTED,
+            }
+        )  # fmt: skip
+    return lines
+
+
+def table(line: dict) -> str:
+    """A line for people."""
+    where = f"{line['gpu']}, {line['model']}, {line['batch_size']} clips"
+    rows = [
+        ["prediction", "road", "floor ms", "clips/s at most", "against plain", "in products", "peak GiB", "of plain's",
+         "TFLOP", "GB", "operations", "host waits", "host MB"],
+    ]  # fmt: skip
+    rows.append(["---"] * len(rows[0]))
+    plain_peak = line["roads"]["plain"]["peak_memory_gib"]
+    for name, row in (line["roads"] | line["bounds"]).items():
+        cells = [where, name, f"{row['floor_ms']:.1f}", f"{row['clips_per_s_at_most']:.0f}"]
+        cells.append(f"{line['speed_against_plain'].get(name, 1):.2f}x")
+        if "peak_memory_gib" in row:
+            cells += [
+                f"{100 * row['share_of_matrix_products']:.0f}%", f"{row['peak_memory_gib']:.2f}",
+                f"{100 * row['peak_memory_gib'] / plain_peak:.0f}%", f"{row['tflop']:.2f}", f"{row['gb']:.1f}",
+                row["operations"], row["host_waits"], f"{row['host_mb']:.0f}",
+            ]  # fmt: skip
+        rows.append(["prediction: " + cells[0], *cells[1:], *[""] * (len(rows[0]) - len(cells))])
+    for title, key in (("by floor", "most_ms"), ("by bytes", "most_gb")):
+        if line[key]:
+            rows += [[], [f"prediction: fast road, {title}", "place", "operation", "calls", "ms", "GB"], ["---"] * 6]
+            rows += [
+                [f"prediction: {r['part']}", r["place"], r["operation"], r["calls"], f"{r['ms']:.2f}", f"{r['gb']:.2f}"]
+                for r in line[key]
+            ]
+    text = ["| " + " | ".join(map(str, row)) + " |" if row else "" for row in rows]
+    text += ["", f"prediction at {line['matmul_tflops']:.0f} TFLOP/s and {line['copy_gb_per_s']:.0f} GB/s "
+             f"({line['rates']}): sum over operations of max(FLOPs / matmul rate, bytes / copy rate). Not in it:"]  # fmt: skip
+    return "\n".join(text + [f"- {what}" for what in line["not_counted"]])
+
+
+def main(
+    model: Model = "b16",
+    batch_size: int = 64,
+    gpu: Literal["a100", "h100", "h200", "all"] = "all",
+    matmul_tflops: float = 0.0,
+    copy_gb_per_s: float = 0.0,
+    top: int = 10,
+) -> None:
+    """Predict a whole stage-1 step on a GPU from counted FLOPs and bytes; needs none. One JSON line for each GPU.
+
+    Every operation of both roads is counted in bf16, and of the fast one with its teacher in 8 bits (fp8, on an A100 int8).
+    The table on stderr says what such a prediction leaves out.
+
+    Args:
+        model: Student; the teacher is the official one of that size.
+        batch_size: Clips per step.
+        gpu: Whose datasheet gives the rates.
+        matmul_tflops: bf16 TFLOP/s in place of the datasheet's, as machine.json of benchmarks/gpu.sh has it; 8 bits count as
+            twice as fast.
+        copy_gb_per_s: GB/s read and written, likewise.
+        top: How many of the fast road's most expensive operations to list.
+    """
+    if batch_size < 1 or top < 0:
+        raise ConfigError(f"batch_size is {batch_size} and top is {top}; they must be at least 1 and 0")
+    if matmul_tflops < 0 or copy_gb_per_s < 0:
+        raise ConfigError(
+            f"matmul_tflops is {matmul_tflops} and copy_gb_per_s is {copy_gb_per_s}; they must be positive, or 0 for the "
+            "datasheet's"
+        )
+    gpus = list(SHEETS) if gpu == "all" else [gpu]
+    for line in predict(model, batch_size, gpus, matmul_tflops * 1e12, copy_gb_per_s * 1e9, top):
+        print(table(line), file=sys.stderr)
+        print(json.dumps(line))
