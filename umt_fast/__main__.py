@@ -7,7 +7,6 @@ Commands:
   prepare LIST --out DIR [--shard i/n]      pack candidate frames of every clip, for training that is not bound by decoding
   bench stage1|stage2 [...]                time a whole training step on random clips, one JSON line
   bench fidelity [...]                     how far an 8-bit teacher is from the exact one
-  bench predict [...]                      what a step costs on a GPU at best, counted without one: predictions
   eval CHECKPOINT LIST [--key value ...]    accuracy of a classifier, or retrieval with a stage-2 model
   convert FILE OUT                         the weights of a checkpoint, in the official layout, as safetensors or .pth
   report RUN                               write RUN/report.html from a run's metrics and results
@@ -235,9 +234,9 @@ def _prepare(arguments: list[str]) -> None:
 
 
 def _bench(arguments: list[str]) -> None:
-    from umt_fast.bench import fidelity, predict, stage1, stage2
+    from umt_fast.bench import fidelity, stage1, stage2
 
-    known = {"stage1": stage1.main, "stage2": stage2.main, "fidelity": fidelity.main, "predict": predict.main}
+    known = {"stage1": stage1.main, "stage2": stage2.main, "fidelity": fidelity.main}
     if not arguments or arguments[0] not in known:
         given = f"unknown benchmark {arguments[0]!r}" if arguments else "bench needs the name of a benchmark"
         raise ConfigError(f"{given}; there are: {', '.join(known)}")

@@ -1,13 +1,15 @@
-"""`bench predict`: what a stage-1 step costs on a GPU at best, fast and plain road, counted without one.
+"""What a stage-1 step costs on a GPU at best, fast and plain road, counted without one: predictions.
 
-Both roads of `bench stage1` run on tensors without values (bench/fake_gpu.py), every operation of forward, backward and
-optimizer is counted (bench/counted.py), and
+    python -m benchmarks.predict [--model b16|l16] [--batch_size 64] [--gpu a100|h100|h200|all]
+
+Both roads of `bench stage1` run on tensors without values (fake_gpu.py), every operation of forward, backward and
+optimizer is counted (counted.py), and
 
     floor = sum over operations of max(FLOPs / matmul rate, bytes / copy rate)
 
 with the rates of a datasheet, or measured ones. That is the eager step whose every operation runs at full rate and whose
-launches are free: a prediction, and a bound. `fused` is the same for the parts of bench/profile.py, which counts what is left
-when every elementwise pass is fused into a neighbour, as a compiler would at best.
+launches are free: a prediction, and a bound. `fused` is the same for the parts of umt_fast/bench/profile.py, which counts
+what is left when every elementwise pass is fused into a neighbour, as a compiler would at best.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
+import tyro
 
-from umt_fast.bench.counted import Counter, Counts, Operation
-from umt_fast.bench.fake_gpu import fake_gpu
+from benchmarks.counted import Counter, Counts, Operation
+from benchmarks.fake_gpu import fake_gpu
 from umt_fast.bench.measure import Model, random_video
 from umt_fast.bench.profile import costs
 from umt_fast.bench.stage1 import fast_steps, plain_steps, stage1_config
@@ -210,3 +213,10 @@ def main(
     for line in predict(model, batch_size, gpus, matmul_tflops * 1e12, copy_gb_per_s * 1e9, top):
         print(table(line), file=sys.stderr)
         print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except ConfigError as error:
+        sys.exit(f"benchmarks.predict: {error}")

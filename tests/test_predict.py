@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from umt_fast.__main__ import main
-from umt_fast.bench.counted import Counter, Counts, Operation
-from umt_fast.bench.fake_gpu import fake_gpu, run_backward
+from benchmarks.counted import Counter, Counts, Operation
+from benchmarks.fake_gpu import fake_gpu, run_backward
+from benchmarks.predict import count, figures, main, top
 from umt_fast.bench.measure import random_video
-from umt_fast.bench.predict import count, figures, top
 from umt_fast.bench.profile import costs
 from umt_fast.bench.stage1 import fast_steps, stage1_config
+from umt_fast.config import ConfigError
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
 CPU = torch.device("cpu")
@@ -191,9 +191,8 @@ def test_floor_is_the_larger_of_both() -> None:
     assert [row["operation"] for row in top(rows, 10.0, 2.0, by="ms", most=2)] == ["add.Tensor", "addmm"]
 
 
-def test_command_prints_predictions(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "predict", "--model", "tiny", "--batch_size", "2", "--gpu", "h100"]
-    assert main([*arguments, "--matmul_tflops", "700", "--copy_gb_per_s", "3000", "--top", "3"]) == 0
+def test_lines_and_table_say_prediction(capsys: pytest.CaptureFixture[str]) -> None:
+    main("tiny", 2, "h100", matmul_tflops=700, copy_gb_per_s=3000, top=3)
     out = capsys.readouterr()
     line = json.loads(out.out)
     assert line["kind"] == "prediction" and line["rates"] == "given" and line["matmul_tflops"] == 700
@@ -201,5 +200,5 @@ def test_command_prints_predictions(capsys: pytest.CaptureFixture[str]) -> None:
     plain, fast = line["roads"]["plain"], line["roads"]["fast"]
     assert line["speed_against_plain"]["fast"] == pytest.approx(plain["floor_ms"] / fast["floor_ms"], rel=0.1)
     assert all("prediction" in row for row in out.err.splitlines() if row.startswith("|") and "---" not in row)
-    assert main([*arguments, "--copy_gb_per_s", "-1"]) == 2
-    assert "copy_gb_per_s is -1.0" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="copy_gb_per_s is -1"):
+        main("tiny", 2, "h100", copy_gb_per_s=-1)

@@ -2,7 +2,7 @@
 
 An operation reads each of its tensors once and writes each of its results once; views and allocations are free; one that
 picks rows reads these alone; one in place reads and writes what it changes. What a kernel keeps to itself (scratch space, a
-second pass over its input) is not seen. It works on real tensors and on those of bench/fake_gpu.py.
+second pass over its input) is not seen. It works on real tensors and on those of fake_gpu.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.fake_gpu import running_node
 from kernels.align_loss import rows_per_program
-from umt_fast.bench.fake_gpu import running_node
 
 aten, ours = torch.ops.aten, torch.ops.umt_kernels
 # The caching allocator gives out whole multiples of this.
