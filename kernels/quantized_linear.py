@@ -5,11 +5,11 @@
 
 int8: the products are summed exactly in int32. fp8 (e4m3): the same with 448 in place of 127, float rounding in place of
 integers, and sums in fp32. Each number is off by at most r / 2 or c / 2 (int8), or 1/16 of itself (fp8, above its
-smallest normal number). 2*M*N*K operations on M*K + N*K bytes, at two to four times the rate of bf16 or fp32; quantising
-reads x once and writes a quarter of it.
+smallest normal number). 2*M*N*K operations on M*K + N*K bytes, at two to four times the rate of bf16 or fp32; what
+quantising and rescaling move besides is in quantize.py.
 
 Roads: "reference" (float64 products: the definition), "onednn" (int8, CPUs with VNNI or AMX), "cublas" (int8 on CUDA) and
-"scaled_mm" (fp8, compute capability 9.0 and above). "auto" takes the one that fits weight and device and raises where none
+"scaled_mm" (fp8, compute capability 9.0 and above; bias and result are rounded to bf16). "auto" takes the one that fits weight and device and raises where none
 does. Neither CUDA road has been run on a GPU yet.
 """
 
@@ -34,6 +34,7 @@ _packed_weights = WeakTensorKeyDictionary()
 
 def quantize_weight(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
     """weight (N, K) -> its 8-bit values (N, K) and fp32 scales (N,) of its output channels."""
+    # Made once, and for devices that lack fp8 too.
     values, scale = quantize_rows(weight.float(), precision, road="reference")
     return values, scale.flatten()
 

@@ -148,8 +148,9 @@ def test_the_fp8_product_takes_scales_and_bias() -> None:
         pytest.skip(f"no fp8 product with scales per row on {DEVICE} in torch {torch.__version__}: {error}")
     reference = kernels.quantized_linear(x, *quantized, 100 * bias, road="reference")
     assert ours.dtype == x.dtype
-    # Bias and result are rounded to bf16.
-    assert ((ours - reference).abs() <= 2**-8 * (reference.abs() + 100 * bias.abs())).all()
+    # Bias and result are rounded to bf16; on a GPU sums keep some 14 bits.
+    sums = reference.abs().amax(1, keepdim=True)
+    assert ((ours - reference).abs() <= 2**-8 * (reference.abs() + 100 * bias.abs()) + 2**-10 * sums).all()
 
 
 def test_tiles_and_operators() -> None:
