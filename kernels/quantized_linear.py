@@ -9,8 +9,8 @@ smallest normal number). 2*M*N*K operations on M*K + N*K bytes, at two to four t
 quantising and rescaling move besides is in quantize.py.
 
 Roads: "reference" (float64 products: the definition), "onednn" (int8, CPUs with VNNI or AMX), "cublas" (int8 on CUDA) and
-"scaled_mm" (fp8, compute capability 9.0 and above; bias and result are rounded to bf16). "auto" takes the one that fits weight and device and raises where none
-does. Neither CUDA road has been run on a GPU yet.
+"scaled_mm" (fp8, compute capability 9.0 and above; bias and result are rounded to bf16). "auto" takes the one that fits
+weight and device and raises where none does. Neither CUDA road has been run on a GPU yet.
 """
 
 from __future__ import annotations
