@@ -263,3 +263,10 @@ def test_a_cpu_without_vnni_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("kernels.quantized_linear"), "_CPU_MULTIPLIES_INT8", False)
     with pytest.raises(ValueError, match="VNNI"):
         kernels.quantized_road("int8", torch.device("cpu"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    with pytest.raises(ValueError, match="needs compute capability 8.9"):
+        kernels.quantize_rows(torch.ones(1, 8, device=DEVICE), "fp8", road="triton")
