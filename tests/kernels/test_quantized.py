@@ -116,8 +116,8 @@ def test_halves_go_to_the_even_number(road: str, dtype: torch.dtype) -> None:
 def test_dequantize_product(rows, columns, dtype) -> None:
     # As large as sums of 4096 products of bytes.
     product = torch.randint(-(2**26), 2**26, (columns, rows), dtype=torch.int32, device=DEVICE).T
-    row, (column, bias) = torch.rand(rows, 2, device=DEVICE)[:, :1], torch.randn(columns, 2, device=DEVICE).T
-    row, bias = row / 2**20, bias * 30
+    row = (torch.rand(rows, 2, device=DEVICE) / 2**20)[:, :1]
+    column, bias = (torch.randn(columns, 2, device=DEVICE) * torch.tensor([1.0, 30.0], device=DEVICE)).T
     ours, reference = (
         kernels.dequantize_product(product, row, column, bias, dtype, road=road) for road in ("triton", "reference")
     )
