@@ -45,7 +45,7 @@ fi
 for size in $SIZES; do
     if wanted kernels; then
         UMT_BENCH=$size "$PYTHON" -m benchmarks.bench_kernels "$OUT/kernels_$size.jsonl" \
-            patch_gather token_gather gather_norm semantic_mask align_loss
+            patch_gather token_gather gather_norm semantic_mask align_loss quantize_rows dequantize_product quantized_linear
     fi
     if wanted attention; then
         UMT_BENCH=$size "$PYTHON" -m benchmarks.bench_kernels "$OUT/attention_$size.jsonl" attention

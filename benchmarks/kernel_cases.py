@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -153,6 +154,7 @@ def cases() -> Iterator[Case]:
         _backward(lambda road: kernels.align_loss(student, target, weight, bias, road=road), [student, weight, bias]),
         6 * rows * out * 3 * element,
     )
+    yield from _quantized_cases(batch * FRAMES * (1 + tokens), width)
     # What the student, the teacher and a fine-tuned classifier ask for: rows of tokens that see each other.
     for name, count, length in (
         ("visible tokens", batch, FRAMES * kept),
@@ -161,6 +163,45 @@ def cases() -> Iterator[Case]:
     ):
         roads = dict(_attention_roads(floats(3, count, length, heads, 64)))
         yield Case(f"attention, {name}", roads, flops=4 * count * heads * length**2 * 64)
+
+
+def _quantized_cases(rows: int, width: int) -> Iterator[Case]:
+    """The linear layers of a teacher in 8 bits: each step alone, then the widest layer whole; textbook is that in DTYPE."""
+    element, wide = DTYPE.itemsize, 4 * width
+    precisions = ("int8", "fp8")
+    for channels in (width, wide):
+        x = torch.randn(rows, channels, device=DEVICE, dtype=DTYPE)
+        for precision in precisions:
+            call = functools.partial(kernels.quantize_rows, x, precision)
+            yield Case(
+                f"quantize_rows {precision} {channels}",
+                _providers(lambda road, call=call: call(road=road)),
+                rows * channels * (element + 1),
+            )
+    product = torch.randint(-(2**20), 2**20, (rows, wide), dtype=torch.int32, device=DEVICE)
+    scales, bias = torch.rand(rows, 1, device=DEVICE), torch.randn(wide, device=DEVICE)
+    yield Case(
+        "dequantize_product",
+        _providers(lambda road: kernels.dequantize_product(product, scales, bias, bias, DTYPE, road=road)),
+        rows * wide * (4 + element),
+    )
+    x, weight = torch.randn(rows, width, device=DEVICE, dtype=DTYPE), torch.randn(wide, width, device=DEVICE)
+    for precision in precisions:
+        try:
+            kernels.quantized_road(precision, DEVICE)
+        except ValueError:
+            continue  # not for this device
+        layer = functools.partial(kernels.quantized_linear, x, *kernels.quantize_weight(weight, precision), bias)
+        providers = {"ours": layer, "plain": functools.partial(_plain, layer)}
+        if DEVICE.type == "cuda":
+            providers["compiled"] = torch.compile(layer, dynamic=False)
+        providers["textbook"] = functools.partial(F.linear, x, weight.to(DTYPE), bias.to(DTYPE))
+        yield Case(f"quantized_linear {precision}", providers, flops=2 * rows * width * wide)
+
+
+def _plain(call: Call) -> object:
+    with kernels.force_road("reference"):
+        return call()
 
 
 def _attention_roads(qkv: Tensor) -> Iterator[tuple[str, Call]]:

@@ -14,7 +14,7 @@ from umt_fast.bench.stage1 import fast_steps, stage1_config
 # In this order: an attention kernel built on a matrix product's library is attention.
 KINDS = {
     "attention": ("fmha", "flash", "attention", "scaled_dot", "sdpa"),
-    "our kernels": ("_gather", "semantic", "sample_visible", "align", "_scatter", "umt"),
+    "our kernels": ("_gather", "semantic", "sample_visible", "align", "quantize", "_scatter", "umt"),
     "matrix products": ("gemm", "cutlass", "cublas", "nvjet", "xmma", "::mm", "addmm", "bmm"),
     "normalisation": ("layer_norm", "layernorm", "gammabeta", "computegradinput"),
     "optimizer": ("adam",),

@@ -8,7 +8,8 @@ from kernels._launch import checked, force_road
 from kernels.align_loss import align_features, align_loss
 from kernels.attention import attention, attention_road, attention_varlen
 from kernels.patch_gather import patch_gather
-from kernels.quantized_linear import quantize_rows, quantize_weight, quantized_linear, quantized_road
+from kernels.quantize import dequantize_product, quantize_rows
+from kernels.quantized_linear import quantize_weight, quantized_linear, quantized_road
 from kernels.semantic_mask import class_attention, sample_visible, semantic_mask
 from kernels.token_gather import gather_norm, token_gather
 
@@ -20,6 +21,7 @@ __all__ = [
     "attention_varlen",
     "checked",
     "class_attention",
+    "dequantize_product",
     "force_road",
     "gather_norm",
     "patch_gather",

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from kernels._launch import power_of_two, warps_for
 from kernels.align_loss import align_loss_bwd_kernel, align_loss_fwd_kernel, rows_per_program
 from kernels.patch_gather import patch_gather_kernel
+from kernels.quantize import DTYPES, LARGEST, TINY, dequantize_kernel, quantize_rows_kernel, tile
 from kernels.semantic_mask import sample_visible_kernel, semantic_mask_kernel, tiling
 from kernels.token_gather import gather_norm_kernel, token_gather_bwd_kernel, token_gather_fwd_kernel
 
@@ -49,6 +50,10 @@ class Case:
     warps: int
     bytes_moved: float
     """Read and written by the operation's definition, each tensor once."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the compiler."""
+    oldest: int = 80
+    """The first architecture that has its types."""
 
 
 def semantic_mask_case(size: str, tokens: int, label: str = "") -> Case:
@@ -64,6 +69,26 @@ def semantic_mask_case(size: str, tokens: int, label: str = "") -> Case:
          "k_row": (1 + tokens) * 2 * width, "k_head": 64, "k_token": 2 * width},
         {"HEADS": heads, "D": 64, "RETURN": False, "UPCAST": False} | tiles,
         warps=warps, bytes_moved=BATCH * FRAMES * ((2 + tokens) * width * 2 + kept * 4),
+    )  # fmt: skip
+
+
+def quantized_cases(size: str) -> Iterator[Case]:
+    """The inputs of the teacher's linear layers, as wide as it or as its MLP, and the widest product."""
+    width, _, tokens, _ = SIZES[size]
+    rows = BATCH * FRAMES * (1 + tokens)
+    for channels in (width, 4 * width):
+        for precision, pointer, oldest in (("int8", "*i8", 80), ("fp8", "*fp8e4nv", 89)):
+            yield Case(
+                f"quantize_rows {precision} {size} {channels}", quantize_rows_kernel,
+                {"values": pointer, "scale": "*fp32", "x": "*bf16"}, {"x_row": channels},
+                {"K": channels, "BLOCK": power_of_two(channels), "LARGEST": LARGEST[DTYPES[precision]], "TINY": TINY},
+                warps=warps_for(channels), bytes_moved=rows * (channels * 3 + 4),
+                options={"enable_fp_fusion": False}, oldest=oldest,
+            )  # fmt: skip
+    yield Case(
+        f"dequantize_product {size}", dequantize_kernel,
+        {"out": "*bf16", "product": "*i32", "rows": "*fp32", "scale": "*fp32", "bias": "*fp32"}, {"M": rows},
+        {"N": channels} | tile(channels), warps=4, bytes_moved=rows * (channels * 6 + 4) + channels * 8,
     )  # fmt: skip
 
 
@@ -119,6 +144,7 @@ def cases() -> Iterator[Case]:
             options | {"ROWS": rows_per_program(6 * rows)},
             warps=warps_for(out), bytes_moved=6 * rows * (out * 6 + 8),
         )  # fmt: skip
+        yield from quantized_cases(size)
     yield semantic_mask_case("l16", 576, " 384 px")
 
 
@@ -158,9 +184,11 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def build(architecture: int) -> Iterator[dict[str, Any]]:
     """Compiles every case for one architecture (80: A100, 90: H100 and H200) and yields its resources."""
-    for case in cases():
+    for case in (case for case in cases() if case.oldest <= architecture):
         compiled = triton.compile(
-            source_of(case), target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps}
+            source_of(case),
+            target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": case.warps} | case.options,
         )
         found = resources(compiled.asm["cubin"])
         found["shared_bytes"] += compiled.metadata.shared
@@ -173,14 +201,16 @@ def build(architecture: int) -> Iterator[dict[str, Any]]:
 
 def table(architectures: list[int]) -> str:
     """The resources of all kernels and the times their bytes alone would take, as a Markdown table."""
-    found = {number: list(build(number)) for number in architectures}
+    found = [{row["kernel"]: row for row in build(number)} for number in architectures]
     head = ["kernel", "MB moved", *(f"µs {name}" for name in BANDWIDTH), "warps"]
     head += [f"{what} sm_{number}" for number in architectures for what in ("registers", "shared")]
     lines = [head, ["---"] * len(head)]
-    for rows in zip(*found.values(), strict=True):
-        first = rows[0]
-        line = [first["kernel"], f"{first['bytes'] / 1e6:.1f}", *map(str, first["floor_us"].values()), first["warps"]]
-        lines.append(line + [row[what] for row in rows for what in ("registers", "shared_bytes")])
+    for case in cases():
+        rows = [built.get(case.name, {}) for built in found]
+        first = next(filter(None, rows), None)
+        if first:
+            line = [case.name, f"{first['bytes'] / 1e6:.1f}", *map(str, first["floor_us"].values()), first["warps"]]
+            lines.append(line + [row.get(what, "-") for row in rows for what in ("registers", "shared_bytes")])
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 

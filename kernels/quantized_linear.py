@@ -5,12 +5,12 @@
 
 int8: the products are summed exactly in int32. fp8 (e4m3): the same with 448 in place of 127, float rounding in place of
 integers, and sums in fp32. Each number is off by at most r / 2 or c / 2 (int8), or 1/16 of itself (fp8, above its
-smallest normal number). 2*M*N*K operations on M*K + N*K bytes, at two to four times the rate of bf16 or fp32; quantising
-reads x once and writes a quarter of it.
+smallest normal number). 2*M*N*K operations on M*K + N*K bytes, at two to four times the rate of bf16 or fp32; what
+quantising and rescaling move besides is in quantize.py.
 
 Roads: "reference" (float64 products: the definition), "onednn" (int8, CPUs with VNNI or AMX), "cublas" (int8 on CUDA) and
-"scaled_mm" (fp8, compute capability 9.0 and above). "auto" takes the one that fits weight and device and raises where none
-does. Neither CUDA road has been run on a GPU yet.
+"scaled_mm" (fp8, compute capability 9.0 and above; bias and result are rounded to bf16). "auto" takes the one that fits
+weight and device and raises where none does. Neither CUDA road has been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -21,13 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-QuantizedRoad = Literal["auto", "reference", "onednn", "cublas", "scaled_mm"]
-Precision = Literal["int8", "fp8"]
-_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# Keeps a row of zeros from dividing by zero; any smaller row is as good as zero.
-_TINY = 1e-30
+from kernels._launch import Road
+from kernels.quantize import LARGEST, TINY, Precision, dequantize_product, largest_of_rows, quantize_rows
 
+QuantizedRoad = Literal["auto", "reference", "onednn", "cublas", "scaled_mm"]
 # Before VNNI, oneDNN sums pairs of products in 16 bits, which overflow.
 _CPU_MULTIPLIES_INT8 = torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
 _ROAD_OF = {("int8", "cpu"): "onednn", ("int8", "cuda"): "cublas", ("fp8", "cuda"): "scaled_mm"}
@@ -35,27 +32,10 @@ _ROAD_OF = {("int8", "cpu"): "onednn", ("int8", "cuda"): "cublas", ("fp8", "cuda
 _packed_weights = WeakTensorKeyDictionary()
 
 
-def _largest_of_rows(x: Tensor) -> Tensor:
-    # Two reductions are faster than one over a copy of absolute values.
-    return torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_()).float()
-
-
-def quantize_rows(x: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
-    """x (M, K) floating -> its 8-bit values (M, K) and fp32 scales (M, 1), x = values * scales up to rounding.
-
-    A row with a number that is not finite gets a scale that is not finite.
-    """
-    dtype = _DTYPES[precision]
-    largest = _largest_of_rows(x)
-    values = x * (_LARGEST[dtype] / largest.clamp_min(_TINY))
-    if dtype == torch.int8:
-        values = values.round_()
-    return values.to(dtype), largest / _LARGEST[dtype]
-
-
 def quantize_weight(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
     """weight (N, K) -> its 8-bit values (N, K) and fp32 scales (N,) of its output channels."""
-    values, scale = quantize_rows(weight.float(), precision)
+    # Made once, and for devices that lack fp8 too.
+    values, scale = quantize_rows(weight.float(), precision, road="reference")
     return values, scale.flatten()
 
 
@@ -86,9 +66,9 @@ def _packed(weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("umt_kernels::int8_linear_onednn", mutates_args=())
 def _int8_linear_onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    largest = _largest_of_rows(x)
+    largest = largest_of_rows(x)
     # VNNI wants unsigned activations: shifted by 128, which oneDNN takes off again; the cast rounds down.
-    shifted = x.float().mul(127 / largest.clamp_min(_TINY)).add_(128.5).to(torch.uint8)
+    shifted = x.float().mul(127 / largest.clamp_min(TINY)).add_(128.5).to(torch.uint8)
     zero_points = torch.zeros(scale.shape, dtype=torch.int64)
     out = torch.ops.onednn.qlinear_pointwise(
         shifted, 1.0, 128, _packed(weight), scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
@@ -101,19 +81,29 @@ def _(x, weight, scale, bias):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
+def _road() -> Road:
+    # A compiler fuses the plain quantiser into what makes x, and the plain rescaling into what takes the product: it can see
+    # into neither kernel. Run eagerly, each plain operation passes over the whole tensor, a kernel once.
+    return "reference" if torch.compiler.is_compiling() else "auto"
+
+
 def _cublas(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    values, rows = quantize_rows(x, "int8")
-    return torch.addcmul(bias, torch._int_mm(values, weight.t()) * rows, scale).to(x.dtype)
+    values, rows = quantize_rows(x, "int8", road=_road())
+    return dequantize_product(torch._int_mm(values, weight.t()), rows, scale, bias, x.dtype, road=_road())
 
 
 def _scaled_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    values, rows = quantize_rows(x, "fp8")
-    out = torch._scaled_mm(values, weight.t(), rows, scale[None], out_dtype=torch.bfloat16, use_fast_accum=True)
-    return (out + bias).to(x.dtype)
+    values, rows = quantize_rows(x, "fp8", road=_road())
+    # The product adds its bias in fp32 before it rounds; with scales per row it takes it in bf16 alone.
+    bias = bias.to(torch.bfloat16)
+    out = torch._scaled_mm(
+        values, weight.t(), rows, scale[None], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return out.to(x.dtype)
 
 
 def _reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    values, rows = quantize_rows(x, "int8" if weight.dtype == torch.int8 else "fp8")
+    values, rows = quantize_rows(x, "int8" if weight.dtype == torch.int8 else "fp8", road="reference")
     return ((values.double() @ weight.double().t()) * rows * scale + bias).to(x.dtype)
 
 
@@ -137,7 +127,7 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *, 
     Raises:
         ValueError: shapes or dtypes that do not fit, an x that requires a gradient, or a device without such products.
     """
-    if weight.dtype not in _LARGEST or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+    if weight.dtype not in LARGEST or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight is {weight.dtype} {tuple(weight.shape)} and x {tuple(x.shape)}; they must be int8 or float8_e4m3fn "
             "(N, K) and (..., K)"

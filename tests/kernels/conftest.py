@@ -36,5 +36,5 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     yield
     for margin in margins:
-        untouched = margin.isnan() if margin.is_floating_point() else margin == torch.iinfo(margin.dtype).max
+        untouched = margin.float().isnan() if margin.is_floating_point() else margin == torch.iinfo(margin.dtype).max
         assert untouched.all(), "written past the end of a tensor"

@@ -78,6 +78,18 @@ REFUSED = {
     r"x \(1, 7\); they must be": lambda: kernels.quantized_linear(
         NONE[:, :7], torch.zeros(8, 8).to(torch.int8), ONE[0], NONE[0]
     ),
+    r"x is torch.float64 \(1, 8\)": lambda: kernels.quantize_rows(ONE.double(), "int8"),
+    r"x is torch.float32 \(1, 0\)": lambda: kernels.quantize_rows(ONE[:, :0], "int8"),
+    r"x is torch.float32 \(1, 4, 8\)": lambda: kernels.quantize_rows(X, "int8"),
+    "precision is 'int4'": lambda: kernels.quantize_rows(ONE, "int4"),
+    "product is torch.float32": lambda: kernels.dequantize_product(ONE, ONE[:, :1], ONE[0], ONE[0], torch.float32),
+    r"rows \(1, 8\)": lambda: kernels.dequantize_product(ONE.int(), ONE, ONE[0], ONE[0], torch.float32),
+    r"scale \(7,\) and bias \(8,\) must be \(8,\)": lambda: kernels.dequantize_product(
+        ONE.int(), ONE[:, :1], ONE[0, :7], ONE[0], torch.float32
+    ),
+    r"scale \(8,\) and bias \(7,\) must be \(8,\)": lambda: kernels.dequantize_product(
+        ONE.int(), ONE[:, :1], ONE[0], ONE[0, :7], torch.float32
+    ),
 }
 
 

@@ -24,7 +24,8 @@ def test_kernels_build_without_spills(architecture: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 17 and all(row["sm"] == int(architecture) for row in rows)
+    # Four of them quantise to fp8, which A100 does not have.
+    assert len(rows) == {"80": 23, "90": 27}[architecture] and all(row["sm"] == int(architecture) for row in rows)
     assert not [row["kernel"] for row in rows if row["spilled_bytes"]], rows
     assert all(0 < row["registers"] <= 255 for row in rows)
     # What a program of any supported GPU may have (compute capability 8.6).

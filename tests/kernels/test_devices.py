@@ -11,7 +11,7 @@ from torch import Tensor
 import kernels
 
 # The package shows functions of these names.
-MODULES = [f"kernels.{name}" for name in ("align_loss", "patch_gather", "semantic_mask", "token_gather")]
+MODULES = [f"kernels.{name}" for name in ("align_loss", "patch_gather", "quantize", "semantic_mask", "token_gather")]
 
 
 class Spy:
@@ -53,5 +53,7 @@ def test_every_launch_chooses_the_device_of_its_tensors(monkeypatch: pytest.Monk
         kernels.sample_visible(torch.ones(1, 4), 2, torch.tensor([1]))
         student, weight = torch.randn(1, 1, 2, 8, requires_grad=True), torch.ones(1, 8)
         kernels.align_loss(student, student.detach(), weight, weight).backward()
-    assert len(names) == 8 and sorted(launched) == sorted(names)
+        kernels.quantize_rows(torch.ones(2, 8), "int8")
+        kernels.dequantize_product(torch.ones(2, 8, dtype=torch.int32), torch.ones(2, 1), affine, affine, torch.float32)
+    assert len(names) == 10 and sorted(launched) == sorted(names)
     assert all(isinstance(tensor, Tensor) for tensor in launched.values()), launched

@@ -161,6 +161,22 @@ def test_align_loss(data: st.DataObject) -> None:
         assert_close_to_truth(ours, reference, truth)
 
 
+@FUZZ
+@given(st.data())
+def test_quantize_rows_and_dequantize_product(data: st.DataObject) -> None:
+    draw = data.draw
+    rows, width, dtype = draw(st.integers(0, 20)), draw(st.integers(1, 40)), draw(DTYPES)
+    x = strided(draw, rows, width, dtype=dtype)
+    (values, scale), theirs = (kernels.quantize_rows(x, "int8", road=road) for road in ("triton", "reference"))
+    assert torch.equal(values, theirs[0])
+    torch.testing.assert_close(scale, theirs[1], rtol=2**-23, atol=0)
+    product, (column, bias) = values.int() * 1001, strided(draw, 2, width, dtype=torch.float32)
+    ours, reference = (
+        kernels.dequantize_product(product, scale, column, bias, dtype, road=road) for road in ("triton", "reference")
+    )
+    assert_close_to_truth(ours, reference, product.double() * scale.double() * column.double() + bias.double())
+
+
 def assert_roads_of_attention(
     roads: list, tensors: list[Tensor], upstream: Tensor, compute: Callable[..., Tensor]
 ) -> None:

@@ -60,3 +60,10 @@ def test_token_gather_gather_norm_and_align_loss() -> None:
     reference = kernels.align_loss(student, x[None, :, -1:], one[None], none[None], road="reference")
     torch.testing.assert_close(ours, reference)
     torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (ours, reference)))
+
+
+def test_quantize_rows() -> None:
+    x = last_of_three(16, dtype=torch.float16)
+    x[2] = torch.randn(16)
+    ours, reference = (kernels.quantize_rows(x, "int8", road=road) for road in ROADS)
+    assert ours[0][2].any() and torch.equal(ours[0], reference[0])

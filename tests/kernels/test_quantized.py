@@ -1,4 +1,4 @@
-"""8-bit linear layers: the bound that rounding sets, against float64, on every road that runs here."""
+"""8-bit linear layers and their two kernels: the bound that rounding sets, against float64, on every road that runs here."""
 
 import importlib
 
@@ -6,8 +6,17 @@ import pytest
 import torch
 
 import kernels
+from kernels.quantize import MOST_CHANNELS, tile
+from tests.kernels.truth import assert_as_good_as_reference
 
 SHAPES = [(1, 16, 16), (37, 48, 80), (130, 768, 64)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NATIVE_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+FP8 = pytest.mark.skipif(
+    not NATIVE_FP8, reason="the kernel's fp8 needs compute capability 8.9: Triton's interpreter does not round to it"
+)
+KERNEL_PRECISIONS = ["int8", pytest.param("fp8", marks=FP8)]
+ROADS = [("int8", "reference"), ("int8", "triton"), ("fp8", "reference"), pytest.param("fp8", "triton", marks=FP8)]
 
 
 def roads(precision: str) -> list[str]:
@@ -37,14 +46,126 @@ def rounding(x: torch.Tensor, precision: str) -> torch.Tensor:
     return (x.abs().double() / 16 + largest / 448 * 2**-10) * 1.001
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_each_number_moves_by_its_bound_at_most(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "road"), ROADS)
+def test_each_number_moves_by_its_bound_at_most(precision: str, road: str) -> None:
     x, _, _ = layer(37, 96, 16)
-    values, scale = kernels.quantize_rows(x, precision)
+    values, scale = kernels.quantize_rows(x, precision, road=road)
     assert (values.float().abs().amax(1) == {"int8": 127, "fp8": 448}[precision]).all(), "the range is not used"
     error = (values.double() * scale.double() - x.double()).abs()
     assert (error <= rounding(x, precision)).all()
     assert (error.amax(1) > rounding(x, precision).amax(1) / 4).all(), "finer than 8 bits: what was rounded?"
+
+
+def assert_same_rows(x: torch.Tensor, precision: str) -> None:
+    """Both roads give the same bits."""
+    ours, theirs = (kernels.quantize_rows(x, precision, road=road) for road in ("triton", "reference"))
+    assert ours[0].shape == x.shape and ours[0].dtype == theirs[0].dtype and ours[1].shape == (x.shape[0], 1)
+    assert torch.equal(ours[0].view(torch.uint8), theirs[0].view(torch.uint8))
+    # CUDA divides by a constant as it multiplies by its reciprocal, which can change the last bit.
+    torch.testing.assert_close(ours[1], theirs[1], rtol=0 if DEVICE == "cpu" else 2**-23, atol=0)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("precision", KERNEL_PRECISIONS)
+@pytest.mark.parametrize(("rows", "width"), [(3, 1), (4, 5), (7, 48), (5, 768), (3, 3000), (2, 8192), (0, 16)])
+def test_the_kernel_quantises_as_the_reference(rows, width, precision, dtype) -> None:
+    x = torch.randn(rows, width, device=DEVICE) * torch.logspace(-3, 3, rows, device=DEVICE)[:, None]
+    assert_same_rows(x.to(dtype), precision)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("precision", KERNEL_PRECISIONS)
+def test_the_kernel_quantises_views(precision: str) -> None:
+    x = torch.randn(9, 70, device=DEVICE)
+    for view in (x[::2], x[:, 3:40], x[:, ::2], x.T, x[2].expand(4, -1), x[:, :1], x[3:, 60:]):
+        assert_same_rows(view, precision)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize(("precision", "road"), ROADS)
+def test_rows_that_are_zero_tiny_or_not_finite(precision: str, road: str) -> None:
+    x = torch.randn(7, 20, device=DEVICE)
+    x[0], x[1], x[2] = 0, x[1] * 1e-31, x[2] * 1e-37
+    x[3, 4], x[4, 5], x[5, 19] = float("nan"), float("-inf"), -float("nan")
+    values, scale = kernels.quantize_rows(x, precision, road=road)
+    assert not values[0].float().any() and scale[0] == 0
+    # Below 1e-30 a row is scaled as if that were its largest number.
+    scaled = x[1:3].double() * {"int8": 127, "fp8": 448}[precision] / 1e-30
+    bound = 0.5 if precision == "int8" else (scaled.abs() / 16).clamp_min(2**-10)
+    assert ((values[1:3].double() - scaled).abs() <= 1.001 * bound).all()
+    assert values[1].float().any() and not scale[3:6].isfinite().any() and scale[[0, 1, 2, 6]].isfinite().all()
+    if road == "triton":
+        assert_same_rows(x[[0, 1, 2, 6]], precision)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("road", ["reference", "triton"])
+def test_halves_go_to_the_even_number(road: str, dtype: torch.dtype) -> None:
+    x = torch.tensor([[127, 0.5, 1.5, 2.5, 124.5, -0.5, -1.5, -2.5, -125.5, -127]], device=DEVICE).to(dtype)
+    values, scale = kernels.quantize_rows(x, "int8", road=road)
+    assert values.tolist() == [[127, 0, 2, 2, 124, 0, -2, -2, -126, -127]] and scale.item() == 1
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (3, 5), (300, 7), (37, 80), (9, 300), (16, 256), (5, 513), (0, 4), (4, 0)]
+)
+def test_dequantize_product(rows, columns, dtype) -> None:
+    # As large as sums of 4096 products of bytes.
+    product = torch.randint(-(2**26), 2**26, (columns, rows), dtype=torch.int32, device=DEVICE).T
+    row = (torch.rand(rows, 2, device=DEVICE) / 2**20)[:, :1]
+    column, bias = (torch.randn(columns, 2, device=DEVICE) * torch.tensor([1.0, 30.0], device=DEVICE)).T
+    ours, reference = (
+        kernels.dequantize_product(product, row, column, bias, dtype, road=road) for road in ("triton", "reference")
+    )
+    truth = product.double() * row.double() * column.double() + bias.double()
+    assert ours.dtype == reference.dtype == dtype
+    assert_as_good_as_reference(ours, reference, truth)
+
+
+def test_both_kernels_around_an_int8_product() -> None:
+    """The road that only CUDA takes by itself."""
+    cublas = importlib.import_module("kernels.quantized_linear")._cublas
+    x, weight, bias = layer(130, 768, 64)
+    quantized = kernels.quantize_weight(weight, "int8")
+    with kernels.force_road("triton"):
+        ours = cublas(x, *quantized, bias)
+    torch.testing.assert_close(ours, kernels.quantized_linear(x, *quantized, bias, road="reference"))
+
+
+def test_the_fp8_product_takes_scales_and_bias() -> None:
+    """Another road that only CUDA takes by itself; newer versions of torch multiply so on a CPU too."""
+    road = importlib.import_module("kernels.quantized_linear")._scaled_mm
+    x, weight, bias = layer(32, 48, 16)
+    quantized = kernels.quantize_weight(weight, "fp8")
+    try:
+        with kernels.force_road("reference"):
+            ours = road(x, *quantized, 100 * bias)
+    except RuntimeError as error:
+        pytest.skip(f"no fp8 product with scales per row on {DEVICE} in torch {torch.__version__}: {error}")
+    reference = kernels.quantized_linear(x, *quantized, 100 * bias, road="reference")
+    assert ours.dtype == x.dtype
+    # Bias and result are rounded to bf16; on a GPU sums keep some 14 bits.
+    sums = reference.abs().amax(1, keepdim=True)
+    assert ((ours - reference).abs() <= 2**-8 * (reference.abs() + 100 * bias.abs()) + 2**-10 * sums).all()
+
+
+def test_tiles_and_operators() -> None:
+    assert [tile(n) for n in (1, 200, 768)] == [{"ROWS": 2048 // n, "BLOCK": n} for n in (1, 256, 256)]
+    x, product = torch.randn(5, 40, device=DEVICE), torch.ones(5, 9, dtype=torch.int32, device=DEVICE)
+    scales = torch.rand(5, 1, device=DEVICE), *torch.randn(2, 9, device=DEVICE)
+    ops = torch.ops.umt_kernels
+    torch.library.opcheck(ops.quantize_rows.default, (x[:, ::2], "int8"))
+    torch.library.opcheck(ops.dequantize_product.default, (product, *scales, torch.bfloat16))
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        values, rows = kernels.quantize_rows(x * 2, "int8", road="triton")
+        return kernels.dequantize_product(values.int(), rows, x[0], x[1], x.dtype, road="triton")
+
+    torch.testing.assert_close(torch.compile(both, fullgraph=True, backend="aot_eager")(x), both(x))
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
@@ -130,7 +251,22 @@ def test_what_does_not_fit_is_named() -> None:
             kernels.quantized_linear(x.detach(), *kernels.quantize_weight(weight, "fp8"), bias)
 
 
+def test_a_row_wider_than_a_program_holds_is_refused() -> None:
+    x = torch.ones(1, MOST_CHANNELS + 1, device=DEVICE)
+    with pytest.raises(ValueError, match="16385 channels in a row exceed the limit of 16384"):
+        kernels.quantize_rows(x, "int8", road="triton")
+    assert (kernels.quantize_rows(x, "int8", road="reference")[0] == 127).all()
+    assert (kernels.quantize_rows(x[:, 1:], "int8", road="triton")[0] == 127).all()
+
+
 def test_a_cpu_without_vnni_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("kernels.quantized_linear"), "_CPU_MULTIPLIES_INT8", False)
     with pytest.raises(ValueError, match="VNNI"):
         kernels.quantized_road("int8", torch.device("cpu"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    with pytest.raises(ValueError, match="needs compute capability 8.9"):
+        kernels.quantize_rows(torch.ones(1, 8, device=DEVICE), "fp8", road="triton")

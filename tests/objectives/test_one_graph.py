@@ -1,6 +1,7 @@
 """A training step is one graph, and nothing in it makes the host wait for the device."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -90,6 +91,22 @@ def test_norms_of_the_teacher_are_one_kernel_each_on_a_gpu(hopper: None) -> None
         teacher(batch["video"], settings.mask, seed)
     # ln_pre, six of blocks, ln_post of two taps.
     assert waits.names.count("umt_kernels::gather_norm") == 9 and "aten::native_layer_norm" not in waits.names
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_quantising_is_one_kernel_on_a_gpu(precision: str, hopper: None) -> None:
+    settings = config(16)
+    settings.run.dtype, settings.teacher.depth, settings.teacher.precision = "bf16", 3, precision
+    with imagined("cuda") as waits:
+        teacher = UnmaskedAlignment(settings).teacher
+        batch, seed = clips(), torch.empty(1, dtype=torch.int64)
+        waits.found.clear()
+        waits.names.clear()
+        teacher(batch["video"], settings.mask, seed)
+    assert waits.found == []
+    # Four layers in each block but the last.
+    assert waits.names.count("umt_kernels::quantize_rows") == 8 and "aten::amax" not in waits.names
+    assert waits.names.count("umt_kernels::dequantize_product") == (8 if precision == "int8" else 0)
 
 
 def test_forward_of_stage_2_on_a_gpu_never_waits(hopper: None) -> None:
@@ -193,7 +210,10 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
 
 
-@pytest.mark.parametrize("make", [lambda: stage1("native"), lambda: stage1("fp8"), stage2], ids=["1", "fp8", "2"])
+STEPS = {precision: functools.partial(stage1, precision) for precision in ("native", "int8", "fp8")} | {"2": stage2}
+
+
+@pytest.mark.parametrize("make", STEPS.values(), ids=STEPS)
 def test_the_objective_is_one_graph_on_a_gpu(make: Callable, hopper: None) -> None:
     """The roads that only CUDA tensors in bf16 take; the tracer needs no GPU."""
     torch.compiler.reset()
@@ -211,6 +231,7 @@ def test_the_objective_is_one_graph_on_a_gpu(make: Callable, hopper: None) -> No
     assert loss.device.type == "cuda" and loss.dtype == torch.float32
     targets = [str(node.target) for node in graphs[0].graph.nodes]
     assert any("umt_kernels" in target for target in targets), "the Triton road"
+    assert not any("quantize" in target for target in targets), "what a compiler fuses"
     if "image_video" in batch:
         assert any("varlen" in target for target in targets), "packed attention"
 
