@@ -379,13 +379,23 @@ def _stopped() -> type[Exception]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, or 2 with one line on stderr for input that cannot work."""
+    """Runs one command and returns the exit status.
+
+    0; 2 with one line on stderr for input that cannot work; 130 with one line after Ctrl-C, as shells have it.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip())
         return 0 if arguments else 2
-    name, rest = arguments[0], arguments[1:]
+    try:
+        return _run(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        print("umt_fast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, rest: list[str]) -> int:
     try:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, 1, 0.3)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from umt_fast.data.prepare import prepare
 from umt_fast.data.prepared import Settings
 from umt_fast.data.sampling import sparse_center
 from umt_fast.data.video import decode_frames
+from umt_fast.data.workers import worker_pool
 from umt_fast.engine.checkpoint import checkpoints
 from umt_fast.engine.distributed import current_ranks
 from umt_fast.engine.precision import pick_device
@@ -139,10 +140,9 @@ def _one_core() -> None:
     logging.basicConfig(level=logging.INFO, format="%(process)d  %(message)s")
 
 
-def side_by_side() -> ProcessPoolExecutor:
+def side_by_side() -> AbstractContextManager[ProcessPoolExecutor]:
     """A pool for training runs beside the main one: one on a GPU, two on a CPU."""
-    processes = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver"), _one_core)
+    return worker_pool(1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1), __name__, _one_core)
 
 
 class Comparison:

@@ -12,12 +12,11 @@ import hashlib
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from umt_fast.data.entries import is_sqlite
 from umt_fast.data.manifest import Clip, DataError, read_list
 from umt_fast.data.prepared import Settings, candidates, checksum, index_lines, pack, part_of, read_part
 from umt_fast.data.video import VideoError, decode_frames, read_frame_folder
-from umt_fast.data.workers import end_with_parent
+from umt_fast.data.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")
 
@@ -103,9 +102,7 @@ def _results(
     if not workers:
         yield from (_one(number, clip, settings, frame_pattern) for number, clip in work)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+    with worker_pool(workers, __name__) as pool:
         under_way: deque[Future] = deque()
         try:
             for number, clip in work:

@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import re
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from umt_fast.data.clip import Clip, DataError
 from umt_fast.data.video import VideoError
+from umt_fast.data.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")
 
@@ -171,9 +170,8 @@ def _make_indices(tars: list[str], workers: int) -> None:
     if workers < 2 or len(todo) < 2:
         done = [_make_index(tar) for tar in todo]
     else:
-        context = multiprocessing.get_context("forkserver")
         try:
-            with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
+            with worker_pool(min(workers, len(todo)), __name__) as pool:
                 done = list(pool.map(_make_index, todo))
         except BrokenProcessPool as error:
             raise DataError("an indexing process was killed; run the same command again, it continues") from error
