@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import stat
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -104,6 +105,8 @@ def _index(tar: str) -> dict[str, Any]:
     Raises tarfile.TarError or OSError for a tar that is not whole.
     """
     state = os.stat(tar)
+    if not stat.S_ISREG(state.st_mode):
+        raise tarfile.ReadError("it is no regular file")
     media: dict[str, tuple[str, int, int]] = {}
     captions: dict[str, str | None] = {}
     with tarfile.open(tar, "r:") as file:
@@ -136,7 +139,7 @@ def _caption(content: bytes, suffix: str) -> str | None:
         return content.decode("utf-8", "replace")
     try:
         caption = json.loads(content)["caption"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return caption if isinstance(caption, str) else None
 
