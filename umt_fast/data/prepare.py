@@ -47,8 +47,8 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def clips_of(list_path: str | Path, data: DataConfig) -> list[Clip]:
-    """The clips of any list training reads (labels, manifest or captions), each file once, with absolute paths."""
+def clips_of(list_path: str | Path, data: DataConfig) -> tuple[list[Clip], str]:
+    """The clips of any list training reads (labels, manifest or captions), each file once; in words what that leaves out."""
     path = Path(list_path)
     if path.is_dir():
         raise DataError(f"{path} is a folder; prepare needs a list of clips")
@@ -59,11 +59,21 @@ def clips_of(list_path: str | Path, data: DataConfig) -> list[Clip]:
     else:
         clips = read_list(path, data)
     first: dict[str, Clip] = {}
+    others: dict[str, int] = {}
     for clip in clips:
         if clip.member:
             raise DataError(f"{path} names tar files; prepare packs files of their own, tar files are read as they are")
-        first.setdefault(os.path.abspath(clip.path), clip)
-    return list(first.values())
+        name = os.path.abspath(clip.path)
+        if first.setdefault(name, clip).label != clip.label:
+            others.setdefault(name, clip.label)
+    said = f"{len(clips)} rows name {len(first)} files, each is packed once" if len(clips) > len(first) else ""
+    if others:
+        name, label = next(iter(others.items()))
+        said += (
+            f"; of {len(others)} files with several labels the first is kept (the first: {name}, {first[name].label} and not "
+            f"{label}); to train on all rows keep {path} as data.train and give the folder as data.prepared"
+        )
+    return list(first.values()), said
 
 
 def record_of(number: int, clip: Clip, settings: Settings, frame_pattern: str) -> tuple[bytes, int]:
@@ -220,9 +230,11 @@ def prepare(
         DataError: an unusable list, a folder of other settings, no good clip, a decoding process that was killed.
     """
     data, settings, out = data or DataConfig(), settings or Settings(), Path(out)
+    if shard_bytes < 1:
+        raise DataError(f"--shard_mib makes shards of {shard_bytes} bytes; give at least 1 MiB")
     if not 0 <= part[0] < part[1]:
         raise DataError(f"--shard is {part[0]}/{part[1]}; give i/n with i from 0 to n - 1")
-    clips = clips_of(list_path, data)
+    clips, repeats = clips_of(list_path, data)
     out.mkdir(parents=True, exist_ok=True)
     home = part_of(out, *part)
     names = hashlib.blake2b("\n".join(f"{clip.path}\t{clip.label}" for clip in clips).encode(), digest_size=16)
@@ -240,6 +252,8 @@ def prepare(
     log.info(
         "prepare: %d good clips, %d bad ones, %.1f MB in %s", counts["good"], counts["bad"], counts["bytes"] / 1e6, out
     )
+    if repeats:
+        log.info("prepare: %s", repeats)
     if not counts["good"]:
         raise DataError(f"none of the {counts['bad']} clips can be read; reasons in {home.with_suffix('.bad.jsonl')}")
     return counts | {"resumed": resumed}
