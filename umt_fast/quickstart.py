@@ -74,7 +74,7 @@ class Results:
             started = time.perf_counter()
             values = make() or {}
             self.values[name] = values | {"seconds": round(time.perf_counter() - started, 1)}
-            write_json(self.path, self.values)
+            write_json(self.path, self.values, indent=1)
             log.info("== %s: %s", name, self.values[name])
         return self.values[name]
 

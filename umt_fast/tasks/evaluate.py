@@ -147,11 +147,11 @@ def _accuracy(
     )  # fmt: skip
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Replaces a file as a whole, or leaves it as it was."""
     temporary = path.with_name(path.name + ".writing")
     with open(temporary, "w") as file:
-        file.write(json.dumps(value) + "\n")
+        file.write(json.dumps(value, indent=indent) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
