@@ -357,17 +357,6 @@ def test_stage_2_from_stage_1_weights_and_resumed(
     assert over_two_ranks(newest, table, "--top_k", "2", "--scores", scores) == figures
     written = json.loads(scores.read_text())
     assert len(written["t2v"]) == 4 and len(written["v2t"][0]["found"]) == 2 and not list(tmp_path.glob("*.writing"))
-    # The run's tokenizer has moved.
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    (tmp_path / "vocab.txt").rename(moved / "vocab.txt")
-    said = fails(capsys, "eval", newest, table, "--workers", "0")
-    assert "holds no tokenizer" in said and "if it has moved, say where: --tokenizer" in said
-    assert main(["eval", str(newest), str(table), "--workers", "0", "--top_k", "2", "--tokenizer", str(moved)]) == 0
-    assert json.loads(capsys.readouterr().out) == figures
-    (moved / "vocab.txt").rename(tmp_path / "vocab.txt")
-    (moved / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(20))]))
-    assert "has 25 words, but the model of" in fails(capsys, "eval", newest, table, "--tokenizer", moved)
     for arguments, expected in (
         (("--max_length", "9"), "max_length is 9; it must lie in [2, 8]"),
         (("--top_k", "-1"), "top_k is -1"),

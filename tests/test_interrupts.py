@@ -96,9 +96,8 @@ def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
         assert ends(process.pid)
 
 
-@pytest.mark.parametrize("command", ["scan", "prepare"])
-def test_workers_end_with_a_killed_command(command: str, tiny_list: Path) -> None:
-    with under_way(command, tiny_list) as process:
+def test_workers_end_with_a_killed_scan(tiny_list: Path) -> None:
+    with under_way("scan", tiny_list) as process:
         process.kill()
         process.wait()
         assert ends(process.pid)
