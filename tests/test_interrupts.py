@@ -68,6 +68,26 @@ def test_ctrl_c_is_one_line_and_ends_everything(command: str, tiny_list: Path) -
         assert ends(process.pid)
 
 
+def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
+    """By far the longest part of a command's start."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import os, signal, sys, threading\n"
+        "def interrupt():\n"
+        "    while 'torch._C' not in sys.modules:\n"
+        "        pass\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "from umt_fast import __main__ as command_line\n"
+        "threading.Thread(target=interrupt).start()\n"
+        "sys.exit(command_line.main(['eval', 'a.pt', 'list.csv']))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    # Python may end itself by the signal then, which shells show as 130 too.
+    assert done.returncode in (130, -signal.SIGINT) and "Traceback" not in done.stderr
+    assert "umt_fast: interrupted" in done.stderr.splitlines()
+
+
 def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
     program = (
         "import sys\n"

@@ -413,6 +413,8 @@ def _run(name: str, rest: list[str]) -> int:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown command {name!r}{hint} Commands: {', '.join(COMMANDS)}")
         COMMANDS[name](rest)
+    except KeyboardInterrupt:  # the clauses below import what may have been interrupted
+        raise
     except _stopped() as stop:
         print(f"umt_fast: {stop}", file=sys.stderr)
     except _user_errors() as error:
