@@ -89,6 +89,58 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
         (["prepare", "list.csv", "--out", "x", "--shard", "one"], "--shard is 'one'"),
         (["prepare", "list.csv", "--out", "x", "--shard", "2/2"], "i from 0 to n - 1"),
         (["prepare", "list.csv", "--out", "x", "--per_segment", "0"], "per_segment is 0"),
+        (["prepare", "list.csv", "--out", "x", "--seed", "-1"], "--seed is -1; it must not be negative"),
+        (["prepare", "list.csv", "--out", "x", "--seed", str(2**80)], "it must be below 2^63"),
+        (["prepare", "list.csv", "--out", "x", "--shard_mib", "-1"], "--shard_mib is -1"),
+        (["prepare", "list.csv", "--out", "x", "--shard_mib", "0"], "give at least 1 MiB"),
+        (["prepare", "list.csv", "--out", "x", "--workers", "-1"], "--workers is -1"),
+        (["scan", "list.csv", "--out", "x", "--workers", "-1"], "--workers is -1"),
+        (
+            ["eval", "pyproject.toml", "list.csv", "--memory_gib", "inf"],
+            "--memory_gib is inf; it must be a finite number",
+        ),
+        (["eval", "pyproject.toml", "list.csv", "--memory_gib", "nan"], "--memory_gib is nan"),
+        (["eval", "pyproject.toml", "list.csv", "--workers", "-1"], "--workers is -1"),
+        (["quickstart", "--seed", "-1"], "--seed is -1"),
+        (["plan", "stage1_k710", "--decode", "inf"], "decode is inf"),
+        (["train", "stage2", "--losses.vtc", "inf"], "losses.vtc is inf"),
+        (["train", "stage2", "--text.init_std", "inf"], "text.init_std is inf"),
+        (["train", "stage1_k710", "--student.mlp_ratio", "inf"], "student.mlp_ratio is inf"),
+        (["train", "stage1_k710", "--run.seed", str(2**80)], "run.seed is"),
+        (["train", "stage1_k710", "--run.max_steps", str(2**80)], "run.max_steps is"),
+        (["train", "tests/assets/tiny.py:classes", "--head_scale", "nan"], "head_scale is nan"),
+        (
+            ["train", "stage1_k710", "--student.image_size", "528", "--teacher.image_size", "528"],
+            "at most 1024 tokens of a",
+        ),
+        (
+            [
+                "train",
+                "stage2",
+                "--images",
+                "x",
+                "--student.image_size",
+                "528",
+                "--teacher.image_size",
+                "528",
+                "--mask.kind",
+                "tube",
+            ],
+            "image_mask.kind 'semantic' draws from at most 1024 tokens",
+        ),
+        (
+            [
+                "train",
+                "stage1_k710",
+                "--student.image_size",
+                "384",
+                "--teacher.image_size",
+                "384",
+                "--mask.kind",
+                "random",
+            ],
+            "at most 4096 tokens of a clip, and student.image_size 384 with student.patch_size 16 makes 4608",
+        ),
         (["bench", "stage3"], "unknown benchmark 'stage3'"),
         (["bench", "stage1", "--steps", "0"], "steps is 0"),
         (["report", "no/such/run"], "no run folder"),
@@ -102,6 +154,14 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
 def test_bad_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
     said = fails(capsys, *arguments)
     assert expected in said and said.startswith("umt_fast: error: ") and len(said.splitlines()) == 1
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in (["eval", "a.pt", "list.csv"], ["bench", "stage1"], ["bench", "fidelity"]):
+        assert "torch sees no GPU; use --device cpu" in fails(capsys, *command, "--device", "cuda")
 
 
 def test_a_mistyped_option_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

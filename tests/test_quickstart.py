@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from umt_fast import quickstart, recipe
+from umt_fast.config import ConfigError
 
 
 def test_every_part_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,3 +41,23 @@ def test_every_part_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     quickstart.run(tmp_path, stage2=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")} == written
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_results_are_replaced_as_a_whole_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quickstart.Results(tmp_path, 3).part("one", lambda: {"value": 1})
+    before = (tmp_path / "results.json").read_text()
+
+    def full(*arguments: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="disk full"):
+            quickstart.Results(tmp_path, 3).part("two", lambda: {"value": 2})
+    assert (tmp_path / "results.json").read_text() == before
+    assert quickstart.Results(tmp_path, 3).values["one"]["value"] == 1
+    with pytest.raises(ConfigError, match="of seed 3; give another --out"):
+        quickstart.Results(tmp_path, 4)
+    (tmp_path / "results.json").write_text(before[:20])
+    with pytest.raises(ConfigError, match="results.json is damaged; delete it"):
+        quickstart.Results(tmp_path, 3)

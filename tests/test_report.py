@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from umt_fast.config import ConfigError
 from umt_fast.report import found_picture, mask_picture, write_report
 
 
@@ -51,6 +52,33 @@ def test_a_quickstart(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     assert "61" in page and "2.00 times the foreground" in page
     assert page.count("data:image/png;base64,") == 4
+
+
+def test_odd_rows_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = [json.loads(line) for line in rows(9).splitlines()]
+    odd = [{"step": 9}, {"step": 10, "loss": float("nan"), "mfu": float("inf")}, {"loss": 1.0}, [1], {"step": "11"}]
+    text = "".join(json.dumps(row) + "\n" for row in whole[:4] + odd + whole[4:])
+    (tmp_path / "metrics.jsonl").write_text(text + "[" * 100_000 + '\n{"step": 12, "lo')
+    page = write_report(tmp_path).read_text()
+    assert len(re.search(r'points="([^"]+)"', page)[1].split()) == 8 and "nan" not in page
+    assert "left out 5 lines" in caplog.text
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    page = write_report(tmp_path).read_text()
+    assert "not logged" in page and "<svg" not in page
+
+
+@pytest.mark.parametrize("content", ['{"seed": 0, "compar', "[]", "", '{"comparison": {"motion": {}}}', "[" * 100_000])
+def test_damaged_results_are_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ConfigError, match="results.json is damaged.*; delete it"):
+        write_report(tmp_path)
+
+
+def test_damaged_pictures_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(rows(5))
+    (tmp_path / "masks.npz").write_bytes(b"PK\x03\x04cut")
+    with pytest.raises(ConfigError, match="masks.npz is damaged"):
+        write_report(tmp_path)
 
 
 def test_kept_patches_are_the_ones_left_bright() -> None:

@@ -155,3 +155,18 @@ def test_more_queries_than_clips_and_more_candidates_than_there_are(world: Path,
     ):
         (world / "test.json").write_text(json.dumps([VIDEO, entry]))
         assert expected in error_of(capsys, *evaluating)
+
+
+def test_a_tokenizer_that_has_moved(world: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([str(argument) for argument in training(world, [VIDEO] * 2)]) == 0
+    (checkpoint,) = (world / "run").glob("checkpoint-*.pt")
+    evaluating = ["eval", str(checkpoint), str(world / "videos.json"), "--workers", "0", "--device", "cpu"]
+    moved = world / "moved"
+    moved.mkdir()
+    (world / "vocab.txt").rename(moved / "vocab.txt")
+    said = error_of(capsys, *evaluating)
+    assert "holds no tokenizer" in said and "if it has moved, say where: --tokenizer" in said
+    assert main([*evaluating, "--tokenizer", str(moved)]) == 0
+    assert json.loads(capsys.readouterr().out)["captions"] == 2
+    (moved / "vocab.txt").write_text("\n".join([*WORDS, *map(str, range(20))]))
+    assert "has 28 words, but the model of" in error_of(capsys, *evaluating, "--tokenizer", moved)

@@ -34,7 +34,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from umt_fast.config import ConfigError
+from umt_fast.config import ConfigError, check_number, require
 
 
 def _cli(function: Any, arguments: list[str], command: str, **keywords: Any) -> Any:
@@ -77,9 +77,18 @@ def _unbroken_lines() -> Iterator[None]:
 def _deferred(function: Any) -> Any:
     @functools.wraps(function)
     def call_later(*values: Any, **named: Any) -> Any:
-        return functools.partial(function, *values, **named)
+        return functools.partial(_call, function, *values, **named)
 
     return call_later
+
+
+def _call(function: Any, *values: Any, **named: Any) -> Any:
+    """Runs a command with numbers that are finite, fit into 64 bits and are not negative: no command has others."""
+    for name, value in inspect.signature(function).bind(*values, **named).arguments.items():
+        check_number(f"--{name}", value)
+        negative = isinstance(value, (int, float)) and value < 0
+        require(not negative, f"--{name} is {value}; it must not be negative")
+    return function(*values, **named)
 
 
 def _in_one_line(box: str) -> str:
@@ -263,6 +272,7 @@ def _eval(arguments: list[str]) -> None:
         separator: str = ",",
         root: str = "",
         frame_pattern: str = "img_{:05d}.jpg",
+        tokenizer: str = "",
         device: Literal["auto", "cpu", "cuda"] = "auto",
     ) -> None:
         """Judge a run's checkpoint on unseen clips; it says by itself what it holds.
@@ -284,6 +294,7 @@ def _eval(arguments: list[str]) -> None:
             separator: Field separator of a list of labelled clips.
             root: Folder put before relative paths; empty: the list's own folder.
             frame_pattern: File name of frame i (from 1) in a list of frame folders.
+            tokenizer: Tokenizer of a stage-2 model, by name or a folder with a vocab.txt; empty: as the run was given it.
             device: auto, cpu or cuda.
         """
         for path in (out, scores):
@@ -292,7 +303,7 @@ def _eval(arguments: list[str]) -> None:
         with distributed_run(RunConfig(device=device)) as ranks:
             figures = evaluate_checkpoint(
                 checkpoint, list_path, data, batch_size=batch_size, top_k=top_k, ranks=ranks, joining=captions,
-                max_length=max_length, memory_gib=memory_gib, scores=scores,
+                max_length=max_length, memory_gib=memory_gib, scores=scores, tokenizer=tokenizer,
             )  # fmt: skip
             if ranks.first:
                 print(json.dumps(figures))
@@ -379,19 +390,31 @@ def _stopped() -> type[Exception]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, or 2 with one line on stderr for input that cannot work."""
+    """Runs one command and returns the exit status.
+
+    0; 2 with one line on stderr for input that cannot work; 130 with one line after Ctrl-C, as shells have it.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip())
         return 0 if arguments else 2
-    name, rest = arguments[0], arguments[1:]
+    try:
+        return _run(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        print("umt_fast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, rest: list[str]) -> int:
     try:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, 1, 0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown command {name!r}{hint} Commands: {', '.join(COMMANDS)}")
         COMMANDS[name](rest)
+    except KeyboardInterrupt:  # the clauses below import what may have been interrupted
+        raise
     except _stopped() as stop:
         print(f"umt_fast: {stop}", file=sys.stderr)
     except _user_errors() as error:

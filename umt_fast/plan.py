@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, VitConfig, require
+from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, VitConfig, check_numbers, require
 from umt_fast.data.manifest import read_list
 from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.supervised import Supervised
@@ -85,6 +85,7 @@ class PlanOptions:
     """GB/s that one GPU sends over the network; 0: NVLink within a node, its port of the network between nodes."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         require(self.gpus >= 1, f"gpus is {self.gpus}; it must be at least 1")
         require(0 < self.share <= 1, f"share is {self.share}; it must lie in (0, 1]")
         require(self.decode > 0, f"decode is {self.decode}; it must be positive")

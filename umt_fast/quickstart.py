@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,17 @@ from umt_fast.data.prepare import prepare
 from umt_fast.data.prepared import Settings
 from umt_fast.data.sampling import sparse_center
 from umt_fast.data.video import decode_frames
+from umt_fast.data.workers import worker_pool
 from umt_fast.engine.checkpoint import checkpoints
 from umt_fast.engine.distributed import current_ranks
 from umt_fast.engine.precision import pick_device
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.weights import load_teacher
 from umt_fast.objectives.supervised import Supervised
+from umt_fast.report import read_results, write_report
 from umt_fast.tasks import small_clip
 from umt_fast.tasks.classification import accuracy
-from umt_fast.tasks.evaluate import evaluate_checkpoint
+from umt_fast.tasks.evaluate import evaluate_checkpoint, write_json
 from umt_fast.tasks.frame_teacher import FrameSupervised
 from umt_fast.train import fit_objective, train
 
@@ -61,9 +63,9 @@ class Results:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.path = folder / "results.json"
-        self.values: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {"seed": seed}
-        if self.values["seed"] != seed:
-            raise ConfigError(f"{folder} holds a quickstart of seed {self.values['seed']}; give another --out")
+        self.values = read_results(self.path) if self.path.exists() else {"seed": seed}
+        if self.values.get("seed") != seed:
+            raise ConfigError(f"{folder} holds a quickstart of seed {self.values.get('seed')}; give another --out")
 
     def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Runs a part unless its results are there; notes its seconds."""
@@ -72,7 +74,7 @@ class Results:
             started = time.perf_counter()
             values = make() or {}
             self.values[name] = values | {"seconds": round(time.perf_counter() - started, 1)}
-            self.path.write_text(json.dumps(self.values, indent=1))
+            write_json(self.path, self.values, indent=1)
             log.info("== %s: %s", name, self.values[name])
         return self.values[name]
 
@@ -140,10 +142,9 @@ def _one_core() -> None:
     logging.basicConfig(level=logging.INFO, format="%(process)d  %(message)s")
 
 
-def side_by_side() -> ProcessPoolExecutor:
+def side_by_side() -> AbstractContextManager[ProcessPoolExecutor]:
     """A pool for training runs beside the main one: one on a GPU, two on a CPU."""
-    processes = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("forkserver"), _one_core)
+    return worker_pool(1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1), __name__, _one_core)
 
 
 class Comparison:
@@ -271,8 +272,6 @@ def retrieve(out: Path, config: Stage2Config, show: int = 8) -> dict[str, Any]:
 
 def run(out: str | Path, seed: int = 0, stage2: bool = False) -> Path:
     """Runs what is missing of a quickstart and returns the report's path."""
-    from umt_fast.report import write_report
-
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results, config = Results(out, seed), stage1_config(out, seed)

@@ -9,12 +9,19 @@ import base64
 import html
 import io
 import json
+import logging
 import os
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from umt_fast.config import ConfigError
+
+log = logging.getLogger("umt_fast")
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 60rem; margin: 2rem auto;
@@ -30,14 +37,40 @@ _COLOURS = ("#2563a8", "#c2571a", "#2f8f57", "#8a3fa0", "#b3202c", "#6b7280")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
+    """The rows of a metrics.jsonl; lines that are no row of a step, as a last one cut short, are left out and counted."""
+    lines, rows = path.read_text(errors="replace").splitlines(), []
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and _number(row.get("step")):
+            rows.append(row)
+    if len(rows) < len(lines):
+        log.warning("%s: left out %d lines that are no row of a step", path, len(lines) - len(rows))
     return rows
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What a quickstart's results.json holds. Raises ConfigError where it is damaged."""
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} is damaged; delete it, and the quickstart does its parts again (trainings go on from their checkpoints)"
+        )
+    return values
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 2**63  # not so for NaN
+
+
+def _mean(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> float | str:
+    values = [row[key] for row in rows if _number(row.get(key))]
+    return scale * sum(values) / len(values) if values else "not logged"
 
 
 def _table(rows: list[list[Any]], head: list[str]) -> str:
@@ -52,7 +85,10 @@ def _table(rows: list[list[Any]], head: list[str]) -> str:
 
 
 def curve(lines: dict[str, tuple[list[float], list[float]]], title: str, width: int = 420, height: int = 220) -> str:
-    """An SVG figure of named (x, y) lines over common axes."""
+    """An SVG figure of named (x, y) lines over common axes; nothing where no line has a point."""
+    lines = {name: points for name, points in lines.items() if points[0]}
+    if not lines:
+        return ""
     every_x = [x for xs, _ in lines.values() for x in xs]
     every_y = [y for _, ys in lines.values() for y in ys]
     left, bottom, top = 52, 24, 8
@@ -85,7 +121,7 @@ def curve(lines: dict[str, tuple[list[float], list[float]]], title: str, width: 
 
 def _smoothed(rows: list[dict[str, Any]], key: str, points: int = 150) -> tuple[list[float], list[float]]:
     """At most `points` means of consecutive steps."""
-    values = [(row["step"], row[key]) for row in rows if key in row]
+    values = [(row["step"], row[key]) for row in rows if _number(row.get(key))]
     size = max(1, len(values) // points)
     groups = [values[i : i + size] for i in range(0, len(values), size)]
     return [group[-1][0] for group in groups], [sum(v for _, v in group) / len(group) for group in groups]
@@ -148,7 +184,8 @@ def _retrieval_section(path: Path) -> str:
     return "".join(parts)
 
 
-def _results_section(results: dict[str, Any]) -> str:
+def _results_section(path: Path) -> str:
+    results = read_results(path)
     parts = ["<h2>What pre-training gave</h2>"]
     if "comparison" in results:
         scores = results["comparison"]
@@ -189,7 +226,7 @@ def _results_section(results: dict[str, Any]) -> str:
             f'<p class="note">{found["clips"]} clips, {found["captions"]} captions. '
             f"Chance at R@1 is {100 / found['clips']:.2f}%.</p>"
         )
-    seconds = [[name, part["seconds"]] for name, part in results.items() if isinstance(part, dict)]
+    seconds = [[name, part.get("seconds", "")] for name, part in results.items() if isinstance(part, dict)]
     parts.append("<h2>Time</h2>" + _table(seconds, ["part", "seconds"]))
     if "comparison" in results:
         parts.append(
@@ -210,11 +247,10 @@ def _runs_section(runs: dict[str, list[dict[str, Any]]]) -> str:
     speeds = []
     for name, rows in runs.items():
         half = rows[len(rows) // 2 :]
-        mean = {key: sum(row[key] for row in half) / len(half) for key in ("clips_per_s", "data_wait", "mfu")}
-        memory = max(row["memory_gib"] for row in rows)
+        memory = max((row["memory_gib"] for row in rows if _number(row.get("memory_gib"))), default="not logged")
         speeds.append(
-            [name, rows[-1]["step"], mean["clips_per_s"], 100 * mean["data_wait"], 100 * mean["mfu"], memory,
-             rows[-1]["bad_files"]]
+            [name, rows[-1]["step"], _mean(half, "clips_per_s"), _mean(half, "data_wait", 100), _mean(half, "mfu", 100),
+             memory, rows[-1].get("bad_files", "not logged")]
         )  # fmt: skip
     head = ["run", "steps", "clips/s", "waiting for data, %", "of matmul rate, %", "peak memory, GiB", "bad files"]
     parts.append("<h2>Throughput</h2>" + _table(speeds, head))
@@ -236,25 +272,33 @@ def _masks_section(path: Path) -> str:
     return "".join(parts)
 
 
+def _section(make: Callable[[Path], str], path: Path) -> str:
+    try:
+        return make(path)
+    except ConfigError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}); delete it, and the report goes without it"
+        ) from error
+
+
 def write_report(folder: str | Path) -> Path:
     """Writes report.html into a run's or a quickstart's folder and returns its path.
 
-    Raises FileNotFoundError where the folder holds neither metrics nor results.
+    Raises FileNotFoundError where the folder holds neither metrics nor results, ConfigError where a file of them is damaged.
     """
     folder = Path(folder)
     found = sorted(folder.glob("metrics.jsonl")) + sorted(folder.glob("*/metrics.jsonl"))
+    found = [path for path in found if path.is_file()]
     runs = {str(path.parent.relative_to(folder)): read_metrics(path) for path in found}
     runs = {folder.resolve().name if name == "." else name: rows for name, rows in runs.items() if rows}
     results = folder / "results.json"
     if not runs and not results.exists():
-        raise FileNotFoundError(f"nothing to report in {folder}: no metrics.jsonl and no results.json")
+        raise FileNotFoundError(f"nothing to report in {folder}: no metrics.jsonl with a step, and no results.json")
     parts = [f"<h1>umt_fast: {html.escape(folder.resolve().name)}</h1>"]
-    if results.exists():
-        parts.append(_results_section(json.loads(results.read_text())))
-    if (folder / "masks.npz").exists():
-        parts.append(_masks_section(folder / "masks.npz"))
-    if (folder / "retrieval.npz").exists():
-        parts.append(_retrieval_section(folder / "retrieval.npz"))
+    sections = {"results.json": _results_section, "masks.npz": _masks_section, "retrieval.npz": _retrieval_section}
+    parts += [_section(make, folder / name) for name, make in sections.items() if (folder / name).is_file()]
     if runs:
         parts.append(_runs_section(runs))
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>umt_fast</title><style>{_STYLE}</style>'

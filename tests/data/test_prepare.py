@@ -93,6 +93,21 @@ def test_stored_frames_are_the_candidates(table: Path, tmp_path: Path) -> None:
     assert all(line["reason"] for line in bad)
 
 
+def test_repeated_rows_are_told(table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    prepare(table, tmp_path / "out", workers=0)
+    assert "6 rows name 5 files, each is packed once; of 1 files with several labels the first is kept" in caplog.text
+    assert f"{tmp_path}/a.mp4, 0 and not 5); to train on all rows keep {table} as data.train" in caplog.text
+    table.write_text("a.mp4,0\nb.mp4,1\na.mp4,0\n")
+    caplog.clear()
+    prepare(table, tmp_path / "again", workers=0)
+    assert "3 rows name 2 files" in caplog.text and "several labels" not in caplog.text
+    table.write_text("a.mp4,0\n")
+    caplog.clear()
+    prepare(table, tmp_path / "once", workers=0)
+    assert "rows name" not in caplog.text
+
+
 def test_bad_clips_are_tried_again(table: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert prepare(table, out, workers=0)["bad"] == 2

@@ -232,6 +232,48 @@ def test_another_batch_size_cannot_continue(tmp_path: Path) -> None:
         trainer(tmp_path, batch=8).train()
 
 
+def test_another_order_of_clips_cannot_continue(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=2).train()
+    with pytest.raises(checkpoint.CheckpointError, match="made with seed 0, this run has 1: the order of clips"):
+        trainer(tmp_path, seed=1).train()
+    # As many clips in a step, but the place in the epoch counts batches.
+    with pytest.raises(checkpoint.CheckpointError, match="made with batch_size 4, this run has 2"):
+        trainer(tmp_path, batch=2, accumulate=2).train()
+    newest = checkpoint.checkpoints(tmp_path)[-1][1]
+    content = torch.load(newest, weights_only=True)
+    del content["trainer"]["seed"], content["trainer"]["batch_size"]  # as older versions left it
+    torch.save(content, newest)
+    trainer(tmp_path, seed=1).train()
+
+
+def test_odd_lines_of_a_metrics_log_do_not_stop_a_run(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=2).train()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"loss": 1.0}\n{not json}\n[1]\n')
+    trainer(tmp_path).train()
+    assert [step for step, _ in losses(tmp_path)] == list(range(1, 19))
+
+
+def test_only_the_first_rank_lists_what_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import logging
+
+    from umt_fast.engine.distributed import distributed_run
+    from umt_fast.models.weights import WeightsError, fit
+
+    for rank, expected in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        caplog.clear()
+        try:
+            with distributed_run(RunConfig(device="cpu")), pytest.raises(WeightsError, match=r"other size: weight"):
+                fit(nn.Linear(4, 1, bias=False), {"weight": torch.ones(1, 5)}, "x.pt")
+        finally:
+            for name in ("umt_fast", "umt_fast.weights"):
+                logging.getLogger(name).setLevel(logging.NOTSET)
+        assert len(caplog.records) == expected
+
+
 def test_resume_false_does_not_overwrite(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2).train()
     with pytest.raises(checkpoint.CheckpointError, match="holds checkpoints"):

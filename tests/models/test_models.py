@@ -1,12 +1,22 @@
 """Official sizes and layouts, masks, the lean teacher, weights in and out."""
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from umt_fast.config import AlignConfig, MaskConfig, RunConfig, Stage1Config, TeacherConfig, TextConfig, VitConfig
+from umt_fast.config import (
+    AlignConfig,
+    ConfigError,
+    MaskConfig,
+    RunConfig,
+    Stage1Config,
+    TeacherConfig,
+    TextConfig,
+    VitConfig,
+)
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.clip_teacher import ClipTeacher, Mlp
 from umt_fast.models.multimodal import VideoText
@@ -347,3 +357,34 @@ def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
     state = load_state(tmp_path / "tied.safetensors")
     for name, expected in (("one", tied), ("other", tied), ("turned", tied.t())):
         assert torch.equal(state[name], expected)
+
+
+def test_saved_weights_are_as_readable_as_any_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        for name in ("a.safetensors", "a.pth"):
+            save_state({"weight": torch.ones(2)}, tmp_path / name)
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_tensors_without_a_name_are_refused(tmp_path: Path) -> None:
+    torch.save({0: torch.ones(2), "weight": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match="a tensor under 0, which is no name"):
+        load_state(tmp_path / "a.pt")
+
+
+def test_the_limits_of_a_mask_are_those_of_its_kernels() -> None:
+    from kernels.semantic_mask import MOST_SCORES, MOST_TOKENS
+    from umt_fast.config import core
+
+    assert (core.MOST_TOKENS, core.MOST_SCORES) == (MOST_TOKENS, MOST_SCORES)
+    for side, kind in ((32, "semantic"), (22, "random"), (64, "tube")):
+        student, teacher = VitConfig(image_size=16 * side), TeacherConfig(image_size=16 * side)
+        Stage1Config(student=student, teacher=teacher, mask=MaskConfig(kind=kind))
+        with pytest.raises(ConfigError, match=f"mask.kind '{kind}' draws from at most"):
+            Stage1Config(
+                student=VitConfig(image_size=16 * side + 16), teacher=TeacherConfig(image_size=16 * side + 16),
+                mask=MaskConfig(kind=kind),
+            )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ CLIP_TEXT_LENGTH = 77
 # Its words: those of open_clip's tokenizer.
 CLIP_TEXT_WORDS = 49408
 
+# Tokens among which kernels.semantic_mask and kernels.sample_visible draw at most.
+MOST_TOKENS, MOST_SCORES = 1024, 4096
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the field, the value and the rule."""
@@ -23,6 +27,22 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError(message) unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises ConfigError where a number is not finite or does not fit into 64 bits; other values pass."""
+    if isinstance(value, float):
+        require(math.isfinite(value), f"{name} is {value}; it must be a finite number")
+    if isinstance(value, (int, float)):
+        require(abs(value) < 2**63, f"{name} is {value}; it must be below 2^63")
+
+
+def check_numbers(settings: Any, section: str = "") -> None:
+    """check_number for every field of a dataclass, by its place on the command line; what each may be otherwise it says."""
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            check_number(f"{section}.{entry.name}" if section else entry.name, number)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

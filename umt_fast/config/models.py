@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from umt_fast.config.core import require
+from umt_fast.config.core import check_numbers, require
 
 MaskKind = Literal["semantic", "random", "tube"]
 TeacherPrecision = Literal["native", "int8", "fp8"]
@@ -37,6 +37,7 @@ class VitConfig:
     """Recompute the activations of the first so many blocks in the backward pass."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "student")
         for name in ("width", "depth", "num_heads", "patch_size", "tubelet_size", "image_size", "num_frames"):
             require(getattr(self, name) > 0, f"student.{name} is {getattr(self, name)}; it must be positive")
         require(
@@ -82,6 +83,7 @@ class TeacherConfig:
     but the last in 8 bits; the targets then differ a little: `bench fidelity` says by how much for given weights."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "teacher")
         for name in ("width", "depth", "num_heads", "patch_size", "image_size", "output_dim"):
             require(getattr(self, name) > 0, f"teacher.{name} is {getattr(self, name)}; it must be positive")
         require(
@@ -111,6 +113,7 @@ class TextConfig:
     """Deviation of fresh weights. BERT's own is for widths of 768 and more; narrow models trained from nothing need more."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "text")
         for name in ("width", "depth", "num_heads", "vocab_size", "max_positions"):
             require(getattr(self, name) > 0, f"text.{name} is {getattr(self, name)}; it must be positive")
         require(
@@ -137,6 +140,7 @@ class MaskConfig:
     """Share of tokens hidden; n = N - int(N * ratio) stay visible."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "mask")
         require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; it must lie in [0, 1)")
 
 
@@ -149,6 +153,9 @@ class AlignConfig:
     normalize: Literal["l2", "none"] = "l2"
     loss: Literal["l2", "mse", "smooth_l1"] = "l2"
     """`l2`: 2 - 2 cos summed over channels, as in the official code; the others average over channels too."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "align")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -174,6 +181,7 @@ class Stage2Losses:
     at the encoders and projections."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "losses")
         names = ("vtc", "vtm", "mlm", "uta", "vision_projection", "text_projection")
         for name in names:
             require(getattr(self, name) >= 0, f"losses.{name} is {getattr(self, name)}; it must not be negative")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-from umt_fast.config.core import require
+from umt_fast.config.core import check_numbers, require
 
 Dtype = Literal["bf16", "fp32"]
 
@@ -54,6 +53,7 @@ class DataConfig:
     """File name of frame i (from 1) in lists of frame folders."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "data")
         require(len(self.separator) > 0, "data.separator is empty; give the character between the list's fields")
         require(self.num_sample >= 1, f"data.num_sample is {self.num_sample}; it must be at least 1")
         require(self.sampling_rate >= 1, f"data.sampling_rate is {self.sampling_rate}; it must be at least 1")
@@ -90,9 +90,10 @@ class OptimConfig:
     """`apex`: NVIDIA apex's FusedAdam (GPU only; not the registry's package of that name)."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "optim")
         for name in ("lr", "min_lr", "warmup_lr", "lr_batch", "eps", "weight_decay", "clip_grad"):
             value = getattr(self, name)
-            require(0 <= value < math.inf, f"optim.{name} is {value}; it must be finite and not negative")
+            require(value >= 0, f"optim.{name} is {value}; it must not be negative")
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas are {self.betas}; both must lie in [0, 1)")
         require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
 
@@ -141,6 +142,7 @@ class RunConfig:
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
+        check_numbers(self, "run")
         require(self.out != "", "run.out is empty; give a folder for checkpoints and metrics")
         require(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it must lie in [0, 2^63)")
         for name in ("batch_size", "accumulate", "epochs", "log_every", "keep"):

@@ -5,9 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from umt_fast.config.core import require
+from umt_fast.config.core import MOST_SCORES, MOST_TOKENS, check_numbers, require
 from umt_fast.config.models import AlignConfig, MaskConfig, Stage2Losses, TeacherConfig, TextConfig, VitConfig
 from umt_fast.config.run import DataConfig, OptimConfig, RunConfig
+
+
+def _check_mask(name: str, mask: MaskConfig, student: VitConfig, frames: int) -> None:
+    """Raises ConfigError where the grid has more tokens than one draw takes: of a frame, or for `random` of the clip."""
+    side = student.image_size // student.patch_size
+    tokens = side * side * (frames // student.tubelet_size if mask.kind == "random" else 1)
+    most = MOST_TOKENS if mask.kind == "semantic" else MOST_SCORES
+    where = "a clip" if mask.kind == "random" else "a frame"
+    others = {"semantic": "'tube'", "random": "'semantic' or 'tube'", "tube": ""}[mask.kind]
+    remedy = f"{name}.kind {others}, " if others else ""
+    require(
+        tokens <= most,
+        f"{name}.kind {mask.kind!r} draws from at most {most} tokens of {where}, and student.image_size "
+        f"{student.image_size} with student.patch_size {student.patch_size} makes {tokens}; choose {remedy}smaller pictures "
+        "or larger patches",
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,6 +41,7 @@ class Stage1Config:
     """Student weights to start from (official stage-1 layout); empty: from scratch."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         student_side = self.student.image_size // self.student.patch_size
         teacher_side = self.teacher.image_size // self.teacher.patch_size
         require(
@@ -37,6 +54,7 @@ class Stage1Config:
                 1 <= self.align.num_layers <= depth,
                 f"align.num_layers is {self.align.num_layers}; it must lie in [1, {tower}.depth = {depth}]",
             )
+        _check_mask("mask", self.mask, self.student, self.student.num_frames)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +77,7 @@ class FinetuneConfig:
     """Factor on the head's initial weights (normal, .02). The official value makes a short run start on a plateau."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         require(self.num_classes >= 2, f"num_classes is {self.num_classes}; it must be at least 2")
         require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
 
@@ -108,6 +127,7 @@ class Stage2Config:
     """Share of words hidden for the masked-language loss."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         require(self.embed_dim > 0, f"embed_dim is {self.embed_dim}; it must be positive")
         require(0 < self.mask_words < 1, f"mask_words is {self.mask_words}; it must lie in (0, 1)")
         require(
@@ -123,3 +143,6 @@ class Stage2Config:
             self.co_training == "alternating" or self.student.attention == "joint",
             "co_training 'packed' needs student.attention 'joint'; choose that, or 'alternating'",
         )
+        _check_mask("mask", self.mask, self.student, self.student.num_frames)
+        if self.images:
+            _check_mask("image_mask", self.image_mask, self.student, self.student.tubelet_size)

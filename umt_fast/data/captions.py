@@ -58,11 +58,24 @@ def read_captions(path: str | Path, root: str = "", *, workers: int = 4) -> Capt
 
 def read_corpora(entries: Sequence[str], *, workers: int = 4) -> CaptionList:
     """Several caption lists as one, each given as LIST or LIST=FOLDER; a file keeps its identity within a list."""
-    sources = [(name, root) for name, _, root in (entry.partition("=") for entry in entries)]
+    sources = [_list_and_folder(entry) for entry in entries]
     for name, root in sources:
         if root and not Path(root).is_dir():
-            raise DataError(f"{name}={root}: {root} is not a folder; give LIST or LIST=FOLDER")
+            raise DataError(f"{name}={root} is not a list, and {root} is not a folder; give LIST or LIST=FOLDER")
     return _join(sources, workers)
+
+
+def _list_and_folder(entry: str) -> tuple[str, str]:
+    """Splits LIST=FOLDER at the `=` before which a list ends: either path may hold others, as those of year=2024/ do."""
+    if "=" not in entry or Path(entry).is_file():
+        return entry, ""
+    parts = entry.split("=")
+    splits = [("=".join(parts[:n]), "=".join(parts[n:])) for n in range(1, len(parts))]
+    found = [split for split in splits if split[0].endswith(".tar") or Path(split[0]).is_file()]
+    found = found or [split for split in splits if Path(split[1]).is_dir()]
+    if found:
+        return found[0]
+    return (entry, "") if entry.endswith(".tar") else splits[0]
 
 
 def _join(sources: list[tuple[str, str]], workers: int) -> CaptionList:

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 
 class DataError(ValueError):
     """A list, manifest or data folder that cannot be used; the message names file, line and remedy."""
+
+
+def require_list(path: Path, kind: str, wanted: str) -> None:
+    """Raises DataError unless a list is a file, which can be read again and has an end."""
+    if path.is_file():
+        return
+    if not path.exists():
+        raise DataError(f"no {kind} at {path}; give {wanted}")
+    found = "a folder" if path.is_dir() else "a pipe or device"
+    raise DataError(f"{path} is {found}, not a {kind}; give {wanted}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

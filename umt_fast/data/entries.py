@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from umt_fast.data.clip import Clip, DataError
+from umt_fast.data.clip import Clip, DataError, require_list
 from umt_fast.data.tars import read_tars
 
 _LAYOUT = '{"video" or "image": name, "caption": text}'
@@ -53,10 +53,7 @@ def read_entries(source: str | Path, root: str = "", workers: int = 4) -> Iterat
             yield Entry(clip.name, [clip], [caption])
         return
     path = Path(source)
-    if not path.is_file():
-        raise DataError(
-            f"no caption list at {path}; give a .json list, an SQLite file with a table `annos`, or a pattern of tar files"
-        )
+    require_list(path, "caption list", "a .json list, an SQLite file with a table `annos`, or a pattern of tar files")
     base = str(Path(root) if root else path.resolve().parent)
     for place, names, captions in _json_rows(path) if path.suffix == ".json" else _sqlite_rows(path):
         yield Entry(place, [Clip(path=f"{base}/{name}" if name[0] != "/" else name) for name in names], captions)
@@ -85,7 +82,10 @@ def _texts(place: str, entry: dict[str, Any], key: str) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return json.dumps(value)[:200]
+    try:
+        return json.dumps(value)[:200]
+    except RecursionError:
+        return "nested too deeply"
 
 
 class _JsonText:
@@ -148,13 +148,15 @@ def _json_list(path: Path) -> Iterator[Any]:
                 raise json.JSONDecodeError("text after the list", "", 0)
     except json.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON (entry {number}: {error.msg})") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: entry {number} is nested too deeply; expected {_LAYOUT}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error})") from error
+        raise DataError(f"{path} is not JSON in UTF-8; convert it (as by `iconv -f UTF-16 -t UTF-8`)") from error
 
 
 def _sqlite_rows(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as base:
+        with sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True) as base:
             rows = base.execute("SELECT id, filename, caption FROM annos ORDER BY id")
             for number, name, caption in rows:
                 place = f"{path}, row with id {number}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from umt_fast.data.cpu import ClipReader, Sample
 from umt_fast.data.packed import Clips
 from umt_fast.data.prepared import check_use, locate
 from umt_fast.data.video import VideoError
-from umt_fast.data.workers import end_with_parent
+from umt_fast.data.workers import end_with_parent, fork_server
 
 log = logging.getLogger("umt_fast.data")
 
@@ -88,16 +87,6 @@ def _start_worker(worker: int) -> None:
     # Decoding processes are the parallelism; threads of torch and of the tokenizer inside them would only compete.
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _fork_server() -> multiprocessing.context.BaseContext:
-    """Workers forked from a small server process: a plain fork would inherit the locks of CUDA and of thread pools.
-
-    The server imports this module once, so that workers start without importing torch again.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
 
 
 class ClipLoader:
@@ -233,7 +222,7 @@ class ClipLoader:
             prefetch_factor=self.data.prefetch if workers else None,
             collate_fn=collate,
             worker_init_fn=_start_worker,
-            multiprocessing_context=_fork_server() if workers else None,
+            multiprocessing_context=fork_server(__name__) if workers else None,
         )
 
     def _note_bad(self, number: int, reason: str) -> None:

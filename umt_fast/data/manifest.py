@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 from umt_fast.config import DataConfig
-from umt_fast.data.clip import Clip, DataError
+from umt_fast.data.clip import Clip, DataError, require_list
 from umt_fast.data.entries import is_sqlite
 from umt_fast.data.packed import Clips
 
 __all__ = ["Clip", "DataError", "check_labels", "read_list"]
+
+_COUNT = re.compile(r"\s*[0-9]{1,18}\s*")
 
 
 def read_list(path: str | Path, data: DataConfig) -> Clips:
@@ -24,28 +27,38 @@ def read_list(path: str | Path, data: DataConfig) -> Clips:
         from umt_fast.data.prepared import read_folder  # builds on this module
 
         return read_folder(path)
-    if not path.is_file():
-        raise DataError(f"no list at {path}; give a file with one video per line (path{data.separator}label)")
+    require_list(path, "list", f"a file with one video per line (path{data.separator}label)")
     if data.root and not Path(data.root).is_dir():
         raise DataError(f"data.root is {data.root}, which is not a folder")
     root = Path(data.root) if data.root else path.resolve().parent
     if path.suffix == ".tar" or is_sqlite(path):
         raise _captions(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a text file; give a list or a manifest, not a video") from error
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    # Not splitlines(), which also ends lines at characters that a path may hold.
+    lines = _text(path).split("\n")
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise DataError(f"{path} is empty; it needs one video per line (path{data.separator}label)")
-    if path.suffix == ".json" and numbered[0][1].startswith("["):
+    begins = numbered[0][1].lstrip()[0]
+    if path.suffix == ".json" and begins == "[":
         raise _captions(path)
-    manifest = numbered[0][1].startswith("{")
-    parse = _parse_manifest_line if manifest else _parse_line
+    parse = _parse_manifest_line if begins == "{" else _parse_line
     try:
         return Clips.of(parse(path, number, line, root, data.separator) for number, line in numbered)
     except OverflowError as error:
         raise DataError(f"{path} holds a number beyond 64 bits; labels and counts must fit into them") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise DataError(
+            f"{path} is not UTF-8 text; give a list or a manifest, not a video (`iconv -f UTF-16 -t UTF-8` converts lists that "
+            'were saved as "Unicode")'
+        )
+    return text
 
 
 def _captions(path: Path) -> DataError:
@@ -81,30 +94,29 @@ def _parse_manifest_line(path: Path, number: int, line: str, root: Path, separat
             if not isinstance(value, (int, float) if kinds[name] is float else kinds[name]):
                 raise ValueError(f"{name} is {value!r}; it must be of type {kinds[name].__name__}")
         return Clip(**(entry | {"path": _resolve(root, entry["path"])}))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}, line {number}: not a manifest entry ({error}): {line[:200]}") from error
 
 
 def _parse_line(path: Path, number: int, line: str, root: Path, separator: str) -> Clip:
-    # From the right, so that a path may contain the separator.
-    parts = [part.strip() for part in line.rsplit(separator, 2)]
+    # From the right, so that a path may contain the separator; a path is taken as it is written, blanks and all.
+    parts = line.rstrip().rsplit(separator, 2)
     if len(parts) < 2:
         raise DataError(
             f"{path}, line {number}: no separator {separator!r} in {line[:200]!r}; "
             "expected path and label; for another separator set data.separator"
         )
-    name, label = separator.join(parts[:-1]), parts[-1]
-    frames = 0
+    name, label, frames = separator.join(parts[:-1]), parts[-1].strip(), 0
     # Three fields mean path, frame count, label; a path that merely contains the separator has no bare number there.
-    if len(parts) == 3 and parts[1].isdigit():
+    if len(parts) == 3 and _COUNT.fullmatch(parts[1]):
         name, frames = parts[0], int(parts[1])
     try:
         label_number = int(label)
     except ValueError as error:
         raise DataError(
-            f"{path}, line {number}: the label {label!r} is not a whole number in {line[:200]!r}"
+            f"{path}, line {number}: the label {label[:50]!r} is not a whole number in {line[:200]!r}"
         ) from error
-    if not name:
+    if not name.strip():
         raise DataError(f"{path}, line {number}: no path in {line[:200]!r}")
     resolved = _resolve(root, name)
     return Clip(path=resolved, label=label_number, num_frames=frames, frame_folder=frames > 0)

@@ -12,12 +12,11 @@ import hashlib
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from umt_fast.data.entries import is_sqlite
 from umt_fast.data.manifest import Clip, DataError, read_list
 from umt_fast.data.prepared import Settings, candidates, checksum, index_lines, pack, part_of, read_part
 from umt_fast.data.video import VideoError, decode_frames, read_frame_folder
-from umt_fast.data.workers import end_with_parent
+from umt_fast.data.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")
 
@@ -48,8 +47,8 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def clips_of(list_path: str | Path, data: DataConfig) -> list[Clip]:
-    """The clips of any list training reads (labels, manifest or captions), each file once, with absolute paths."""
+def clips_of(list_path: str | Path, data: DataConfig) -> tuple[list[Clip], str]:
+    """The clips of any list training reads (labels, manifest or captions), each file once; in words what that leaves out."""
     path = Path(list_path)
     if path.is_dir():
         raise DataError(f"{path} is a folder; prepare needs a list of clips")
@@ -60,11 +59,21 @@ def clips_of(list_path: str | Path, data: DataConfig) -> list[Clip]:
     else:
         clips = read_list(path, data)
     first: dict[str, Clip] = {}
+    others: dict[str, int] = {}
     for clip in clips:
         if clip.member:
             raise DataError(f"{path} names tar files; prepare packs files of their own, tar files are read as they are")
-        first.setdefault(os.path.abspath(clip.path), clip)
-    return list(first.values())
+        name = os.path.abspath(clip.path)
+        if first.setdefault(name, clip).label != clip.label:
+            others.setdefault(name, clip.label)
+    said = f"{len(clips)} rows name {len(first)} files, each is packed once" if len(clips) > len(first) else ""
+    if others:
+        name, label = next(iter(others.items()))
+        said += (
+            f"; of {len(others)} files with several labels the first is kept (the first: {name}, {first[name].label} and not "
+            f"{label}); to train on all rows keep {path} as data.train and give the folder as data.prepared"
+        )
+    return list(first.values()), said
 
 
 def record_of(number: int, clip: Clip, settings: Settings, frame_pattern: str) -> tuple[bytes, int]:
@@ -103,9 +112,7 @@ def _results(
     if not workers:
         yield from (_one(number, clip, settings, frame_pattern) for number, clip in work)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+    with worker_pool(workers, __name__) as pool:
         under_way: deque[Future] = deque()
         try:
             for number, clip in work:
@@ -223,9 +230,11 @@ def prepare(
         DataError: an unusable list, a folder of other settings, no good clip, a decoding process that was killed.
     """
     data, settings, out = data or DataConfig(), settings or Settings(), Path(out)
+    if shard_bytes < 1:
+        raise DataError(f"--shard_mib makes shards of {shard_bytes} bytes; give at least 1 MiB")
     if not 0 <= part[0] < part[1]:
         raise DataError(f"--shard is {part[0]}/{part[1]}; give i/n with i from 0 to n - 1")
-    clips = clips_of(list_path, data)
+    clips, repeats = clips_of(list_path, data)
     out.mkdir(parents=True, exist_ok=True)
     home = part_of(out, *part)
     names = hashlib.blake2b("\n".join(f"{clip.path}\t{clip.label}" for clip in clips).encode(), digest_size=16)
@@ -243,6 +252,8 @@ def prepare(
     log.info(
         "prepare: %d good clips, %d bad ones, %.1f MB in %s", counts["good"], counts["bad"], counts["bytes"] / 1e6, out
     )
+    if repeats:
+        log.info("prepare: %s", repeats)
     if not counts["good"]:
         raise DataError(f"none of the {counts['bad']} clips can be read; reasons in {home.with_suffix('.bad.jsonl')}")
     return counts | {"resumed": resumed}

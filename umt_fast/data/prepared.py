@@ -58,6 +58,8 @@ class Settings:
                 raise DataError(f"prepare: {name} is {getattr(self, name)}; it must be at least 1")
         if not 1 <= self.quality <= 100:
             raise DataError(f"prepare: quality is {self.quality}; it must lie in 1 to 100")
+        if not 0 <= self.seed < 2**63:
+            raise DataError(f"prepare: seed is {self.seed}; it must lie in [0, 2^63)")
 
 
 def candidates(num_frames: int, settings: Settings, rng: np.random.Generator) -> np.ndarray:
@@ -156,7 +158,7 @@ def read_part(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         return content | {"settings": Settings(**content["settings"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} was not written by `prepare` ({error})") from error
 
 
@@ -177,9 +179,14 @@ def index_lines(part: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _finished_parts(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"no folder of prepared clips at {folder}; make one with `prepare LIST --out {folder}`")
     found = sorted(folder.glob("part-*-of-*.json"))
     if not found:
-        raise DataError(f"{folder} holds no prepared clips; make them with `prepare LIST --out {folder}`")
+        raise DataError(
+            f"the folder {folder} holds no prepared clips (part-*-of-*.json); give a list of clips, or a folder that "
+            "`prepare LIST --out FOLDER` has written"
+        )
     contents = [read_part(path) for path in found]
     if len({(content["settings"], content["parts"], content["list"]) for content in contents}) > 1:
         raise DataError(f"the parts in {folder} were made with different settings, lists or numbers of parts")

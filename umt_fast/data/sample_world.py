@@ -12,13 +12,13 @@ sign: 2 of 4 classes, 50% at best. To do better a model must find the thing that
 from __future__ import annotations
 
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import av
 import numpy as np
+
+from umt_fast.data.workers import worker_pool
 
 SIZE = 48
 FRAMES = 16
@@ -233,7 +233,7 @@ def build(folder: str | Path, *, seed: int, train: int, test: int, labelled: int
             captions = list(first.values())
         (folder / f"{split}_captions.json").write_text(json.dumps(captions, indent=1))
         (folder / f"{split}.json").write_text(json.dumps([asdict(scene) for scene in scenes]))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver")) as pool:
+    with worker_pool(workers, __name__) as pool:
         list(pool.map(_write, work, chunksize=32))
     marker.write_text(json.dumps(numbers))
     return folder

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from umt_fast.config import DataConfig
 from umt_fast.data.manifest import Clip, DataError, read_list
 from umt_fast.data.video import VideoError, iterate_frames, open_video, rotation_of
+from umt_fast.data.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")
 
@@ -148,8 +147,7 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
     if resumed:
         log.info("scan: %d of %d clips were scanned before", resumed, len(clips))
     work = [(number, clip, data.frame_pattern) for number, clip in enumerate(clips) if number not in done]
-    context = multiprocessing.get_context("forkserver")
-    with open(partial, "a") as journal, ProcessPoolExecutor(max(1, workers), mp_context=context) as pool:
+    with open(partial, "a") as journal, worker_pool(max(1, workers), __name__) as pool:
         journal.write("\n" if resumed else "")  # ends a line cut short by a kill
         try:
             for count, (number, entry, reason) in enumerate(pool.map(_probe_one, work, chunksize=4), resumed + 1):

@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import re
+import stat
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from umt_fast.data.clip import Clip, DataError
 from umt_fast.data.video import VideoError
+from umt_fast.data.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")
 
@@ -105,6 +105,8 @@ def _index(tar: str) -> dict[str, Any]:
     Raises tarfile.TarError or OSError for a tar that is not whole.
     """
     state = os.stat(tar)
+    if not stat.S_ISREG(state.st_mode):
+        raise tarfile.ReadError("it is no regular file")
     media: dict[str, tuple[str, int, int]] = {}
     captions: dict[str, str | None] = {}
     with tarfile.open(tar, "r:") as file:
@@ -137,7 +139,7 @@ def _caption(content: bytes, suffix: str) -> str | None:
         return content.decode("utf-8", "replace")
     try:
         caption = json.loads(content)["caption"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return caption if isinstance(caption, str) else None
 
@@ -171,9 +173,8 @@ def _make_indices(tars: list[str], workers: int) -> None:
     if workers < 2 or len(todo) < 2:
         done = [_make_index(tar) for tar in todo]
     else:
-        context = multiprocessing.get_context("forkserver")
         try:
-            with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
+            with worker_pool(min(workers, len(todo)), __name__) as pool:
                 done = list(pool.map(_make_index, todo))
         except BrokenProcessPool as error:
             raise DataError("an indexing process was killed; run the same command again, it continues") from error

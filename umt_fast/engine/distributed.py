@@ -41,6 +41,8 @@ def distributed_run(run: RunConfig) -> Iterator[Ranks]:
     ranks = current_ranks(run)
     if not ranks.first:
         logging.getLogger("umt_fast").setLevel(logging.WARNING)
+        # Every rank reads the same weights: one says what does not fit, each of them ends with an error of its own.
+        logging.getLogger("umt_fast.weights").setLevel(logging.CRITICAL)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     else:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("umt_fast")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite where it is none, as a line cut short by a kill."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 class MetricsLog:
@@ -19,7 +29,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, start_step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= start_step]
+        kept = [line for line in self._lines() if _step_of(line) <= start_step]
         # Replaced, not rewritten in place: a kill between the two would lose the record of all steps.
         shortened = self.path.with_name(self.path.name + ".partial")
         shortened.write_text("".join(f"{line}\n" for line in kept))
@@ -34,8 +44,7 @@ class MetricsLog:
     def _lines(self) -> list[str]:
         if not self.path.exists():
             return []
-        lines = self.path.read_text().splitlines()
-        return [line for line in lines if line.startswith("{") and line.endswith("}")]
+        return self.path.read_text(errors="replace").splitlines()
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Appends rows, each with a `step`, as one block."""

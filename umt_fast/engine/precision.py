@@ -16,7 +16,7 @@ log = logging.getLogger("umt_fast")
 def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     """`auto` is this rank's GPU if there is one, else the CPU. Raises ConfigError for a GPU that is not there."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("run.device is 'cuda', but torch sees no GPU; use --run.device cpu")
+        raise ConfigError("device is 'cuda', but torch sees no GPU; use --device cpu (train: --run.device cpu)")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():

@@ -266,6 +266,8 @@ class Trainer:
                 "clips_per_step": self.clips_per_step,
                 "world_size": self.ranks.world_size,
                 "clips": self.identity,
+                "seed": self.run.seed,
+                "batch_size": self.run.batch_size,
             },
             "loader": gather(self.loader.state_dict()),
             "config": self.config_record,
@@ -311,11 +313,13 @@ class Trainer:
             ("world_size", self.ranks.world_size),
             ("clips_per_step", self.clips_per_step),
             ("steps_per_epoch", self.steps_per_epoch),
+            ("batch_size", self.run.batch_size),
+            ("seed", self.run.seed),
         ):
-            if saved[name] != now:
+            if saved.get(name, now) != now:  # older checkpoints do not say all
                 raise checkpoint.CheckpointError(
                     f"{path} was made with {name} {saved[name]}, this run has {now}: the order of clips would change. "
-                    "Continue with the same list, batch size, accumulation and number of ranks, or start a new run.out "
+                    "Continue with the same list, seed, batch size, accumulation and number of ranks, or start a new run.out "
                     "from these weights (--init)"
                 )
         if saved.get("clips", self.identity) != self.identity:  # older checkpoints do not say

@@ -80,6 +80,11 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds no tensors by name; expected a state dict, or one under {', '.join(_WRAPPERS)}"
         )
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    nameless = next((key for key in state if not isinstance(key, str)), None)
+    if nameless is not None:
+        raise WeightsError(
+            f"{path} has a tensor under {nameless!r}, which is no name; expected a state dict, as a module's state_dict() is"
+        )
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -335,7 +340,10 @@ def save_state(state: dict[str, Tensor], path: str | Path) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         if path.suffix == ".safetensors":
+            partial.touch()
+            mode = partial.stat().st_mode
             save_file(state, partial)
+            partial.chmod(mode)  # it writes a private temporary file; others read weights as they read any file
         else:
             torch.save(state, partial)
         os.replace(partial, path)

@@ -12,7 +12,7 @@ import torch
 
 from umt_fast.config import DataConfig, FinetuneConfig, Stage2Config, from_dict, require
 from umt_fast.data.captions import Tokens, load_tokenizer
-from umt_fast.data.manifest import check_labels, read_list
+from umt_fast.data.manifest import DataError, check_labels, read_list
 from umt_fast.data.queries import Joining, read_queries
 from umt_fast.engine.checkpoint import read_file
 from umt_fast.engine.distributed import Ranks
@@ -25,7 +25,7 @@ from umt_fast.tasks.classification import accuracy
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    if not checkpoint.exists():
+    if not (checkpoint.is_file() or checkpoint.is_dir()):
         raise WeightsError(f"no checkpoint at {checkpoint}")
     try:
         with quiet():
@@ -55,6 +55,7 @@ def evaluate_checkpoint(
     max_length: int = 0,
     memory_gib: float = 8.0,
     scores: Path | None = None,
+    tokenizer: str = "",
 ) -> dict[str, Any]:
     """Accuracy of a fine-tuned classifier, or zero-shot retrieval with a stage-2 model; over all ranks, the same on each.
 
@@ -66,6 +67,7 @@ def evaluate_checkpoint(
         joining: see data.queries.read_queries.
         max_length: tokens of a caption; 0: as in training.
         scores: file that the first rank writes retrieval.listing to.
+        tokenizer: a name or folder; empty: what the run was given.
 
     Raises:
         WeightsError: not a checkpoint of a run, or one of a kind that has nothing to be judged by (stage 1).
@@ -87,14 +89,14 @@ def evaluate_checkpoint(
         max_length == 0 or 2 <= max_length <= limit,
         f"max_length is {max_length}; it must lie in [2, {limit}], the positions this model's text encoder has (0: as trained)",
     )
+    words = _tokenizer(tokenizer, config, checkpoint)
     queries = read_queries(list_path, data.root, joining=joining, workers=data.workers)
     model = VideoText(
         config.student, config.text, num_layers=config.align.num_layers, output_dim=config.teacher.output_dim,
         embed_dim=config.embed_dim,
     )  # fmt: skip
     model.load_state_dict(weights)
-    tokenizer = load_tokenizer(config.tokenizer)
-    tokens = Tokens(queries.captions, tokenizer, max_length=max_length or config.max_length, sep=config.sep_token)
+    tokens = Tokens(queries.captions, words, max_length=max_length or config.max_length, sep=config.sep_token)
     whole = replace(data, augment="whole")
     figures, v2t, t2v = retrieval.evaluate(
         model.to(ranks.device), queries, tokens, whole, ranks, top_k=top_k, batch_size=batch_size,
@@ -103,6 +105,24 @@ def evaluate_checkpoint(
     if scores is not None and ranks.first:
         write_json(scores, retrieval.listing(queries, v2t, t2v))
     return figures
+
+
+def _tokenizer(given: str, config: Stage2Config, checkpoint: Path) -> Any:
+    """The given tokenizer, or the one the checkpoint's run had. Raises DataError, ConfigError: none, or not the model's."""
+    try:
+        tokenizer = load_tokenizer(given or config.tokenizer)
+    except DataError as error:
+        if given:
+            raise
+        raise DataError(
+            f"{error}. The run of {checkpoint} was given it; if it has moved, say where: --tokenizer"
+        ) from error
+    require(
+        len(tokenizer) <= config.text.vocab_size,
+        f"the tokenizer {given or config.tokenizer} has {len(tokenizer)} words, but the model of {checkpoint} knows "
+        f"{config.text.vocab_size}; give the one it was trained with: --tokenizer",
+    )
+    return tokenizer
 
 
 def _accuracy(
@@ -127,8 +147,11 @@ def _accuracy(
     )  # fmt: skip
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Replaces a file as a whole, or leaves it as it was."""
     temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(json.dumps(value) + "\n")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(value, indent=indent) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

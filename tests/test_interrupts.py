@@ -1,0 +1,133 @@
+"""Ctrl-C and kill -9 outside of training: one line or none, and no process left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from umt_fast import __main__ as command_line
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def group(leader: int) -> list[int]:
+    """The living processes of a process group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            state, _, number = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+        except (OSError, ValueError):  # no process, or one that has just ended
+            continue
+        if int(number) == leader and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def ends(leader: int, seconds: float = 30.0) -> bool:
+    limit = time.monotonic() + seconds
+    while group(leader) and time.monotonic() < limit:
+        time.sleep(0.05)
+    return not group(leader)
+
+
+@contextmanager
+def under_way(command: str, tiny_list: Path) -> Iterator[subprocess.Popen]:
+    """The command on a list that takes long, in a process group of its own, its workers at work."""
+    table, out = tiny_list.with_name("long.csv"), tiny_list.with_name("out")
+    links = [tiny_list.with_name(f"link{number}.mp4") for number in range(1500)]
+    for link in links:
+        link.symlink_to("video0.mp4")
+    table.write_text("".join(f"{link.name},0\n" for link in links))
+    words = [sys.executable, "-m", "umt_fast", command, str(table), "--out", str(out), "--workers", "2"]
+    begun = {"scan": out.with_name("out.partial"), "prepare": out / "part-0-of-1-00000.jsonl.writing"}[command]
+    with subprocess.Popen(
+        words, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        try:
+            while process.poll() is None and not (begun.exists() and begun.stat().st_size):
+                time.sleep(0.05)
+            assert process.poll() is None and len(group(process.pid)) >= 4
+            yield process
+        finally:
+            for left in group(process.pid):
+                os.kill(left, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("command", ["scan", "prepare"])
+def test_ctrl_c_is_one_line_and_ends_everything(command: str, tiny_list: Path) -> None:
+    with under_way(command, tiny_list) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and said.splitlines() == ["umt_fast: interrupted"], said
+        assert ends(process.pid)
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
+    """By far the longest part of a command's start."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import os, signal, sys, threading\n"
+        "def interrupt():\n"
+        "    while 'torch._C' not in sys.modules:\n"
+        "        pass\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "from umt_fast import __main__ as command_line\n"
+        "threading.Thread(target=interrupt).start()\n"
+        "sys.exit(command_line.main(['eval', 'a.pt', 'list.csv']))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    # Python may end itself by the signal then, which shells show as 130 too.
+    assert done.returncode in (130, -signal.SIGINT) and "Traceback" not in done.stderr
+    assert "umt_fast: interrupted" in done.stderr.splitlines()
+
+
+def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
+    program = (
+        "import sys\n"
+        "from umt_fast import __main__ as command_line\n"
+        "from umt_fast.data import workers\n"
+        "def scan(rest):\n"
+        "    print('started', flush=True)\n"
+        "    with workers.worker_pool(1, 'umt_fast.data.captions') as pool:\n"
+        "        pool.submit(abs, 1).result()\n"
+        "        raise AssertionError('not interrupted')\n"
+        "command_line.COMMANDS['scan'] = scan\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(command_line.main(['scan']))\n"
+    )
+    script = tiny_list.with_name("program.py")
+    script.write_text(program)
+    with subprocess.Popen(
+        [sys.executable, str(script)], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    ) as process:  # fmt: skip
+        process.stdout.readline()
+        time.sleep(1)  # the server is importing torch, which takes seconds
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and said.splitlines() == ["umt_fast: interrupted"], said
+        assert ends(process.pid)
+
+
+def test_workers_end_with_a_killed_scan(tiny_list: Path) -> None:
+    with under_way("scan", tiny_list) as process:
+        process.kill()
+        process.wait()
+        assert ends(process.pid)
+
+
+@pytest.mark.parametrize("name", list(command_line.COMMANDS))
+def test_ctrl_c_in_every_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupted(rest: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(command_line.COMMANDS, name, interrupted)
+    assert command_line.main([name]) == 130
+    assert capsys.readouterr().err == "umt_fast: interrupted\n"
