@@ -73,28 +73,27 @@ class Case:
         """Times `steps` steps after two warm-up steps; every figure of the JSON line, by name.
 
         make builds the road; flops: what a step of the fast road needs. They are what both roads are credited with: the
-        plain road's wasted operations are not.
+        plain road's wasted operations are not. The matmul rate is measured after each step: a shared machine's changes.
         """
+        computed = self.computed_in
         if self.road == "fast" and self.device.type == "cpu":
             keep_freed_memory()  # as every run does
         torch.manual_seed(0)
         step, timed = make()
         for number in range(2):
             step(number)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        clock = Clock(self.device)
+        clock, rates, peak = Clock(self.device), [], 0
         for number in range(self.steps):
+            restart_peak(self.device)
             clock.restart()
             step(number)
             clock.lap("step")
-        peak = peak_memory_bytes(self.device)
+            peak = max(peak, peak_memory_bytes(self.device))
+            rates.append(measure_matmul_rate(self.device, torch.bfloat16 if computed == "bf16" else torch.float32))
         parts = Clock(self.device)
         for number in range(max(1, self.steps // 2)):
             timed(number, parts)
-        seconds = statistics.median(clock.parts["step"])
-        computed = self.computed_in
-        rate = measure_matmul_rate(self.device, torch.bfloat16 if computed == "bf16" else torch.float32)
+        seconds, rate = statistics.median(clock.parts["step"]), statistics.median(rates)
         gpu = self.device.type == "cuda"
         return {
             "bench": bench,
@@ -117,6 +116,12 @@ class Case:
             "share_of_matmul_rate": round(flops / seconds / rate, 4),
             "peak_memory_gib": round(peak / 2**30, 3),
         }
+
+
+def restart_peak(device: torch.device) -> None:
+    """Forgets a GPU's peak so far: a matrix product that measures its rate takes memory too."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def checked_case(*, device: str, compiled: bool, **values: object) -> Case:

@@ -11,6 +11,7 @@ Legend: B clips, T frames, L patches a frame, N = T * L, n visible tokens a clip
 from __future__ import annotations
 
 import contextlib
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from umt_fast.bench.stage1 import Clock
+from umt_fast.bench.measure import Clock, restart_peak
 from umt_fast.config import Stage1Config
 from umt_fast.engine.host_memory import keep_freed_memory
 from umt_fast.engine.optim import build_optimizer
@@ -158,16 +159,17 @@ def profile(config: Stage1Config, device: torch.device, steps: int) -> dict[str,
     video = torch.randint(256, (config.run.batch_size, frames, side, side, 3), dtype=torch.uint8).to(device)
     for number in range(2):
         timed_step(objective, optimizer, video, number, Clock(device))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    clock = Clock(device)
+    peak = 0
+    clock, dtype = Clock(device), torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
+    found: dict[str, list[float]] = {"matmul": [], "copy": []}
     for number in range(steps):
+        restart_peak(device)
         timed_step(objective, optimizer, video, number, clock)
-    peak = peak_memory_bytes(device)
-    rates = {
-        "matmul": measure_matmul_rate(device, torch.bfloat16 if config.run.dtype == "bf16" else torch.float32),
-        "copy": measure_copy_rate(device),
-    }
+        peak = max(peak, peak_memory_bytes(device))
+        # After each step: a shared machine's rates change.
+        found["matmul"].append(measure_matmul_rate(device, dtype))
+        found["copy"].append(measure_copy_rate(device))
+    rates = {name: statistics.median(values) for name, values in found.items()}
     parameters = list(objective.student.parameters())
     cost_of = costs(config, sum(parameter.numel() for parameter in parameters))
     parts = []
