@@ -169,7 +169,7 @@ def test_jpegs_are_close_to_the_frames(tmp_path: Path, shared: Path) -> None:
 def test_parts_from_several_machines_make_the_whole_list(table: Path, tmp_path: Path) -> None:
     prepare(table, tmp_path / "whole", workers=0)
     for part in range(2):
-        with pytest.raises(DataError, match="holds no prepared|is not finished"):
+        with pytest.raises(DataError, match="no folder of prepared|is not finished"):
             read_list(tmp_path / "out", DataConfig()) if part else prepared.read_folder(tmp_path / "out")
         prepare(table, tmp_path / "out", part=(part, 2), workers=0)
     first, second = (read_list(tmp_path / name, DataConfig()) for name in ("whole", "out"))

@@ -23,6 +23,7 @@ from umt_fast.models.multimodal import VideoText
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.models.student import Student
 from umt_fast.models.text import TextEncoder
+from umt_fast.models.vit import Mlp as WideMlp
 from umt_fast.models.vit import VisionTransformer, drop_path, resized_table, sinusoid_table
 from umt_fast.models.weights import (
     WeightsError,
@@ -388,3 +389,19 @@ def test_the_limits_of_a_mask_are_those_of_its_kernels() -> None:
                 student=VitConfig(image_size=16 * side + 16), teacher=TeacherConfig(image_size=16 * side + 16),
                 mask=MaskConfig(kind=kind),
             )  # fmt: skip
+
+
+def test_the_mlp_keeps_one_wide_tensor_and_has_the_gradients_of_its_formula() -> None:
+    torch.manual_seed(0)
+    mlp = WideMlp(8, 32).double()
+    x, kept = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = mlp(x)
+    wide = {tensor.data_ptr() for tensor in kept if tensor.numel() == 3 * 5 * 32}
+    assert len(wide) == 1
+    plain = mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x)))
+    inputs, upstream = [x, *mlp.parameters()], torch.randn_like(out)
+    found, wanted = (torch.autograd.grad(result, inputs, upstream) for result in (out, plain))
+    torch.testing.assert_close(out, plain)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
