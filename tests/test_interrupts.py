@@ -16,6 +16,14 @@ from umt_fast import __main__ as command_line
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """Commands listen to Ctrl-C, also where the tests themselves run in the background and were started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def group(leader: int) -> list[int]:
     """The living processes of a process group."""
     found = []
@@ -66,6 +74,15 @@ def test_ctrl_c_is_one_line_and_ends_everything(command: str, tiny_list: Path) -
         said = process.communicate(timeout=60)[1]
         assert process.returncode == 130 and said.splitlines() == ["umt_fast: interrupted"], said
         assert ends(process.pid)
+
+
+def test_a_background_command_goes_on(tiny_list: Path) -> None:
+    """A script starts `command &` deaf to Ctrl-C; its workers must be so too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with under_way("scan", tiny_list) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 0 and "1500 good clips" in said, said
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:

@@ -52,8 +52,10 @@ def _await_server(context: BaseContext) -> None:
 
 def _begin(also: Callable[[], None] | None) -> None:
     end_with_parent()
-    # What a pool's worker has under way is worth nothing without its parent: Ctrl-C ends it at once, and silently.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # What a pool's worker has under way is worth nothing without its parent: Ctrl-C ends it at once, and silently, unless
+    # the command itself ignores it, as a script's background commands do.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if also is not None:
         also()
