@@ -21,6 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 
 _real_linspace = torch.linspace
 DEVICE = torch.device("cuda", 0)
+# Older ones do not show the graph of an operator of our own.
+OLDEST_TORCH = (2, 15)
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 _running: list[Any] = []
 
 

@@ -25,7 +25,7 @@ import torch
 import tyro
 
 from benchmarks.counted import Counter, Counts, Operation
-from benchmarks.fake_gpu import fake_gpu
+from benchmarks.fake_gpu import OLDEST_TORCH, TORCH, fake_gpu
 from umt_fast.bench.measure import Model, random_video
 from umt_fast.bench.profile import costs
 from umt_fast.bench.stage1 import fast_steps, plain_steps, stage1_config
@@ -202,6 +202,10 @@ def main(
         copy_gb_per_s: GB/s read and written, likewise.
         top: How many of the fast road's most expensive operations to list.
     """
+    if TORCH < OLDEST_TORCH:
+        raise ConfigError(
+            f"this is torch {torch.__version__}; predictions need {'.'.join(map(str, OLDEST_TORCH))} or newer"
+        )
     if batch_size < 1 or top < 0:
         raise ConfigError(f"batch_size is {batch_size} and top is {top}; they must be at least 1 and 0")
     if matmul_tflops < 0 or copy_gb_per_s < 0:

@@ -11,7 +11,7 @@ from torch import nn
 
 import kernels
 from benchmarks.counted import Counter, Counts, Operation
-from benchmarks.fake_gpu import fake_gpu, run_backward
+from benchmarks.fake_gpu import OLDEST_TORCH, TORCH, fake_gpu, run_backward
 from benchmarks.predict import count, figures, main, top
 from umt_fast.bench.measure import random_video
 from umt_fast.bench.profile import costs
@@ -19,6 +19,9 @@ from umt_fast.bench.stage1 import fast_steps, stage1_config
 from umt_fast.config import ConfigError
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
+pytestmark = pytest.mark.skipif(
+    TORCH < OLDEST_TORCH, reason=f"predictions need torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}; nothing else does"
+)
 CPU = torch.device("cpu")
 HOPPER = (9, 0)
 
