@@ -29,7 +29,7 @@ from benchmarks.fake_gpu import OLDEST_TORCH, TORCH, fake_gpu
 from umt_fast.bench.measure import Model, random_video
 from umt_fast.bench.profile import costs
 from umt_fast.bench.stage1 import fast_steps, plain_steps, stage1_config
-from umt_fast.config import ConfigError, Stage1Config
+from umt_fast.config import ConfigError, Stage1Config, check_number
 from umt_fast.plan import SHEETS, work_of
 from umt_fast.tokens import num_visible
 
@@ -208,6 +208,8 @@ def main(
         )
     if batch_size < 1 or top < 0:
         raise ConfigError(f"batch_size is {batch_size} and top is {top}; they must be at least 1 and 0")
+    check_number("matmul_tflops", matmul_tflops)
+    check_number("copy_gb_per_s", copy_gb_per_s)
     if matmul_tflops < 0 or copy_gb_per_s < 0:
         raise ConfigError(
             f"matmul_tflops is {matmul_tflops} and copy_gb_per_s is {copy_gb_per_s}; they must be positive, or 0 for the "

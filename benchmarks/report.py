@@ -175,6 +175,8 @@ def newest() -> Path:
 
 
 def main(folder: Path) -> None:
+    if not (folder / "machine.json").is_file():
+        sys.exit(f"benchmarks.report: {folder} holds no machine.json, which bash benchmarks/gpu.sh writes into OUT")
     text = tables(folder)
     (folder / "table.md").write_text(text)
     steps = sorted(folder.glob("steps_*.jsonl"))

@@ -216,6 +216,10 @@ def table(architectures: list[int]) -> str:
 
 if __name__ == "__main__":
     chosen = [int(text) for text in sys.argv[1:] if text.isdigit()] or [80, 90]
+    if min(chosen) < 80 or any(not text.isdigit() and text != "--table" for text in sys.argv[1:]):
+        sys.exit(
+            f"python -m kernels.build [--table] [80] [90] ...: {sys.argv[1:]} is not that; 80 (A100) is the oldest"
+        )
     if "--table" in sys.argv:
         print(table(chosen))
     else:

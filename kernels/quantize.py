@@ -177,6 +177,10 @@ def dequantize_product(
             f"product is {product.dtype} {tuple(product.shape)} and rows {tuple(rows.shape)}; they must be int32 (M, N) and "
             "(M, 1)"
         )
+    if {rows.dtype, scale.dtype, bias.dtype} != {torch.float32}:
+        raise ValueError(f"rows are {rows.dtype}, scale {scale.dtype} and bias {bias.dtype}; all must be float32")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype is {dtype!r}; it must be torch.float32, torch.bfloat16 or torch.float16")
     if scale.shape != product.shape[1:] or bias.shape != product.shape[1:]:
         raise ValueError(f"scale {tuple(scale.shape)} and bias {tuple(bias.shape)} must be ({product.shape[1]},)")
     if use_triton(road, product):

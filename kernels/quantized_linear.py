@@ -132,6 +132,10 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *, 
             f"weight is {weight.dtype} {tuple(weight.shape)} and x {tuple(x.shape)}; they must be int8 or float8_e4m3fn "
             "(N, K) and (..., K)"
         )
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"x is {x.dtype}; it must be float32, bfloat16 or float16")
+    if scale.dtype != torch.float32 or bias.dtype != torch.float32:
+        raise ValueError(f"scale is {scale.dtype} and bias {bias.dtype}; both must be float32")
     if scale.shape != weight.shape[:1] or bias.shape != weight.shape[:1]:
         raise ValueError(f"scale {tuple(scale.shape)} and bias {tuple(bias.shape)} must be ({weight.shape[0]},)")
     if road not in ("auto", *_ROADS):
@@ -144,4 +148,4 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *, 
         road = fits
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("quantized_linear has no gradient, but x requires one; call it on detached x or under no_grad")
-    return _ROADS[road](x.reshape(-1, x.shape[-1]), weight, scale, bias).view(*x.shape[:-1], -1)
+    return _ROADS[road](x.reshape(-1, x.shape[-1]), weight, scale, bias).view(*x.shape[:-1], weight.shape[0])

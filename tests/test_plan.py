@@ -72,6 +72,12 @@ def test_measured_figures_replace_the_assumed(tmp_path: Path) -> None:
     assert "700 TFLOP/s" in text and "25.0%" in text and text.count("measured: Some GPU, b16") == 2
     with pytest.raises(ConfigError, match="bench stage1"):
         report("tiny", config, PlanOptions(measured=str(tmp_path / "none")))
+    for rate in ("0", "-5", "NaN"):
+        (tmp_path / "line").write_text(
+            f'{{"matmul_tflops": {rate}, "share_of_matmul_rate": 0.25, "device": "x", "model": "b16"}}'
+        )
+        with pytest.raises(ConfigError, match="does not end with a line"):
+            report("tiny", config, PlanOptions(measured=str(tmp_path / "line")))
 
 
 def test_the_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

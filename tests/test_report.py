@@ -67,7 +67,17 @@ def test_odd_rows_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCap
     assert "not logged" in page and "<svg" not in page
 
 
-@pytest.mark.parametrize("content", ['{"seed": 0, "compar', "[]", "", '{"comparison": {"motion": {}}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"seed": 0, "compar',
+        "[]",
+        "",
+        '{"comparison": {"motion": {}}}',
+        "[" * 100_000,
+        '{"retrieval": {"clips": 0, "captions": 0}}',
+    ],
+)
 def test_damaged_results_are_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(ConfigError, match="results.json is damaged.*; delete it"):

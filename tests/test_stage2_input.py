@@ -9,6 +9,8 @@ from PIL import Image
 
 from tests.assets import tiny
 from umt_fast.__main__ import main
+from umt_fast.data.captions import load_tokenizer
+from umt_fast.data.manifest import DataError
 from umt_fast.models.student import Student
 from umt_fast.models.weights import save_state
 
@@ -170,3 +172,12 @@ def test_a_tokenizer_that_has_moved(world: Path, capsys: pytest.CaptureFixture) 
     assert json.loads(capsys.readouterr().out)["captions"] == 2
     (moved / "vocab.txt").write_text("\n".join([*WORDS, *map(str, range(20))]))
     assert "has 28 words, but the model of" in error_of(capsys, *evaluating, "--tokenizer", moved)
+
+
+def test_a_tokenizer_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes one of the special tokens alone, to which every word is unknown."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="no tokenizer 'no-such-tokenizer'"):
+        load_tokenizer("no-such-tokenizer")

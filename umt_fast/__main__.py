@@ -26,6 +26,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -392,7 +393,8 @@ def _stopped() -> type[Exception]:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns the exit status.
 
-    0; 2 with one line on stderr for input that cannot work; 130 with one line after Ctrl-C, as shells have it.
+    0, also of a run that SIGTERM told to save and stop; 2 with one line on stderr for input that cannot work; 130 with one
+    line after Ctrl-C, as shells have it.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -417,6 +419,7 @@ def _run(name: str, rest: list[str]) -> int:
         raise
     except _stopped() as stop:
         print(f"umt_fast: {stop}", file=sys.stderr)
+        return 130 if stop.number == signal.SIGINT else 0
     except _user_errors() as error:
         print(f"umt_fast: error: {error}", file=sys.stderr)
         return 2

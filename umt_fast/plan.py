@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -212,7 +213,10 @@ def _measured(path: str) -> tuple[float, float, str]:
     try:
         line = Path(path).read_text().strip().splitlines()[-1]
         entry = json.loads(line)
-        return entry["matmul_tflops"] * 1e12, entry["share_of_matmul_rate"], f"{entry['device']}, {entry['model']}"
+        matmul, share = entry["matmul_tflops"] * 1e12, entry["share_of_matmul_rate"]
+        if not (0 < matmul < math.inf and 0 < share < math.inf):
+            raise ValueError("a rate that is no rate")
+        return matmul, share, f"{entry['device']}, {entry['model']}"
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ConfigError(
             f"measured is {path}, which does not end with a line of `python -m umt_fast bench stage1`"

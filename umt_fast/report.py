@@ -277,7 +277,7 @@ def _section(make: Callable[[Path], str], path: Path) -> str:
         return make(path)
     except ConfigError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(
             f"{path} is damaged ({type(error).__name__}: {error}); delete it, and the report goes without it"
         ) from error

@@ -270,3 +270,23 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     with pytest.raises(ValueError, match="needs compute capability 8.9"):
         kernels.quantize_rows(torch.ones(1, 8, device=DEVICE), "fp8", road="triton")
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_no_rows(shape: tuple[int, ...]) -> None:
+    weight, scale = kernels.quantize_weight(torch.randn(32, 64), "int8")
+    x = torch.randn(shape)
+    assert kernels.quantized_linear(x, weight, scale, torch.zeros(32), road="reference").shape == (*shape[:-1], 32)
+
+
+def test_other_dtypes_are_refused() -> None:
+    weight, scale = kernels.quantize_weight(torch.randn(32, 64), "int8")
+    with pytest.raises(ValueError, match=r"x is torch\.int64"):
+        kernels.quantized_linear(torch.ones(2, 64, dtype=torch.int64), weight, scale, torch.zeros(32))
+    with pytest.raises(ValueError, match=r"scale is torch\.float64"):
+        kernels.quantized_linear(torch.ones(2, 64), weight, scale.double(), torch.zeros(32))
+    product, rows, columns = torch.ones(2, 3, dtype=torch.int32), torch.ones(2, 1), torch.ones(3)
+    with pytest.raises(ValueError, match=r"bias torch\.float16"):
+        kernels.dequantize_product(product, rows, columns, columns.half(), torch.float32)
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
+        kernels.dequantize_product(product, rows, columns, columns, torch.int8)

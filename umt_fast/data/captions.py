@@ -163,12 +163,15 @@ def load_tokenizer(name: str) -> Any:
     # Of a folder without a vocabulary a tokenizer is made all the same, to which every word is unknown.
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("vocab.txt", "tokenizer.json")):
         raise DataError(f"the folder {name} holds no tokenizer: neither vocab.txt nor tokenizer.json")
+    missing = f"no tokenizer {name!r}: neither a folder with a vocab.txt nor a name that can be fetched"
     try:
-        return BertTokenizerFast.from_pretrained(name)
+        tokenizer = BertTokenizerFast.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"no tokenizer {name!r}: neither a folder with a vocab.txt nor a name that can be fetched"
-        ) from error
+        raise DataError(missing) from error
+    # What cannot be fetched may come as its special tokens alone, without an error.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise DataError(missing)
+    return tokenizer
 
 
 class CaptionLoader:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -40,7 +41,11 @@ log = logging.getLogger("umt_fast")
 
 
 class Stopped(Exception):
-    """The run was told to stop by a signal and has saved; running it again continues."""
+    """The run was told to stop by a signal, `number`, and has saved; running it again continues."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by signal {number} at step {step}; run again to continue")
+        self.number = number
 
 
 class NonFiniteError(RuntimeError):
@@ -133,7 +138,7 @@ class Trainer:
                 while self.step < self.last_step and not self.stop_agreed:
                     self._epoch(run_step, metrics)
             if self.stop_agreed:
-                raise Stopped(f"stopped by signal {self.stop_agreed} at step {self.step}; run again to continue")
+                raise Stopped(self.stop_agreed, self.step)
         finally:
             if metrics is not None:
                 metrics.close()
@@ -365,10 +370,15 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Notes SIGTERM and SIGINT during the block; the loop saves and ends at its next safe point."""
+        """Notes SIGTERM and SIGINT during the block; the loop saves and ends at its next safe point, or at a second SIGINT."""
 
         def note(number: int, frame: object) -> None:
+            if number == self.stop_signal == signal.SIGINT:
+                raise KeyboardInterrupt
             self.stop_signal = number
+            if self.ranks.first:
+                # Not logged: the signal may have come while a line was being written.
+                os.write(2, f"signal {number}: saving and stopping after this step\n".encode())
 
         try:
             before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
