@@ -378,7 +378,7 @@ class Trainer:
             self.stop_signal = number
             if self.ranks.first:
                 # Not logged: the signal may have come while a line was being written.
-                os.write(2, f"signal {number}: saving and stopping after this step\n".encode())
+                os.write(2, f"signal {number}: saving and stopping at the next safe point\n".encode())
 
         try:
             before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
