@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -24,12 +25,26 @@ def _commit() -> str:
         return ""
 
 
+def _cpu() -> str:
+    """The processor as Linux names it, its cores here, and which instructions for small numbers it has."""
+    names = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    has = {
+        "AVX512-VNNI": torch.cpu._is_vnni_supported(),
+        "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
+        "AMX": torch.cpu._is_amx_tile_supported(),
+    }
+    instructions = "".join(f", {'with' if there else 'no'} {name}" for name, there in has.items())
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores{instructions}"
+
+
 def main() -> None:
     gpu = DEVICE.type == "cuda"
     dtypes = [torch.float32] + ([torch.bfloat16] if gpu or cpu_has_bf16() else [])
     rates = {str(dtype).split(".")[1]: round(measure_matmul_rate(DEVICE, dtype) / 1e12, 3) for dtype in dtypes}
     record = {
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if gpu else _cpu(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda if gpu else None,

@@ -1,14 +1,18 @@
 """The figures of a results folder as Markdown tables and a plot: `python -m benchmarks.report [FOLDER]`.
 
-Without FOLDER the newest one under benchmarks/results. Prints the tables, and writes table.md and plot.svg beside the figures.
+Without FOLDER the newest one under benchmarks/results. Prints the tables, and writes table.md and, of steps on a GPU,
+plot.svg beside the figures. What gpu.sh and what cpu.sh wrote is told by the files' names.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+from umt_fast.bench import profile
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -117,6 +121,70 @@ def profile_table(paths: list[Path]) -> str:
     return _table(["share of a step", *kinds], lines)
 
 
+def cpu_step_table(paths: list[Path]) -> str:
+    """Steps on a CPU, every round of them; ratios to the plain road told the same dtype, round by round."""
+    found: dict[tuple, dict[tuple[str, str], list[Row]]] = {}
+    for row in (row for path in paths for row in rows_of(path)):
+        eight = row["teacher_precision"] != "native"
+        name = f"{row['road']}, {row['teacher_precision']} teacher" if eight else row["road"]
+        same = row["dtype"] == row["computed_in"]
+        dtype = row["dtype"] if same else f"{row['dtype']}, computed in {row['computed_in']}"
+        about = (row["bench"], row["model"], row["batch_size"], row["dtype"])
+        found.setdefault(about, {}).setdefault((name, dtype), []).append(row)
+    table = []
+    for (bench, model, batch, _), roads in found.items():
+        plain = next((rows for (name, _), rows in roads.items() if name == "plain"), [])
+        for (name, dtype), rows in roads.items():
+            rates = [row["clips_per_s"] for row in rows]
+            ratios = [rate / other["clips_per_s"] for rate, other in zip(rates, plain, strict=False)]
+            table.append(
+                [f"{bench}, {model}, {batch} clips", name, dtype, ", ".join(f"{rate:.3f}" for rate in rates)]
+                + [", ".join(f"{ratio:.2f}" for ratio in ratios)]
+                + [f"{statistics.median(row['share_of_matmul_rate'] for row in rows):.0%}"]
+                + [f"{max(row['peak_memory_gib'] for row in rows):.2f}"]
+            )
+    head = ["step", "road", "dtype", "clips/s, each round", "against plain", "of the matmul rate", "peak GiB"]
+    return _table(head, table)
+
+
+def parts_table(path: Path) -> str:
+    """Each profile of a file: the parts of a step beside their floors."""
+    texts = []
+    for row in rows_of(path):
+        what = f"{row['model']}, {row['batch_size']} clips, {row['computed_in']}, {row['teacher_precision']} teacher"
+        texts.append(f"{what}\n\n{profile.table(row)}")
+    return "\n\n".join(texts)
+
+
+def input_table(path: Path) -> str:
+    """Clips per second of processor time of each reader, and against decord where it was there."""
+    rows = rows_of(path)
+    readers = list(rows[0]["clips_per_cpu_s"]) if rows else []
+    lines = []
+    for row in rows:
+        against = row.get("against_decord", {})
+        cells = [
+            f"{row['clips_per_cpu_s'][r]:.1f}" + (f" ({against[r]:.2f}x)" if r in against else "") for r in readers
+        ]
+        lines.append([row["file"], *cells])
+    if len(rows) > 1:
+        # As many clips of each file: rates add up as their inverses do.
+        mean = {r: len(rows) / sum(1 / row["clips_per_cpu_s"][r] for row in rows) for r in readers}
+        cells = [
+            f"{mean[r]:.1f}" + (f" ({mean[r] / mean['decord']:.2f}x)" if "decord" in mean else "") for r in readers
+        ]
+        lines.append(["together", *cells])
+    return _table(["clips/s and core of the loader (against decord)", *readers], lines)
+
+
+def soak_table(path: Path) -> str:
+    """Memory of the loader at the first, the middle and the last line."""
+    rows = rows_of(path)
+    chosen = [rows[number] for number in sorted({0, len(rows) // 2, len(rows) - 1})] if rows else []
+    lines = [[str(row["clips"]), f"{row['mib']['main']:.1f}", f"{row['mib']['children']:.1f}"] for row in chosen]
+    return _table(["clips read", "main, MiB", "workers, MiB"], lines)
+
+
 def step_plot(paths: list[Path]) -> str:
     """Clips per second of each road by batch size as an SVG of bars, one panel for each model."""
     colours = {"plain": "#9aa5b1", "fast": "#3b7dd8", "compiled": "#1d3f72"}
@@ -163,6 +231,10 @@ def tables(folder: Path) -> str:
     ]
     parts += [teacher_table(path) for path in sorted(folder.glob("teacher_*.jsonl"))]
     parts += [profile_table(profiles)] if profiles else []
+    cpu_steps = sorted(folder.glob("cpu_steps_*.jsonl"))
+    parts += [cpu_step_table(cpu_steps)] if cpu_steps else []
+    for pattern, render in (("parts_*.jsonl", parts_table), ("input.jsonl", input_table), ("soak.jsonl", soak_table)):
+        parts += [render(path) for path in sorted(folder.glob(pattern))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -170,13 +242,15 @@ def newest() -> Path:
     """The folder under benchmarks/results whose figures are the latest."""
     found = sorted(RESULTS.glob("*/machine.json"), key=lambda path: path.stat().st_mtime)
     if not found:
-        sys.exit(f"benchmarks.report: no results under {RESULTS}; bash benchmarks/gpu.sh writes them")
+        sys.exit(f"benchmarks.report: no results under {RESULTS}; benchmarks/gpu.sh and benchmarks/cpu.sh write them")
     return found[-1].parent
 
 
 def main(folder: Path) -> None:
     if not (folder / "machine.json").is_file():
-        sys.exit(f"benchmarks.report: {folder} holds no machine.json, which bash benchmarks/gpu.sh writes into OUT")
+        sys.exit(
+            f"benchmarks.report: {folder} holds no machine.json, which benchmarks/gpu.sh and benchmarks/cpu.sh write into OUT"
+        )
     text = tables(folder)
     (folder / "table.md").write_text(text)
     steps = sorted(folder.glob("steps_*.jsonl"))

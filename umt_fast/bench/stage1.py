@@ -173,6 +173,5 @@ def main(
     config = stage1_config(model, batch_size, case.computed_in, precision)
     found = parts.profile(config, case.device, steps)
     print(parts.table(found), file=sys.stderr)
-    print(
-        json.dumps({"bench": "profile", "model": model, "batch_size": batch_size, "torch": torch.__version__} | found)
-    )
+    about = {"bench": "profile", "model": model, "batch_size": batch_size, "torch": torch.__version__}
+    print(json.dumps(about | {"computed_in": case.computed_in, "teacher_precision": precision} | found))

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# Everything that is measured on a CPU, in parts; let nothing else run meanwhile:
+#
+#   bash benchmarks/cpu.sh [step|large|stage2|profile|input|soak|all]   OUT=folder (default benchmarks/results/new)
+#
+#   step     whole stage-1 steps of B/16 in turn: fast road, fast with an int8 teacher, plain road; then both roads told bf16
+#   large    the same of L/16, one step of each
+#   stage2   whole stage-2 steps of B/16, both roads
+#   profile  the parts of a fast step beside their floors, with the native and the int8 teacher
+#   input    the loader with several readers in turn (decord too, where it is installed)
+#   soak     the loader's memory over 20,000 clips
+#
+# Every figure of a step is of a process of its own, since a CPU's peak memory is the process's. Each part writes into OUT
+# beside machine.json and renews table.md. UMT_SIZES="tiny" tries the script; UMT_ROUNDS is how often the roads take turns.
+# Plain bf16 on a CPU without bf16 instructions takes minutes a step: UMT_DTYPES="fp32" leaves it out.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+part=${1:-all}
+case $part in step | large | stage2 | profile | input | soak | all) ;; *)
+    echo "benchmarks/cpu.sh: unknown part '$part'; choose step, large, stage2, profile, input, soak or all" >&2
+    exit 2
+    ;;
+esac
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results/new}
+SIZES=${UMT_SIZES:-b16 l16}
+DTYPES=${UMT_DTYPES:-fp32 bf16}
+SHARED=${UMT_SHARED:-../shared}
+mkdir -p "$OUT"
+wanted() { [[ $part == "$1" || $part == all ]]; }
+# Lines of a part that runs again take the place of its old ones.
+into() { rm -f "$OUT/$1.jsonl"; }
+bench() { # FILE, arguments of `bench`
+    local file=$1
+    shift
+    "$PYTHON" -m umt_fast bench "$@" --device cpu | tee -a "$OUT/$file.jsonl"
+}
+has_int8() { "$PYTHON" -c 'import sys, torch; sys.exit(not (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()))'; }
+int8=$(has_int8 && echo int8 || true)
+
+steps() { # FILE, model, clips, timed steps, rounds
+    for dtype in $DTYPES; do
+        local rounds=$5
+        # The plain road may have to emulate it: once is enough.
+        [[ $dtype == bf16 ]] && rounds=1
+        for _ in $(seq "$rounds"); do
+            for precision in native $int8; do
+                bench "$1" stage1 --model "$2" --batch_size "$3" --steps "$4" --dtype "$dtype" --precision "$precision"
+            done
+            bench "$1" stage1 --model "$2" --batch_size "$3" --steps $([[ $dtype == bf16 ]] && echo 1 || echo "$4") \
+                --dtype "$dtype" --road plain
+        done
+    done
+}
+
+"$PYTHON" -m benchmarks.machine >"$OUT/machine.json.partial"
+mv "$OUT/machine.json.partial" "$OUT/machine.json"
+for size in $SIZES; do
+    if [[ $size == l16 ]]; then
+        if wanted large; then into cpu_steps_l16 && steps cpu_steps_l16 l16 "${UMT_LARGE_CLIPS:-1}" 1 1; fi
+        continue
+    fi
+    if wanted step; then into "cpu_steps_$size" && steps "cpu_steps_$size" "$size" 4 3 "${UMT_ROUNDS:-2}"; fi
+    if wanted stage2; then
+        into "cpu_steps_stage2_$size"
+        for road in fast plain; do
+            bench "cpu_steps_stage2_$size" stage2 --model "$size" --batch_size 4 --steps 2 --dtype fp32 --road $road
+        done
+    fi
+    if wanted profile; then
+        into "parts_$size"
+        for precision in native $int8; do
+            bench "parts_$size" stage1 --model "$size" --steps 3 --dtype fp32 --precision "$precision" --profile True
+        done
+    fi
+done
+if wanted input; then
+    into input
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/bench_input.py \
+        --benchmark-json "$OUT/input.partial"
+    "$PYTHON" -c 'import json, sys
+for case in json.load(open(sys.argv[1]))["benchmarks"]:
+    print(json.dumps(case["extra_info"]))' "$OUT/input.partial" >"$OUT/input.jsonl"
+    rm "$OUT/input.partial"
+fi
+if wanted soak; then
+    into soak
+    "$PYTHON" -m benchmarks.soak_input "$SHARED"/videos/{test,demo,part_0}.mp4 | tee -a "$OUT/soak.jsonl"
+fi
+"$PYTHON" -m benchmarks.report "$OUT"
