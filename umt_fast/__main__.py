@@ -33,9 +33,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+from umt_fast import interrupts
 
-from umt_fast.config import ConfigError, check_number, require
+if __name__ == "__main__":
+    interrupts.end_at_once()  # before what takes long to import
+
+import tyro  # noqa: E402
+
+from umt_fast.config import ConfigError, check_number, require  # noqa: E402
 
 
 def _cli(function: Any, arguments: list[str], command: str, **keywords: Any) -> Any:
@@ -89,6 +94,7 @@ def _call(function: Any, *values: Any, **named: Any) -> Any:
         check_number(f"--{name}", value)
         negative = isinstance(value, (int, float)) and value < 0
         require(not negative, f"--{name} is {value}; it must not be negative")
+    interrupts.raise_again()
     return function(*values, **named)
 
 
@@ -132,6 +138,7 @@ def _train(arguments: list[str]) -> None:
     config = _cli(type(base), arguments[1:], f"train {arguments[0]}", default=base)
     from umt_fast.train import train
 
+    interrupts.raise_again()
     train(config)
 
 
@@ -401,11 +408,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip())
         return 0 if arguments else 2
+    interrupts.end_at_once()
     try:
         return _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
         print("umt_fast: interrupted", file=sys.stderr)
         return 130
+    finally:
+        interrupts.raise_again()
 
 
 def _run(name: str, rest: list[str]) -> int:
