@@ -178,7 +178,7 @@ def _scan(arguments: list[str]) -> None:
         Args:
             list_path: The list: path and label per line, or frame folders (path, number of frames, label).
             out: Manifest to write; the bad files go beside it. An interrupted scan continues.
-            workers: Decoding processes.
+            workers: Decoding processes; 0 decodes in this one.
             separator: Field separator of the list.
             root: Folder put before relative paths; empty: the list's own folder.
             frame_pattern: File name of frame i (from 1) in a list of frame folders.
