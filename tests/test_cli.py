@@ -303,7 +303,29 @@ def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, c
     assert main(arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(figures.read_text()) and printed["clips"] == 2 and printed["top5"] == 1.0
-    assert over_two_ranks(newest_tuned, tiny_list) == printed
+    scores = tmp_path / "scores.json"
+    assert over_two_ranks(newest_tuned, tiny_list, "--scores", scores) == printed
+    clips = json.loads(scores.read_text())["clips"]
+    assert [(clip["clip"], clip["label"]) for clip in clips] == [(str(tmp_path / f"video{n}.mp4"), n) for n in (0, 1)]
+    assert sum(clip["found"][0][0] == clip["label"] for clip in clips) == 2 * printed["top1"]
+    assert all(sum(share for _, share in clip["found"]) == pytest.approx(1, abs=1e-4) for clip in clips)
+    for option, value in (
+        ("top_k", 5),
+        ("captions", "paragraph"),
+        ("max_length", 9),
+        ("memory_gib", 1),
+        ("tokenizer", "x"),
+    ):
+        said = fails(capsys, "eval", newest_tuned, tiny_list, f"--{option}", value)
+        assert f"--{option} is for retrieval" in said and len(said.splitlines()) == 1
+    others = tiny_list.with_name("others.csv")
+    others.write_text("video0.mp4,5\n")
+    said = fails(capsys, "eval", newest_tuned, others)
+    assert "the first 5; this classifier knows no others" in said and "num_classes" not in said
+    broken = torch.load(newest_tuned, weights_only=True)
+    broken["model"]["head.bias"].fill_(float("nan"))
+    torch.save(broken, tmp_path / "broken.pt")
+    assert "logits are not finite" in fails(capsys, "eval", tmp_path / "broken.pt", tiny_list, "--workers", "0")
     assert "of a stage-1 run" in fails(capsys, "eval", newest, tiny_list)
 
 

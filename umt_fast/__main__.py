@@ -292,12 +292,12 @@ def _eval(arguments: list[str]) -> None:
             checkpoint: checkpoint-*.pt of a fine-tuning run (top-1 and top-5), or of stage 2 (zero-shot retrieval).
             list_path: Labelled clips, or captions (.json, SQLite or tar files).
             out: JSON file to write the figures to, besides printing them.
-            scores: JSON file for the ten best of every query, by name and with scores (retrieval).
+            scores: JSON file for the ten best of every query, or the five best classes of every clip, with scores.
             batch_size: Clips per rank and step.
             top_k: Candidates that the matching head re-ranks (retrieval); 0: none; more than there is: all.
             captions: A list of captions in one entry is a query each (MSVD), or one paragraph (DiDeMo, ActivityNet).
-            max_length: Tokens of a caption (DiDeMo 64, ActivityNet 150, LSMDC 96); 0: as in training.
-            memory_gib: Main memory of a rank for kept vision tokens and text outputs; beyond it a file in TMPDIR.
+            max_length: Tokens of a caption (DiDeMo 64, ActivityNet 150, LSMDC 96); 0: as in training (retrieval).
+            memory_gib: Main memory of a rank for kept vision tokens and text outputs; beyond it a file in TMPDIR (retrieval).
             workers: Decoding processes.
             separator: Field separator of a list of labelled clips.
             root: Folder put before relative paths; empty: the list's own folder.

@@ -68,13 +68,14 @@ def _captions(path: Path) -> DataError:
     )
 
 
-def check_labels(clips: Clips, num_classes: int, source: str) -> None:
+def check_labels(
+    clips: Clips, num_classes: int, source: str, remedy: str = "correct the list or set num_classes"
+) -> None:
     """Raises DataError where a label is no class."""
     outside = sorted(label for label in clips.values("label") if not 0 <= label < num_classes)
     if outside:
         raise DataError(
-            f"{source} has {len(outside)} labels outside 0 to {num_classes - 1}, the first {outside[0]}; "
-            "correct the list or set num_classes"
+            f"{source} has {len(outside)} labels outside 0 to {num_classes - 1}, the first {outside[0]}; {remedy}"
         )
 
 

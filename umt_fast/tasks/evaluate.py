@@ -59,26 +59,35 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Accuracy of a fine-tuned classifier, or zero-shot retrieval with a stage-2 model; over all ranks, the same on each.
 
-    All but `batch_size` is for retrieval alone; see `python -m umt_fast eval --help`.
+    All but `batch_size` and `scores` is for retrieval alone; see `python -m umt_fast eval --help`.
 
     Args:
         list_path: labelled clips for a classifier; a caption list (see data.entries) for retrieval.
         batch_size: clips per rank and step.
         joining: see data.queries.read_queries.
         max_length: tokens of a caption; 0: as in training.
-        scores: file that the first rank writes retrieval.listing to.
+        scores: file that the first rank writes retrieval.listing to, or {"clips": what classification.accuracy found}.
         tokenizer: a name or folder; empty: what the run was given.
 
     Raises:
         WeightsError: not a checkpoint of a run, or one of a kind that has nothing to be judged by (stage 1).
-        ConfigError: a number out of its range.
+        ConfigError: a number out of its range, or an option for retrieval given with a classifier.
         DataError: see data.queries.read_queries and retrieval.evaluate.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("top_k", top_k, 0), ("memory_gib", memory_gib, 0)):
         require(value >= least, f"{name} is {value}; it must be at least {least}")
     record, weights = _read(checkpoint)
     if "num_classes" in record:
-        return _accuracy(record, weights, list_path, data, batch_size, ranks)
+        for name, value, default in (
+            ("top_k", top_k, 128), ("captions", joining, "each"), ("max_length", max_length, 0),
+            ("memory_gib", memory_gib, 8.0), ("tokenizer", tokenizer, ""),
+        ):  # fmt: skip
+            require(value == default, f"--{name} is for retrieval, and {checkpoint} is a classifier; leave it out")
+        found: list[dict[str, Any]] | None = None if scores is None else []
+        figures = _accuracy(record, weights, list_path, data, batch_size, ranks, found)
+        if found is not None and ranks.first:
+            write_json(scores, {"clips": found})
+        return figures
     if "losses" not in record:
         raise WeightsError(
             f"{checkpoint} is of a stage-1 run; eval judges fine-tuned classifiers (accuracy) and stage-2 models (retrieval)"
@@ -132,9 +141,11 @@ def _accuracy(
     data: DataConfig,
     batch: int,
     ranks: Ranks,
+    found: list[dict[str, Any]] | None,
 ) -> dict[str, Any]:
     config = from_dict(FinetuneConfig, record | {"init": ""})
-    check_labels(read_list(list_path, data), config.num_classes, str(list_path))
+    remedy = "this classifier knows no others: give a list of its classes"
+    check_labels(read_list(list_path, data), config.num_classes, str(list_path), remedy)
     objective = Supervised(config)
     objective.trainable.load_state_dict(weights)
     logits = objective.to(ranks.device).eval().logits
@@ -142,7 +153,7 @@ def _accuracy(
     return dict(
         accuracy(
             logits, str(list_path), data, num_frames=vit.num_frames, image_size=vit.image_size, batch_size=batch,
-            device=ranks.device, rank=ranks.rank, world_size=ranks.world_size,
+            device=ranks.device, rank=ranks.rank, world_size=ranks.world_size, found=found,
         )
     )  # fmt: skip
 
