@@ -141,6 +141,15 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
             ],
             "at most 4096 tokens of a clip, and student.image_size 384 with student.patch_size 16 makes 4608",
         ),
+        (
+            ["train", "stage1_k710", "--student.image_size", "1040", "--teacher.image_size", "1040"],
+            "choose smaller pictures or larger patches",
+        ),
+        (
+            ["train", TINY, "--student.image_size", "528", "--teacher.image_size", "528", "--mask.kind", "random"],
+            "choose mask.kind 'tube', smaller pictures",
+        ),
+        (["train", TINY, "--student.mlp_ratio", "0.001"], "mlp_ratio is 0.001; it must be at least 1 / student.width"),
         (["bench", "stage3"], "unknown benchmark 'stage3'"),
         (["bench", "stage1", "--steps", "0"], "steps is 0"),
         (["report", "no/such/run"], "no run folder"),
@@ -442,6 +451,21 @@ def test_labels_that_are_no_class_are_refused(tiny_list: Path, tmp_path: Path, c
     assert "1 labels outside 0 to 1, the first 7" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "tower"),
+    [
+        ("student.mlp_ratio", 2**50, "allocate"),
+        ("student.width", 2**56, f"student.width {2**56}"),
+        ("teacher.width", 2**40, f"teacher.width {2**40}"),
+    ],
+)
+def test_a_model_larger_than_memory(
+    option: str, value: int, tower: str, tiny_list: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    said = fails(capsys, "train", TINY, "--data.train", tiny_list, "--run.out", tmp_path / "run", f"--{option}", value)
+    assert "does not fit into memory" in said and tower in said and len(said.splitlines()) == 1
+
+
 def test_fidelity_on_videos(tiny_list: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["bench", "fidelity", "--model", "tiny", "--device", "cpu", "--batch_size", "1", "--batches", "1"]
     code = main([*arguments, "--videos", str(tiny_list)])
@@ -449,3 +473,5 @@ def test_fidelity_on_videos(tiny_list: Path, capsys: pytest.CaptureFixture) -> N
     if code == 2 and "VNNI" in captured.err:
         pytest.skip(captured.err)
     assert code == 0 and json.loads(captured.out)["mask_overlap"] > 0.5
+    said = fails(capsys, *arguments[:-1], "3", "--videos", tiny_list)
+    assert "batches is 3, but" in said and "fills 2 of batch_size 1" in said

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -103,18 +105,34 @@ def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], t
     """Trains an objective, or one built once the list has been read, with a configuration's data, schedule and folder."""
     with distributed_run(config.run) as ranks, own_folder(Path(config.run.out), first=ranks.first):
         loader = build_loader(config, ranks.rank, ranks.world_size, ranks.device)
-        objective = objective if isinstance(objective, torch.nn.Module) else objective()
         # A packed step has as many images as clips besides.
         kinds = len(loader.parts) if isinstance(loader, PackedLoader) else 1
-        trainer = Trainer(
-            config.run,
-            config.optim,
-            objective,
-            loader,
-            num_sample=config.data.num_sample * kinds,
-            layer_of=getattr(objective, "layer_id", None),
-            num_layers=config.student.depth + 1,
-            config_record=to_dict(config),
-        )
+        with _model_fits(config):
+            objective = objective if isinstance(objective, torch.nn.Module) else objective()
+            trainer = Trainer(
+                config.run,
+                config.optim,
+                objective,
+                loader,
+                num_sample=config.data.num_sample * kinds,
+                layer_of=getattr(objective, "layer_id", None),
+                num_layers=config.student.depth + 1,
+                config_record=to_dict(config),
+            )
         trainer.train()
     return Path(config.run.out)
+
+
+@contextlib.contextmanager
+def _model_fits(config: AnyConfig) -> Iterator[None]:
+    """Raises ConfigError where the block, which makes the model, asks for more memory than there is."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # Allocators, of torch's CPU, CUDA and of Python, and sizes beyond 64 bits have no error of their own in common.
+        said = next(iter(str(error).splitlines()), "")
+        if not (isinstance(error, MemoryError) or re.search("allocate|out of memory|overflow", said)):
+            raise
+        towers = {name: getattr(config, name) for name in ("student", "teacher", "text") if hasattr(config, name)}
+        sizes = ", ".join(f"{name}.width {tower.width} and depth {tower.depth}" for name, tower in towers.items())
+        raise ConfigError(f"the model does not fit into memory ({said}); it has {sizes}: make it smaller") from error
