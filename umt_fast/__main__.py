@@ -252,12 +252,14 @@ def _prepare(arguments: list[str]) -> None:
 
 def _bench(arguments: list[str]) -> None:
     from umt_fast.bench import fidelity, stage1, stage2
+    from umt_fast.engine.precision import room_for
 
     known = {"stage1": stage1.main, "stage2": stage2.main, "fidelity": fidelity.main}
     if not arguments or arguments[0] not in known:
         given = f"unknown benchmark {arguments[0]!r}" if arguments else "bench needs the name of a benchmark"
         raise ConfigError(f"{given}; there are: {', '.join(known)}")
-    _cli(known[arguments[0]], arguments[1:], f"bench {arguments[0]}")
+    with room_for(f"bench {' '.join(arguments)}"):
+        _cli(known[arguments[0]], arguments[1:], f"bench {arguments[0]}")
 
 
 def _eval(arguments: list[str]) -> None:

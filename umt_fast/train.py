@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +16,7 @@ from umt_fast.data.loader import ClipLoader, open_loader
 from umt_fast.data.manifest import Clip, check_labels, read_list
 from umt_fast.engine.checkpoint import own_folder
 from umt_fast.engine.distributed import distributed_run
-from umt_fast.engine.precision import pick_device, usable_dtype
+from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.trainer import Trainer
 from umt_fast.models.quantized import require_precision
 from umt_fast.objectives.stage2 import VideoTextPretraining
@@ -107,7 +105,9 @@ def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], t
         loader = build_loader(config, ranks.rank, ranks.world_size, ranks.device)
         # A packed step has as many images as clips besides.
         kinds = len(loader.parts) if isinstance(loader, PackedLoader) else 1
-        with _model_fits(config):
+        towers = {name: getattr(config, name) for name in ("student", "teacher", "text") if hasattr(config, name)}
+        sizes = ", ".join(f"{name}.width {tower.width} and depth {tower.depth}" for name, tower in towers.items())
+        with room_for(f"the model ({sizes})"):
             objective = objective if isinstance(objective, torch.nn.Module) else objective()
             trainer = Trainer(
                 config.run,
@@ -121,18 +121,3 @@ def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], t
             )
         trainer.train()
     return Path(config.run.out)
-
-
-@contextlib.contextmanager
-def _model_fits(config: AnyConfig) -> Iterator[None]:
-    """Raises ConfigError where the block, which makes the model, asks for more memory than there is."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # Allocators, of torch's CPU, CUDA and of Python, and sizes beyond 64 bits have no error of their own in common.
-        said = next(iter(str(error).splitlines()), "")
-        if not (isinstance(error, MemoryError) or re.search("allocate|out of memory|overflow", said)):
-            raise
-        towers = {name: getattr(config, name) for name in ("student", "teacher", "text") if hasattr(config, name)}
-        sizes = ", ".join(f"{name}.width {tower.width} and depth {tower.depth}" for name, tower in towers.items())
-        raise ConfigError(f"the model does not fit into memory ({said}); it has {sizes}: make it smaller") from error
