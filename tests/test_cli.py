@@ -150,6 +150,14 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
             "choose mask.kind 'tube', smaller pictures",
         ),
         (["train", TINY, "--student.mlp_ratio", "0.001"], "mlp_ratio is 0.001; it must be at least 1 / student.width"),
+        (
+            ["bench", "stage1", "--model", "tiny", "--dtype", "fp32", "--batch_size", str(10**14)],
+            f"bench stage1 --model tiny --dtype fp32 --batch_size {10**14} does not fit into memory",
+        ),
+        (["scan", "list.csv", "--out", "pyproject.toml/x"], "cannot be written: pyproject.toml is not a folder"),
+        (["eval", "a.pt", "list.csv", "--out", "x.json", "--scores", "./x.json"], "are both x.json; give two files"),
+        (["eval", "tests", "list.csv"], "the folder tests is not a checkpoint; give a checkpoint-*.pt"),
+        (["convert", "tests", "out.safetensors"], "the folder tests is not a checkpoint; give a checkpoint-*.pt"),
         (["bench", "stage3"], "unknown benchmark 'stage3'"),
         (["bench", "stage1", "--steps", "0"], "steps is 0"),
         (["report", "no/such/run"], "no run folder"),
@@ -335,6 +343,11 @@ def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, c
     broken["model"]["head.bias"].fill_(float("nan"))
     torch.save(broken, tmp_path / "broken.pt")
     assert "logits are not finite" in fails(capsys, "eval", tmp_path / "broken.pt", tiny_list, "--workers", "0")
+    del broken["model"]["head.bias"]
+    torch.save(broken, tmp_path / "broken.pt")
+    assert "broken.pt does not fit the configured model: missing: head.bias" in fails(
+        capsys, "eval", tmp_path / "broken.pt", tiny_list
+    )
     assert "of a stage-1 run" in fails(capsys, "eval", newest, tiny_list)
 
 

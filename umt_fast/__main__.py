@@ -183,7 +183,7 @@ def _scan(arguments: list[str]) -> None:
             root: Folder put before relative paths; empty: the list's own folder.
             frame_pattern: File name of frame i (from 1) in a list of frame folders.
         """
-        if out.parent.is_dir():  # else it is made
+        if out.parent.exists():  # else it is made
             _output(out, list_path)
         data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
         scan(list_path, out, workers=workers, data=data)
@@ -309,6 +309,8 @@ def _eval(arguments: list[str]) -> None:
         """
         for path in (out, scores):
             _output(path, checkpoint, list_path)
+        if out is not None and scores is not None and out.resolve() == scores.resolve():
+            raise ConfigError(f"--out and --scores are both {out}; give two files")
         data = DataConfig(workers=workers, separator=separator, root=root, frame_pattern=frame_pattern)
         with distributed_run(RunConfig(device=device)) as ranks:
             figures = evaluate_checkpoint(

@@ -105,7 +105,7 @@ def _parse_line(path: Path, number: int, line: str, root: Path, separator: str) 
     if len(parts) < 2:
         raise DataError(
             f"{path}, line {number}: no separator {separator!r} in {line[:200]!r}; "
-            "expected path and label; for another separator set data.separator"
+            "expected path and label; for another separator set --separator (train: --data.separator)"
         )
     name, label, frames = separator.join(parts[:-1]), parts[-1].strip(), 0
     # Three fields mean path, frame count, label; a path that merely contains the separator has no bare number there.

@@ -14,11 +14,11 @@ from umt_fast.config import DataConfig, FinetuneConfig, Stage2Config, from_dict,
 from umt_fast.data.captions import Tokens, load_tokenizer
 from umt_fast.data.manifest import DataError, check_labels, read_list
 from umt_fast.data.queries import Joining, read_queries
-from umt_fast.engine.checkpoint import read_file
+from umt_fast.engine.checkpoint import CheckpointError, read_file
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.sharded_checkpoint import read_weights
 from umt_fast.models.multimodal import VideoText
-from umt_fast.models.weights import WeightsError, quiet
+from umt_fast.models.weights import WeightsError, fit, quiet
 from umt_fast.objectives.supervised import Supervised
 from umt_fast.tasks import retrieval
 from umt_fast.tasks.classification import accuracy
@@ -30,12 +30,8 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with quiet():
             content = read_weights(checkpoint) if checkpoint.is_dir() else read_file(checkpoint)
-        return dict(content["config"]), content["model"]
-    except FileNotFoundError as error:
-        raise WeightsError(
-            f"{checkpoint} is not a checkpoint of an umt_fast run: it has no {error.filename}"
-        ) from error
-    except OSError:
+        return dict(content["config"]), dict(content["model"])
+    except (CheckpointError, OSError):
         raise
     except Exception as error:  # what is no checkpoint fails in many ways
         raise WeightsError(
@@ -70,7 +66,8 @@ def evaluate_checkpoint(
         tokenizer: a name or folder; empty: what the run was given.
 
     Raises:
-        WeightsError: not a checkpoint of a run, or one of a kind that has nothing to be judged by (stage 1).
+        WeightsError, CheckpointError: not a checkpoint of a run, one whose weights are not of the sizes it names, or one of a
+            kind that has nothing to be judged by (stage 1).
         ConfigError: a number out of its range, or an option for retrieval given with a classifier.
         DataError: see data.queries.read_queries and retrieval.evaluate.
     """
@@ -84,7 +81,7 @@ def evaluate_checkpoint(
         ):  # fmt: skip
             require(value == default, f"--{name} is for retrieval, and {checkpoint} is a classifier; leave it out")
         found: list[dict[str, Any]] | None = None if scores is None else []
-        figures = _accuracy(record, weights, list_path, data, batch_size, ranks, found)
+        figures = _accuracy(checkpoint, record, weights, list_path, data, batch_size, ranks, found)
         if found is not None and ranks.first:
             write_json(scores, {"clips": found})
         return figures
@@ -104,7 +101,7 @@ def evaluate_checkpoint(
         config.student, config.text, num_layers=config.align.num_layers, output_dim=config.teacher.output_dim,
         embed_dim=config.embed_dim,
     )  # fmt: skip
-    model.load_state_dict(weights)
+    fit(model, weights, str(checkpoint))
     tokens = Tokens(queries.captions, words, max_length=max_length or config.max_length, sep=config.sep_token)
     whole = replace(data, augment="whole")
     figures, v2t, t2v = retrieval.evaluate(
@@ -135,6 +132,7 @@ def _tokenizer(given: str, config: Stage2Config, checkpoint: Path) -> Any:
 
 
 def _accuracy(
+    checkpoint: Path,
     record: dict[str, Any],
     weights: dict[str, torch.Tensor],
     list_path: Path,
@@ -147,7 +145,7 @@ def _accuracy(
     remedy = "this classifier knows no others: give a list of its classes"
     check_labels(read_list(list_path, data), config.num_classes, str(list_path), remedy)
     objective = Supervised(config)
-    objective.trainable.load_state_dict(weights)
+    fit(objective.trainable, weights, str(checkpoint))
     logits = objective.to(ranks.device).eval().logits
     vit = config.student
     return dict(
