@@ -17,6 +17,11 @@ Commands:
 
 from __future__ import annotations
 
+from umt_fast import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()  # before the other imports
+
 import contextlib
 import difflib
 import functools
@@ -33,14 +38,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from umt_fast import interrupts
+import tyro
 
-if __name__ == "__main__":
-    interrupts.end_at_once()  # before what takes long to import
-
-import tyro  # noqa: E402
-
-from umt_fast.config import ConfigError, check_number, require  # noqa: E402
+from umt_fast.config import ConfigError, check_number, require
 
 
 def _cli(function: Any, arguments: list[str], command: str, **keywords: Any) -> Any:

@@ -71,7 +71,9 @@ def room_for(what: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         # Allocators, of torch's CPU, CUDA and of Python, and sizes beyond 64 bits have no error of their own in common.
         said = next(iter(str(error).splitlines()), "")
-        if not (isinstance(error, MemoryError) or re.search("to allocate|out of memory|size calculation overflowed", said)):
+        if not (
+            isinstance(error, MemoryError) or re.search("to allocate|out of memory|size calculation overflowed", said)
+        ):
             raise
         raise ConfigError(f"{what} does not fit into memory; make it smaller ({said})") from error
 

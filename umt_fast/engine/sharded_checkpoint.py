@@ -149,7 +149,7 @@ def read_weights(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError for another folder.
     """
-    if not (path / REST).is_file():
+    if not (path / ".metadata").is_file():
         raise CheckpointError(
             f"the folder {path} is not a checkpoint; give a checkpoint-*.pt or checkpoint-*.sharded of a run"
         )
