@@ -141,6 +141,23 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
             ],
             "at most 4096 tokens of a clip, and student.image_size 384 with student.patch_size 16 makes 4608",
         ),
+        (
+            ["train", "stage1_k710", "--student.image_size", "1040", "--teacher.image_size", "1040"],
+            "choose smaller pictures or larger patches",
+        ),
+        (
+            ["train", TINY, "--student.image_size", "528", "--teacher.image_size", "528", "--mask.kind", "random"],
+            "choose mask.kind 'tube', smaller pictures",
+        ),
+        (["train", TINY, "--student.mlp_ratio", "0.001"], "mlp_ratio is 0.001; it must be at least 1 / student.width"),
+        (
+            ["bench", "stage1", "--model", "tiny", "--dtype", "fp32", "--batch_size", str(10**14)],
+            f"bench stage1 --model tiny --dtype fp32 --batch_size {10**14} does not fit into memory",
+        ),
+        (["scan", "list.csv", "--out", "pyproject.toml/x"], "cannot be written: pyproject.toml is not a folder"),
+        (["eval", "a.pt", "list.csv", "--out", "x.json", "--scores", "./x.json"], "are both x.json; give two files"),
+        (["eval", "tests", "list.csv"], "the folder tests is not a checkpoint; give a checkpoint-*.pt"),
+        (["convert", "tests", "out.safetensors"], "the folder tests is not a checkpoint; give a checkpoint-*.pt"),
         (["bench", "stage3"], "unknown benchmark 'stage3'"),
         (["bench", "stage1", "--steps", "0"], "steps is 0"),
         (["report", "no/such/run"], "no run folder"),
@@ -303,7 +320,34 @@ def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, c
     assert main(arguments) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(figures.read_text()) and printed["clips"] == 2 and printed["top5"] == 1.0
-    assert over_two_ranks(newest_tuned, tiny_list) == printed
+    scores = tmp_path / "scores.json"
+    assert over_two_ranks(newest_tuned, tiny_list, "--scores", scores) == printed
+    clips = json.loads(scores.read_text())["clips"]
+    assert [(clip["clip"], clip["label"]) for clip in clips] == [(str(tmp_path / f"video{n}.mp4"), n) for n in (0, 1)]
+    assert sum(clip["found"][0][0] == clip["label"] for clip in clips) == 2 * printed["top1"]
+    assert all(sum(share for _, share in clip["found"]) == pytest.approx(1, abs=1e-4) for clip in clips)
+    for option, value in (
+        ("top_k", 5),
+        ("captions", "paragraph"),
+        ("max_length", 9),
+        ("memory_gib", 1),
+        ("tokenizer", "x"),
+    ):
+        said = fails(capsys, "eval", newest_tuned, tiny_list, f"--{option}", value)
+        assert f"--{option} is for retrieval" in said and len(said.splitlines()) == 1
+    others = tiny_list.with_name("others.csv")
+    others.write_text("video0.mp4,5\n")
+    said = fails(capsys, "eval", newest_tuned, others)
+    assert "the first 5; this classifier knows no others" in said and "num_classes" not in said
+    broken = torch.load(newest_tuned, weights_only=True)
+    broken["model"]["head.bias"].fill_(float("nan"))
+    torch.save(broken, tmp_path / "broken.pt")
+    assert "logits are not finite" in fails(capsys, "eval", tmp_path / "broken.pt", tiny_list, "--workers", "0")
+    del broken["model"]["head.bias"]
+    torch.save(broken, tmp_path / "broken.pt")
+    assert "broken.pt does not fit the configured model: missing: head.bias" in fails(
+        capsys, "eval", tmp_path / "broken.pt", tiny_list
+    )
     assert "of a stage-1 run" in fails(capsys, "eval", newest, tiny_list)
 
 
@@ -420,6 +464,21 @@ def test_labels_that_are_no_class_are_refused(tiny_list: Path, tmp_path: Path, c
     assert "1 labels outside 0 to 1, the first 7" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "tower"),
+    [
+        ("student.mlp_ratio", 2**50, "allocate"),
+        ("student.width", 2**56, f"student.width {2**56}"),
+        ("teacher.width", 2**40, f"teacher.width {2**40}"),
+    ],
+)
+def test_a_model_larger_than_memory(
+    option: str, value: int, tower: str, tiny_list: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    said = fails(capsys, "train", TINY, "--data.train", tiny_list, "--run.out", tmp_path / "run", f"--{option}", value)
+    assert "does not fit into memory" in said and tower in said and len(said.splitlines()) == 1
+
+
 def test_fidelity_on_videos(tiny_list: Path, capsys: pytest.CaptureFixture) -> None:
     arguments = ["bench", "fidelity", "--model", "tiny", "--device", "cpu", "--batch_size", "1", "--batches", "1"]
     code = main([*arguments, "--videos", str(tiny_list)])
@@ -427,3 +486,5 @@ def test_fidelity_on_videos(tiny_list: Path, capsys: pytest.CaptureFixture) -> N
     if code == 2 and "VNNI" in captured.err:
         pytest.skip(captured.err)
     assert code == 0 and json.loads(captured.out)["mask_overlap"] > 0.5
+    said = fails(capsys, *arguments[:-1], "3", "--videos", tiny_list)
+    assert "batches is 3, but" in said and "fills 2 of batch_size 1" in said

@@ -17,6 +17,11 @@ Commands:
 
 from __future__ import annotations
 
+from umt_fast import interrupts
+
+if __name__ == "__main__":
+    interrupts.end_at_once()  # before the other imports
+
 import contextlib
 import difflib
 import functools
@@ -89,6 +94,7 @@ def _call(function: Any, *values: Any, **named: Any) -> Any:
         check_number(f"--{name}", value)
         negative = isinstance(value, (int, float)) and value < 0
         require(not negative, f"--{name} is {value}; it must not be negative")
+    interrupts.raise_again()
     return function(*values, **named)
 
 
@@ -132,6 +138,7 @@ def _train(arguments: list[str]) -> None:
     config = _cli(type(base), arguments[1:], f"train {arguments[0]}", default=base)
     from umt_fast.train import train
 
+    interrupts.raise_again()
     train(config)
 
 
@@ -171,12 +178,12 @@ def _scan(arguments: list[str]) -> None:
         Args:
             list_path: The list: path and label per line, or frame folders (path, number of frames, label).
             out: Manifest to write; the bad files go beside it. An interrupted scan continues.
-            workers: Decoding processes.
+            workers: Decoding processes; 0 decodes in this one.
             separator: Field separator of the list.
             root: Folder put before relative paths; empty: the list's own folder.
             frame_pattern: File name of frame i (from 1) in a list of frame folders.
         """
-        if out.parent.is_dir():  # else it is made
+        if out.parent.exists():  # else it is made
             _output(out, list_path)
         data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
         scan(list_path, out, workers=workers, data=data)
@@ -245,12 +252,14 @@ def _prepare(arguments: list[str]) -> None:
 
 def _bench(arguments: list[str]) -> None:
     from umt_fast.bench import fidelity, stage1, stage2
+    from umt_fast.engine.precision import room_for
 
     known = {"stage1": stage1.main, "stage2": stage2.main, "fidelity": fidelity.main}
     if not arguments or arguments[0] not in known:
         given = f"unknown benchmark {arguments[0]!r}" if arguments else "bench needs the name of a benchmark"
         raise ConfigError(f"{given}; there are: {', '.join(known)}")
-    _cli(known[arguments[0]], arguments[1:], f"bench {arguments[0]}")
+    with room_for(f"bench {' '.join(arguments)}"):
+        _cli(known[arguments[0]], arguments[1:], f"bench {arguments[0]}")
 
 
 def _eval(arguments: list[str]) -> None:
@@ -285,12 +294,12 @@ def _eval(arguments: list[str]) -> None:
             checkpoint: checkpoint-*.pt of a fine-tuning run (top-1 and top-5), or of stage 2 (zero-shot retrieval).
             list_path: Labelled clips, or captions (.json, SQLite or tar files).
             out: JSON file to write the figures to, besides printing them.
-            scores: JSON file for the ten best of every query, by name and with scores (retrieval).
+            scores: JSON file for the ten best of every query, or the five best classes of every clip, with scores.
             batch_size: Clips per rank and step.
             top_k: Candidates that the matching head re-ranks (retrieval); 0: none; more than there is: all.
             captions: A list of captions in one entry is a query each (MSVD), or one paragraph (DiDeMo, ActivityNet).
-            max_length: Tokens of a caption (DiDeMo 64, ActivityNet 150, LSMDC 96); 0: as in training.
-            memory_gib: Main memory of a rank for kept vision tokens and text outputs; beyond it a file in TMPDIR.
+            max_length: Tokens of a caption (DiDeMo 64, ActivityNet 150, LSMDC 96); 0: as in training (retrieval).
+            memory_gib: Main memory of a rank for kept vision tokens and text outputs; beyond it a file in TMPDIR (retrieval).
             workers: Decoding processes.
             separator: Field separator of a list of labelled clips.
             root: Folder put before relative paths; empty: the list's own folder.
@@ -300,6 +309,8 @@ def _eval(arguments: list[str]) -> None:
         """
         for path in (out, scores):
             _output(path, checkpoint, list_path)
+        if out is not None and scores is not None and out.resolve() == scores.resolve():
+            raise ConfigError(f"--out and --scores are both {out}; give two files")
         data = DataConfig(workers=workers, separator=separator, root=root, frame_pattern=frame_pattern)
         with distributed_run(RunConfig(device=device)) as ranks:
             figures = evaluate_checkpoint(
@@ -401,11 +412,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip())
         return 0 if arguments else 2
+    interrupts.end_at_once()
     try:
         return _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
         print("umt_fast: interrupted", file=sys.stderr)
         return 130
+    finally:
+        interrupts.raise_again()
 
 
 def _run(name: str, rest: list[str]) -> int:

@@ -16,7 +16,7 @@ from umt_fast.data.loader import ClipLoader, open_loader
 from umt_fast.data.manifest import Clip, check_labels, read_list
 from umt_fast.engine.checkpoint import own_folder
 from umt_fast.engine.distributed import distributed_run
-from umt_fast.engine.precision import pick_device, usable_dtype
+from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.trainer import Trainer
 from umt_fast.models.quantized import require_precision
 from umt_fast.objectives.stage2 import VideoTextPretraining
@@ -103,18 +103,21 @@ def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], t
     """Trains an objective, or one built once the list has been read, with a configuration's data, schedule and folder."""
     with distributed_run(config.run) as ranks, own_folder(Path(config.run.out), first=ranks.first):
         loader = build_loader(config, ranks.rank, ranks.world_size, ranks.device)
-        objective = objective if isinstance(objective, torch.nn.Module) else objective()
         # A packed step has as many images as clips besides.
         kinds = len(loader.parts) if isinstance(loader, PackedLoader) else 1
-        trainer = Trainer(
-            config.run,
-            config.optim,
-            objective,
-            loader,
-            num_sample=config.data.num_sample * kinds,
-            layer_of=getattr(objective, "layer_id", None),
-            num_layers=config.student.depth + 1,
-            config_record=to_dict(config),
-        )
+        towers = {name: getattr(config, name) for name in ("student", "teacher", "text") if hasattr(config, name)}
+        sizes = ", ".join(f"{name}.width {tower.width} and depth {tower.depth}" for name, tower in towers.items())
+        with room_for(f"the model ({sizes})"):
+            objective = objective if isinstance(objective, torch.nn.Module) else objective()
+            trainer = Trainer(
+                config.run,
+                config.optim,
+                objective,
+                loader,
+                num_sample=config.data.num_sample * kinds,
+                layer_of=getattr(objective, "layer_id", None),
+                num_layers=config.student.depth + 1,
+                config_record=to_dict(config),
+            )
         trainer.train()
     return Path(config.run.out)

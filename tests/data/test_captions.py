@@ -159,6 +159,25 @@ def test_columns_come_before_the_first_batch(tiny_list: Path) -> None:
         clips.add_columns(lambda rows: {})
 
 
+def test_hugging_face_out_of_reach_is_asked_once(vocabulary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its client reports it; what was fetched before is still found."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from transformers import BertTokenizerFast
+
+    tokenizer = load_tokenizer(str(vocabulary))
+
+    def out_of_reach(*_: object) -> str:
+        raise LocalEntryNotFoundError("no connection")
+
+    def cached(name: str, *, local_files_only: bool) -> BertTokenizerFast:
+        assert local_files_only == (name == "a-name")
+        return tokenizer
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", out_of_reach)
+    monkeypatch.setattr(BertTokenizerFast, "from_pretrained", cached)
+    assert load_tokenizer("a-name") is load_tokenizer(str(vocabulary)) is tokenizer
+
+
 def test_a_folder_without_a_vocabulary_is_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither vocab.txt nor tokenizer.json"):
         load_tokenizer(str(tmp_path))

@@ -166,6 +166,11 @@ def test_jpegs_are_close_to_the_frames(tmp_path: Path, shared: Path) -> None:
     assert 10 * np.log10(255**2 / ((stored - decoded) ** 2).mean()) > 35  # dB
 
 
+def test_a_part_without_a_clip(table: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--shard 98/99 has no clip: .* use fewer parts"):
+        prepare(table, tmp_path / "out", part=(98, 99), workers=0)
+
+
 def test_parts_from_several_machines_make_the_whole_list(table: Path, tmp_path: Path) -> None:
     prepare(table, tmp_path / "whole", workers=0)
     for part in range(2):

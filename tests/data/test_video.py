@@ -180,6 +180,11 @@ def test_scan_continues_after_a_kill(tmp_path: Path) -> None:
     assert not out.with_name("list.jsonl.partial").exists()
 
 
+def test_scan_without_workers(tiny_list: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("umt_fast.data.scan.worker_pool")
+    assert scan(tiny_list, tiny_list.with_name("manifest.jsonl"), workers=0)["good"] == 2
+
+
 def test_a_killed_scan_goes_on_and_ends_with_the_same_manifest(tmp_path: Path, tiny_list: Path) -> None:
     """A real SIGKILL to the whole process group, at three places; what was journalled is not decoded again."""
     names = [tiny_list.with_name(f"video{number % 2}.mp4") for number in range(60)]

@@ -228,16 +228,18 @@ def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
 
 def test_another_batch_size_cannot_continue(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2).train()
-    with pytest.raises(checkpoint.CheckpointError, match="clips_per_step"):
+    with pytest.raises(checkpoint.CheckpointError, match="made with run.batch_size 4, this run has 8"):
         trainer(tmp_path, batch=8).train()
+    with pytest.raises(checkpoint.CheckpointError, match="made with run.accumulate 1, this run has 2"):
+        trainer(tmp_path, accumulate=2).train()
 
 
 def test_another_order_of_clips_cannot_continue(tmp_path: Path) -> None:
     trainer(tmp_path, max_steps=2).train()
-    with pytest.raises(checkpoint.CheckpointError, match="made with seed 0, this run has 1: the order of clips"):
+    with pytest.raises(checkpoint.CheckpointError, match="made with run.seed 0, this run has 1: the order of clips"):
         trainer(tmp_path, seed=1).train()
     # As many clips in a step, but the place in the epoch counts batches.
-    with pytest.raises(checkpoint.CheckpointError, match="made with batch_size 4, this run has 2"):
+    with pytest.raises(checkpoint.CheckpointError, match="made with run.batch_size 4, this run has 2"):
         trainer(tmp_path, batch=2, accumulate=2).train()
     newest = checkpoint.checkpoints(tmp_path)[-1][1]
     content = torch.load(newest, weights_only=True)

@@ -88,6 +88,10 @@ def main(
 
         config.data = DataConfig(train=videos, workers=0)
         loader = build_loader(config, 0, 1, place)
+        if batches > len(loader):
+            raise ConfigError(
+                f"batches is {batches}, but {videos} fills {len(loader)} of batch_size {batch_size}; lower one of them"
+            )
         loader.set_epoch(0)
         clips = (batch["video"] for batch in loader)
     else:

@@ -54,7 +54,10 @@ class VitConfig:
         )
         for name in ("table_frames", "table_side"):
             require(getattr(self, name) >= 0, f"student.{name} is {getattr(self, name)}; it must not be negative")
-        require(self.mlp_ratio > 0, f"student.mlp_ratio is {self.mlp_ratio}; it must be positive")
+        require(
+            self.width * self.mlp_ratio >= 1,
+            f"student.mlp_ratio is {self.mlp_ratio}; it must be at least 1 / student.width = {1 / self.width:.3g}",
+        )
         require(0 <= self.drop_path < 1, f"student.drop_path is {self.drop_path}; it must lie in [0, 1)")
         require(
             0 <= self.checkpoint_blocks <= self.depth,

@@ -12,11 +12,12 @@ from umt_fast.config.run import DataConfig, OptimConfig, RunConfig
 
 def _check_mask(name: str, mask: MaskConfig, student: VitConfig, frames: int) -> None:
     """Raises ConfigError where the grid has more tokens than one draw takes: of a frame, or for `random` of the clip."""
-    side = student.image_size // student.patch_size
-    tokens = side * side * (frames // student.tubelet_size if mask.kind == "random" else 1)
-    most = MOST_TOKENS if mask.kind == "semantic" else MOST_SCORES
+    frame = (student.image_size // student.patch_size) ** 2
+    clip = frame * (frames // student.tubelet_size)
+    drawn = {"semantic": (frame, MOST_TOKENS), "random": (clip, MOST_SCORES), "tube": (frame, MOST_SCORES)}
+    tokens, most = drawn[mask.kind]
     where = "a clip" if mask.kind == "random" else "a frame"
-    others = {"semantic": "'tube'", "random": "'semantic' or 'tube'", "tube": ""}[mask.kind]
+    others = " or ".join(repr(kind) for kind, (count, limit) in drawn.items() if count <= limit)
     remedy = f"{name}.kind {others}, " if others else ""
     require(
         tokens <= most,

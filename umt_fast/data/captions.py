@@ -165,13 +165,28 @@ def load_tokenizer(name: str) -> Any:
         raise DataError(f"the folder {name} holds no tokenizer: neither vocab.txt nor tokenizer.json")
     missing = f"no tokenizer {name!r}: neither a folder with a vocab.txt nor a name that can be fetched"
     try:
-        tokenizer = BertTokenizerFast.from_pretrained(name)
+        # Where it cannot be reached, Hugging Face would be asked for each of ten files for half a minute.
+        unreachable = not Path(name).is_dir() and not _reached(name)
+        tokenizer = BertTokenizerFast.from_pretrained(name, local_files_only=unreachable)
     except (OSError, ValueError) as error:
         raise DataError(missing) from error
     # What cannot be fetched may come as its special tokens alone, without an error.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise DataError(missing)
     return tokenizer
+
+
+def _reached(name: str) -> bool:
+    """Whether Hugging Face answers, or has answered before, when asked for the first file of a tokenizer."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        hf_hub_download(name, "tokenizer_config.json")
+    except errors.LocalEntryNotFoundError:
+        return False
+    except (OSError, ValueError):  # an answer: no such name, or no such file
+        pass
+    return True
 
 
 class CaptionLoader:

@@ -68,13 +68,14 @@ def _captions(path: Path) -> DataError:
     )
 
 
-def check_labels(clips: Clips, num_classes: int, source: str) -> None:
+def check_labels(
+    clips: Clips, num_classes: int, source: str, remedy: str = "correct the list or set num_classes"
+) -> None:
     """Raises DataError where a label is no class."""
     outside = sorted(label for label in clips.values("label") if not 0 <= label < num_classes)
     if outside:
         raise DataError(
-            f"{source} has {len(outside)} labels outside 0 to {num_classes - 1}, the first {outside[0]}; "
-            "correct the list or set num_classes"
+            f"{source} has {len(outside)} labels outside 0 to {num_classes - 1}, the first {outside[0]}; {remedy}"
         )
 
 
@@ -104,7 +105,7 @@ def _parse_line(path: Path, number: int, line: str, root: Path, separator: str) 
     if len(parts) < 2:
         raise DataError(
             f"{path}, line {number}: no separator {separator!r} in {line[:200]!r}; "
-            "expected path and label; for another separator set data.separator"
+            "expected path and label; for another separator set --separator (train: --data.separator)"
         )
     name, label, frames = separator.join(parts[:-1]), parts[-1].strip(), 0
     # Three fields mean path, frame count, label; a path that merely contains the separator has no bare number there.

@@ -235,6 +235,8 @@ def prepare(
     if not 0 <= part[0] < part[1]:
         raise DataError(f"--shard is {part[0]}/{part[1]}; give i/n with i from 0 to n - 1")
     clips, repeats = clips_of(list_path, data)
+    if part[0] >= len(clips):
+        raise DataError(f"--shard {part[0]}/{part[1]} has no clip: {list_path} holds {len(clips)}; use fewer parts")
     out.mkdir(parents=True, exist_ok=True)
     home = part_of(out, *part)
     names = hashlib.blake2b("\n".join(f"{clip.path}\t{clip.label}" for clip in clips).encode(), digest_size=16)

@@ -6,6 +6,7 @@ While it runs, results are appended to `<manifest>.partial`; a scan started agai
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -127,7 +128,7 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
     Args:
         list_path: a list or an older manifest.
         out: manifest to write. Paths in it are absolute.
-        workers: processes.
+        workers: processes; 0 decodes in this one.
         data: separator, root and frame pattern of the list.
 
     Returns:
@@ -147,10 +148,13 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
     if resumed:
         log.info("scan: %d of %d clips were scanned before", resumed, len(clips))
     work = [(number, clip, data.frame_pattern) for number, clip in enumerate(clips) if number not in done]
-    with open(partial, "a") as journal, worker_pool(max(1, workers), __name__) as pool:
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(open(partial, "a"))
+        pool = stack.enter_context(worker_pool(workers, __name__)) if workers else None
+        results = pool.map(_probe_one, work, chunksize=4) if pool else map(_probe_one, work)
         journal.write("\n" if resumed else "")  # ends a line cut short by a kill
         try:
-            for count, (number, entry, reason) in enumerate(pool.map(_probe_one, work, chunksize=4), resumed + 1):
+            for count, (number, entry, reason) in enumerate(results, resumed + 1):
                 done[number] = (entry, reason)
                 journal.write(json.dumps([number, clips[number].path, entry, reason]) + "\n")
                 journal.flush()

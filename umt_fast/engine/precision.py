@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 import resource
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -58,6 +61,21 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+@contextlib.contextmanager
+def room_for(what: str) -> Iterator[None]:
+    """Raises ConfigError, naming `what`, where the block asks for more memory than there is."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # Allocators, of torch's CPU, CUDA and of Python, and sizes beyond 64 bits have no error of their own in common.
+        said = next(iter(str(error).splitlines()), "")
+        if not (
+            isinstance(error, MemoryError) or re.search("to allocate|out of memory|size calculation overflowed", said)
+        ):
+            raise
+        raise ConfigError(f"{what} does not fit into memory; make it smaller ({said})") from error
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -145,7 +145,14 @@ def read(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """`model`, its tensors whole, with the rest but without the optimizer's state; in one process."""
+    """`model`, its tensors whole, with the rest but without the optimizer's state; in one process.
+
+    Raises CheckpointError for another folder.
+    """
+    if not (path / ".metadata").is_file():
+        raise CheckpointError(
+            f"the folder {path} is not a checkpoint; give a checkpoint-*.pt or checkpoint-*.sharded of a run"
+        )
     reader = _Reader(path)
     index = reader.read_metadata().state_dict_metadata
     tensors = {

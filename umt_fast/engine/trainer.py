@@ -273,6 +273,7 @@ class Trainer:
                 "clips": self.identity,
                 "seed": self.run.seed,
                 "batch_size": self.run.batch_size,
+                "accumulate": self.run.accumulate,
             },
             "loader": gather(self.loader.state_dict()),
             "config": self.config_record,
@@ -314,16 +315,17 @@ class Trainer:
         if "trainer" not in content:
             raise checkpoint.CheckpointError(f"{path} holds weights alone; start a new run.out from them (--init)")
         saved = content["trainer"]
-        for name, now in (
-            ("world_size", self.ranks.world_size),
-            ("clips_per_step", self.clips_per_step),
-            ("steps_per_epoch", self.steps_per_epoch),
-            ("batch_size", self.run.batch_size),
-            ("seed", self.run.seed),
+        for key, name, now in (  # what a user sets before what follows from it
+            ("seed", "run.seed", self.run.seed),
+            ("batch_size", "run.batch_size", self.run.batch_size),
+            ("accumulate", "run.accumulate", self.run.accumulate),
+            ("world_size", "ranks:", self.ranks.world_size),
+            ("clips_per_step", "clips per step (with data.num_sample):", self.clips_per_step),
+            ("steps_per_epoch", "steps per epoch of its list:", self.steps_per_epoch),
         ):
-            if saved.get(name, now) != now:  # older checkpoints do not say all
+            if saved.get(key, now) != now:  # older checkpoints do not say all
                 raise checkpoint.CheckpointError(
-                    f"{path} was made with {name} {saved[name]}, this run has {now}: the order of clips would change. "
+                    f"{path} was made with {name} {saved[key]}, this run has {now}: the order of clips would change. "
                     "Continue with the same list, seed, batch size, accumulation and number of ranks, or start a new run.out "
                     "from these weights (--init)"
                 )
