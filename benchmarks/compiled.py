@@ -31,11 +31,12 @@ from torch._inductor.utils import get_fused_kernel_name
 
 from benchmarks.counted import Counts, Operation, bytes_of, products_of
 from benchmarks.fake_gpu import DEVICE, OLDEST_TORCH, TORCH
-from benchmarks.fake_inductor import lower
+from benchmarks.fake_inductor import build, lower
 from benchmarks.predict import CAPABILITIES, count, figures, fused, top
 from umt_fast.bench.measure import Model, random_video
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import ConfigError, Stage1Config
+from umt_fast.engine.compiling import OPTIONS
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 from umt_fast.plan import SHEETS
 
@@ -110,7 +111,7 @@ def compile_step(config: Stage1Config, capability: tuple[int, int]) -> Compiled:
         found.code.append(code)
 
     try:
-        lower(make, capability, note)
+        lower(make, capability, note, OPTIONS)
     finally:
         log.setLevel(level)
     return found
@@ -132,16 +133,26 @@ def passes(kernels: list[Operation], matmul: float, copy: float) -> dict[str, di
     }
 
 
-def predict(model: Model, batch_size: int, gpu: str, most: int) -> dict[str, object]:
-    """The JSON line."""
+def resources_of(codes: list[str], capability: tuple[int, int]) -> dict[str, object]:
+    """How many kernels Inductor wrote, and the bytes that a thread spills of those that do."""
+    found = {(number, name): row for number, code in enumerate(codes) for name, row in build(code, capability)}
+    spilling = {name: row["spilled_bytes"] for (_, name), row in found.items() if row["spilled_bytes"]}
+    return {"kernels": len(found), "spilling": spilling}
+
+
+def predict(model: Model, batch_size: int, gpu: str, most: int, built: bool = False) -> dict[str, object]:
+    """The JSON line; built: with the resources of Inductor's kernels."""
     sheet, capability = SHEETS[gpu], CAPABILITIES[gpu]
     rates = (sheet.matmul, sheet.bandwidth)
     eight = "fp8" if capability >= (9, 0) else "int8"
-    steps, kinds, kernels = {}, {}, {}
+    steps, kinds, kernels, machine = {}, {}, {}, {}
     for precision, label in (("native", ""), (eight, f", {eight} teacher")):
         config = stage1_config(model, batch_size, "bf16", precision)
         eager = count(config, "fast", capability)
-        found = compile_step(config, capability).kernels
+        compiled = compile_step(config, capability)
+        if built:
+            machine[f"compiled{label}"] = resources_of(compiled.code, capability)
+        found = compiled.kernels
         found += [operation for operation in eager.operations if operation.part == "optimizer"]
         kernels[precision], kinds[f"compiled{label}"] = found, passes(found, *rates)
         steps[f"eager{label}"] = figures(eager, batch_size, *rates)
@@ -152,7 +163,7 @@ def predict(model: Model, batch_size: int, gpu: str, most: int) -> dict[str, obj
     return {
         "bench": "compiled", "kind": "prediction", "model": model, "batch_size": batch_size, "gpu": sheet.name,
         "matmul_tflops": round(rates[0] / 1e12, 2), "copy_gb_per_s": round(rates[1] / 1e9, 1),
-        "torch": torch.__version__, "triton": triton.__version__, "steps": steps, "kinds": kinds,
+        "torch": torch.__version__, "triton": triton.__version__, "steps": steps, "kinds": kinds, "built": machine,
         "most_ms": top(kernels["native"], *rates, by="ms", most=most),
         "most_gb": top(generated, *rates, by="gb", most=most), "not_counted": NOT_COUNTED,
     }  # fmt: skip
@@ -178,14 +189,27 @@ def table(line: dict) -> str:
                 [f"prediction: {r['part']}", r["place"], r["operation"], r["calls"], f"{r['ms']:.2f}", f"{r['gb']:.2f}"]
                 for r in line[key]
             ]
+    for name, row in line["built"].items():
+        spilling = ", ".join(f"{kernel} ({size} bytes)" for kernel, size in row["spilling"].items()) or "none"
+        rows += [
+            [],
+            ["prediction", "kernels built", "that spill"],
+            ["---"] * 3,
+            [f"prediction: {name}", row["kernels"], spilling],
+        ]
     text = ["| " + " | ".join(map(str, row)) + " |" if row else "" for row in rows]
-    text += ["", f"prediction at {line['matmul_tflops']:.0f} TFLOP/s and {line['copy_gb_per_s']:.0f} GB/s (datasheet): sum "
-             "over kernels of max(FLOPs / matmul rate, bytes / copy rate); ideal: every elementwise pass fused. Not in it:"]  # fmt: skip
+    rates = f"{line['matmul_tflops']:.0f} TFLOP/s and {line['copy_gb_per_s']:.0f} GB/s (datasheet)"
+    text += ["", f"prediction at {rates}: sum over kernels of max(FLOPs / matmul rate, bytes / copy rate)."]
+    text += ["ideal: every elementwise pass fused into a neighbour. Not in it:"]
     return "\n".join(text + [f"- {what}" for what in line["not_counted"]])
 
 
 def main(
-    model: Model = "b16", batch_size: int = 64, gpu: Literal["a100", "h100", "h200"] = "h100", top: int = 12
+    model: Model = "b16",
+    batch_size: int = 64,
+    gpu: Literal["a100", "h100", "h200"] = "h100",
+    top: int = 12,
+    build: bool = False,
 ) -> None:
     """Compile a whole stage-1 step for a GPU and predict its floor; needs none. One JSON line, a table on stderr.
 
@@ -194,6 +218,7 @@ def main(
         batch_size: Clips per step.
         gpu: For which it is compiled, and whose datasheet gives the rates.
         top: How many of the most expensive kernels to list.
+        build: Compile Inductor's kernels to machine code too (a second each) and name those that spill registers.
     """
     if TORCH < OLDEST_TORCH:
         raise ConfigError(
@@ -201,7 +226,7 @@ def main(
         )
     if batch_size < 1 or top < 0:
         raise ConfigError(f"batch_size is {batch_size} and top is {top}; they must be at least 1 and 0")
-    line = predict(model, batch_size, gpu, top)
+    line = predict(model, batch_size, gpu, top, build)
     print(table(line), file=sys.stderr)
     print(json.dumps(line))
 

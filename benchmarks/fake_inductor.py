@@ -7,8 +7,12 @@ Autotuning, which would time candidates, is off, as it is by default.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import re
+import tempfile
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -23,11 +27,13 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes import joint_graph
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.runtime.triton_helpers import skip_gpu_driver_setup
 from torch._inductor.virtualized import V
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from benchmarks.fake_gpu import fake_gpu
+from kernels.build import resources
 
 # Streaming multiprocessors, by compute capability: an A100 of 80 GB, an H100 or H200 (SXM).
 _PROCESSORS = {(8, 0): 108, (9, 0): 132}
@@ -114,20 +120,45 @@ def _answers(capability: tuple[int, int], note: Callable[[GraphLowering, str], N
             DeviceProperties.create.cache_clear()
 
 
+def build(code: str, capability: tuple[int, int]) -> Iterator[tuple[str, dict[str, int]]]:
+    """Compiles Inductor's kernels in a graph's code down to machine code; their names and resources (kernels/build.py).
+
+    Of a kernel's candidates, between which a GPU would choose by time, the one that spills least counts.
+    """
+    with (
+        _answers(capability, lambda graph, code: None),
+        skip_gpu_driver_setup(),
+        inductor_config.patch(use_static_triton_launcher=False),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        for name, source in dict(re.findall(r"async_compile\.triton\('(\w+)', '{3}(.*?)'{3}", code, re.S)).items():
+            path = Path(folder) / f"{name}.py"
+            path.write_text(source)
+            spec = importlib.util.spec_from_file_location(name, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            kernel = getattr(module, name)
+            kernel.precompile(warm_cache_only=True)
+            candidates = [resources(found.kernel.asm["cubin"]) for found in kernel.compile_results]
+            yield name, min(candidates, key=lambda found: (found["spilled_bytes"], found["registers"]))
+
+
 def lower(
     make: Callable[[torch.device], tuple[nn.Module, tuple]],
     capability: tuple[int, int],
     note: Callable[[GraphLowering, str], None],
+    options: dict[str, Any],
 ) -> None:
     """Compiles a module and its backward pass, each as one graph, or fails as torch.compile would.
 
     make: gives module and arguments on a device. note: gets each graph once Inductor has scheduled it, and its code.
+    options: of Inductor.
     """
     # Patterns are traced once; on a device that is there, as it does not matter on which.
     joint_graph.lazy_init(torch.device("cpu"))
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
-        with _answers(capability, note):
+        with _answers(capability, note), inductor_config.patch(options):
             return compile_fx(graph, inputs)
 
     torch.compiler.reset()

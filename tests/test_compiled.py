@@ -1,7 +1,12 @@
 """The compiled training step of a GPU that is not there: one graph each way, every kernel counted, nothing copied."""
 
+import ast
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +27,7 @@ from benchmarks.predict import count
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import ConfigError, Stage1Config
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 AMPERE, HOPPER = (8, 0), (9, 0)
 
 
@@ -67,6 +73,14 @@ def test_what_the_products_give_is_not_copied(step: tuple) -> None:
     assert not copies
 
 
+def test_the_residual_stream_is_not_computed_anew(step: tuple) -> None:
+    config, _, found = step
+    tokens = 2 * 8 * 17 * config.teacher.width * 2
+    norms = [k.bytes for k in found.kernels if k.part == "teacher" and "native_layer_norm" in k.name]
+    # Reads it and two branches, writes it and its norm; the first comes as fp32.
+    assert tokens < max(norms) < 6.5 * tokens
+
+
 class _Two(nn.Module):
     """What the teacher does with a tap: two operators of ours and the next sum read it."""
 
@@ -85,19 +99,40 @@ def test_what_our_operators_read_is_stored_once() -> None:
         rows = torch.empty(4, 8, dtype=torch.int32, device=device)
         return _Two(), (x, torch.empty_like(x), rows, torch.empty(256, device=device))
 
-    lower(make, HOPPER, lambda graph, code: found.extend(kernels_of(graph)))
+    lower(make, HOPPER, lambda graph, code: found.extend(kernels_of(graph)), {})
     generated = sum(kernel.bytes for kernel in found if kernel.name.startswith(GENERATED))
     assert len(found) == 3 and generated == 3 * math.prod(shape) * 2, found
 
 
 def test_kernels_by_kind() -> None:
     found = passes(
-        [Operation("student", "Mlp", "addmm.default", 100.0, 0.0, 10.0), Operation("student", "Mlp", f"{GENERATED}gelu", 0.0, 0.0, 40.0),
+        [Operation("student", "Mlp", "addmm.default", 100.0, 0.0, 10.0),
+         Operation("student", "Mlp", f"{GENERATED}gelu", 0.0, 0.0, 40.0),
          Operation("rest", "", "align_loss.default", 0.0, 0.0, 2e9)],
         10.0, 2.0,
     )  # fmt: skip
     assert found["products"] == {"launches": 1, "ms": 10_000, "gb": 0} and found["generated"]["ms"] == 20_000
     assert found["calls"] == {"launches": 1, "ms": 1e12, "gb": 2}
+
+
+BUILD = """
+from benchmarks.compiled import compile_step, resources_of
+from tests.test_compiled import small
+found = compile_step(small("native"), ({major}, 0))
+print(resources_of(found.code[1:], ({major}, 0)))
+"""
+
+
+@pytest.mark.parametrize("major", [8, 9])
+def test_inductors_kernels_build_without_spills(major: int) -> None:
+    # A process of its own: here Triton may interpret, which rules compiling out.
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD.format(major=major)], env={**os.environ, "TRITON_INTERPRET": "0"}, cwd=REPOSITORY,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert found["kernels"] > 10 and not found["spilling"], found
 
 
 def test_line_and_table_say_prediction(capsys: pytest.CaptureFixture[str]) -> None:
