@@ -30,7 +30,7 @@ from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNo
 from torch._inductor.utils import get_fused_kernel_name
 
 from benchmarks.counted import Counts, Operation, bytes_of, products_of
-from benchmarks.fake_gpu import DEVICE, OLDEST_TORCH, TORCH
+from benchmarks.fake_gpu import DEVICE
 from benchmarks.fake_inductor import build, lower
 from benchmarks.predict import CAPABILITIES, count, figures, fused, top
 from umt_fast.bench.measure import Model, random_video
@@ -220,10 +220,6 @@ def main(
         top: How many of the most expensive kernels to list.
         build: Compile Inductor's kernels to machine code too (a second each) and name those that spill registers.
     """
-    if TORCH < OLDEST_TORCH:
-        raise ConfigError(
-            f"this is torch {torch.__version__}; predictions need {'.'.join(map(str, OLDEST_TORCH))} or newer"
-        )
     if batch_size < 1 or top < 0:
         raise ConfigError(f"batch_size is {batch_size} and top is {top}; they must be at least 1 and 0")
     line = predict(model, batch_size, gpu, top, build)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -66,6 +67,20 @@ def _accumulate(variable: Tensor, gradient: Tensor | None) -> None:
         variable.grad = torch.empty_like(variable).copy_(gradient)
 
 
+def _above(ends: Iterable[Any], nodes: Iterable[Any]) -> set[Any]:
+    """Those of the nodes whose running leads to one of the ends."""
+    users = defaultdict(list)
+    for node in nodes:
+        for follower, _ in node.next_functions:
+            users[follower].append(node)
+    found, stack = set(), list(ends)
+    while stack:
+        new = [user for user in users[stack.pop()] if user not in found]
+        found.update(new)
+        stack += new
+    return found
+
+
 def _edge_of(tensor: Tensor) -> tuple[Any, int]:
     """The node that receives a tensor's gradient, and in which place."""
     node = tensor.grad_fn
@@ -87,6 +102,8 @@ def run_backward(
     with torch.enable_grad():
         wanted_at = [] if accumulate_grad else [_edge_of(tensor) for tensor in inputs]
     ends = {node for node, _ in wanted_at}
+    # Nobody asks for what the others give, and some must not run.
+    idle = set() if accumulate_grad else waits.keys() - _above(ends, waits)
     wanted = {}
 
     def give(node: Any, place: int, gradient: Tensor | None) -> None:
@@ -114,9 +131,10 @@ def run_backward(
         with _marked(node):
             if node in ends:
                 wanted[node] = list(slots)
-            elif hasattr(node, "variable"):
-                _accumulate(node.variable, slots[0])
-            elif any(slot is not None for slot in slots):
+            if hasattr(node, "variable"):
+                if accumulate_grad:
+                    _accumulate(node.variable, slots[0])
+            elif node not in idle and any(slot is not None for slot in slots):
                 written_in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
                 found = node.apply(*slots) if written_in_python else node(*slots)
         slots.clear()

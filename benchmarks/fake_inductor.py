@@ -17,6 +17,15 @@ from typing import Any
 from unittest import mock
 
 import torch
+
+from benchmarks.fake_gpu import OLDEST_TORCH, TORCH, fake_gpu
+from kernels.build import resources
+
+if TORCH < OLDEST_TORCH:
+    raise ImportError(
+        f"this is torch {torch.__version__}; predictions need {'.'.join(map(str, OLDEST_TORCH))} or newer"
+    )
+
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 import triton
@@ -31,9 +40,6 @@ from torch._inductor.runtime.triton_helpers import skip_gpu_driver_setup
 from torch._inductor.virtualized import V
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
-
-from benchmarks.fake_gpu import fake_gpu
-from kernels.build import resources
 
 # Streaming multiprocessors, by compute capability: an A100 of 80 GB, an H100 or H200 (SXM).
 _PROCESSORS = {(8, 0): 108, (9, 0): 132}
