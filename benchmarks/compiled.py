@@ -7,8 +7,8 @@ launched, Inductor's own or a library's or ours, FLOPs and bytes are counted, th
 
     floor = sum over kernels of max(FLOPs / matmul rate, bytes / copy rate)
 
-with the rates of a datasheet. Inductor's kernels read each input and write each result once; what they keep in between is
-not seen by memory.
+with the rates of a datasheet. Inductor's kernels read each input and write each result once. `ideal` is the bound `fused` of
+predict.py.
 """
 
 from __future__ import annotations
