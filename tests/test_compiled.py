@@ -58,6 +58,8 @@ def test_the_step_compiles_as_one_graph_each_way(step: tuple) -> None:
     names = [kernel.name.removeprefix("umt_kernels.").removesuffix(".default") for kernel in found.kernels]
     for name in ("patch_gather", "semantic_mask", "gather_norm", "token_gather", "align_loss", "align_loss_backward"):
         assert name in names, names
+    # Nothing on the host, for which a stream would wait.
+    assert not any("empty_strided_cpu(" in code or ".item()" in code for code in found.code)
     # Of our operators and of attention the arithmetic is that of the eager step.
     eager = count(config, "fast", capability).operations
     for flops in ("products", "products8"):
@@ -107,6 +109,18 @@ def test_what_our_operators_read_is_stored_once() -> None:
     generated = sum(kernel.bytes for kernel in found if kernel.name.startswith(GENERATED))
     # Two terms in, their sum and what the next makes of it out.
     assert len(found) == 3 and generated == 4 * 4 * 64 * 256 * 2, found
+
+
+def test_what_inductor_would_time_is_left_out() -> None:
+    """Rows of 588 numbers, the patches of CLIP's L/14, which Inductor may pad."""
+    found: list[Operation] = []
+
+    def make(device: torch.device) -> tuple[nn.Module, tuple[Tensor]]:
+        layer = nn.Linear(588, 1024, bias=False).to(device)
+        return layer, (torch.empty(100352, 588, device=device),)
+
+    lower(make, HOPPER, lambda graph, code: found.extend(kernels_of(graph)), {})
+    assert [kernel.products for kernel in found] == [2 * 100352 * 588 * 1024] * 2
 
 
 def test_kernels_by_kind() -> None:
