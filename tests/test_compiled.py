@@ -116,8 +116,8 @@ def test_what_inductor_would_time_is_left_out() -> None:
     found: list[Operation] = []
 
     def make(device: torch.device) -> tuple[nn.Module, tuple[Tensor]]:
-        layer = nn.Linear(588, 1024, bias=False).to(device)
-        return layer, (torch.empty(100352, 588, device=device),)
+        layer = nn.Linear(588, 1024, bias=False, dtype=torch.bfloat16).to(device)
+        return layer, (torch.empty(100352, 588, dtype=torch.bfloat16, device=device),)
 
     lower(make, HOPPER, lambda graph, code: found.extend(kernels_of(graph)), {})
     assert [kernel.products for kernel in found] == [2 * 100352 * 588 * 1024] * 2
