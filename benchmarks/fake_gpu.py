@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -66,31 +67,61 @@ def _accumulate(variable: Tensor, gradient: Tensor | None) -> None:
         variable.grad = torch.empty_like(variable).copy_(gradient)
 
 
-@torch.no_grad()
-def run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor], *_: object, **__: object) -> None:
-    """What torch.autograd's engine does for `backward()`, in its order, without streams and threads of a device.
+def _above(ends: Iterable[Any], nodes: Iterable[Any]) -> set[Any]:
+    """Those of the nodes whose running leads to one of the ends."""
+    users = defaultdict(list)
+    for node in nodes:
+        for follower, _ in node.next_functions:
+            users[follower].append(node)
+    found, stack = set(), list(ends)
+    while stack:
+        new = [user for user in users[stack.pop()] if user not in found]
+        found.update(new)
+        stack += new
+    return found
 
-    The graph is given up on the way, so that what a node has saved is freed once the node has run.
+
+def _edge_of(tensor: Tensor) -> tuple[Any, int]:
+    """The node that receives a tensor's gradient, and in which place."""
+    node = tensor.grad_fn
+    return (node, tensor.output_nr) if node is not None else (tensor.view_as(tensor).grad_fn.next_functions[0][0], 0)
+
+
+@torch.no_grad()
+def run_backward(
+    outputs: Sequence[Tensor], gradients: Sequence[Tensor], keep_graph: bool = False, create_graph: bool = False,
+    inputs: Sequence[Tensor] = (), allow_unused: bool = True, *, accumulate_grad: bool, **_: object,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """What torch.autograd's engine does for `backward()` and `grad()`, in its order, without a device's streams and threads.
+
+    The graph is given up on the way of `backward()`, so that what a node has saved is freed once the node has run.
     """
     ready, received = [], {}
     nodes = [output.grad_fn for output in outputs]
     waits = _dependencies(nodes)
+    with torch.enable_grad():
+        wanted_at = [] if accumulate_grad else [_edge_of(tensor) for tensor in inputs]
+    ends = {node for node, _ in wanted_at}
+    # Nobody asks for what the others give, and some must not run.
+    idle = set() if accumulate_grad else waits.keys() - _above(ends, waits)
+    wanted = {}
 
     def give(node: Any, place: int, gradient: Tensor | None) -> None:
         slots = received.setdefault(node, [None] * len(node._input_metadata))
         if gradient is None:
             return
         with _marked(node):
-            wanted = node._input_metadata[place]
+            told = node._input_metadata[place]
             # Formulas leave it to the engine to undo broadcasting.
-            gradient = gradient.sum_to_size(wanted.shape).to(wanted.dtype)
+            gradient = gradient.sum_to_size(told.shape).to(told.dtype)
             slots[place] = gradient if slots[place] is None else slots[place] + gradient
 
     for output, node, gradient in zip(outputs, nodes, gradients, strict=True):
         give(node, output.output_nr, gradient)
         heapq.heappush(ready, (-node._sequence_nr(), id(node), node))
-        # The caller's tensor would keep the whole graph.
-        output.detach_()
+        if accumulate_grad:
+            # The caller's tensor would keep the whole graph.
+            output.detach_()
     del nodes, node
     while ready:
         node = heapq.heappop(ready)[2]
@@ -98,9 +129,12 @@ def run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor], *_: obj
         del waits[node]
         found: Any = ()
         with _marked(node):
+            if node in ends:
+                wanted[node] = list(slots)
             if hasattr(node, "variable"):
-                _accumulate(node.variable, slots[0])
-            elif any(slot is not None for slot in slots):
+                if accumulate_grad:
+                    _accumulate(node.variable, slots[0])
+            elif node not in idle and any(slot is not None for slot in slots):
                 written_in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
                 found = node.apply(*slots) if written_in_python else node(*slots)
         slots.clear()
@@ -114,6 +148,7 @@ def run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor], *_: obj
                 if not waits[follower]:
                     heapq.heappush(ready, (-follower._sequence_nr(), id(follower), follower))
         del node, edges
+    return tuple(wanted[node][place] if node in wanted else None for node, place in wanted_at)
 
 
 def _flash(

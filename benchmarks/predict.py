@@ -9,7 +9,8 @@ optimizer is counted (counted.py), and
 
 with the rates of a datasheet, or measured ones. That is the eager step whose every operation runs at full rate and whose
 launches are free: a prediction, and a bound. `fused` is the same for the parts of umt_fast/bench/profile.py, which counts
-what is left when every elementwise pass is fused into a neighbour, as a compiler would at best.
+what is left when every elementwise pass is fused into a neighbour: more than a compiler can do. What Inductor makes of the
+step is counted by compiled.py.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ from torch import Tensor
 
 Road = Literal["auto", "reference", "triton"]
 ROADS = ("auto", "reference", "triton")
+# Of operators that take tensors of any strides. Without it a compiler copies what it has not stored yet, to be sure of the
+# strides it traced, and stores it again for its other users.
+ANY_STRIDES = (torch.Tag.flexible_layout,)
 
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("kernels_road", default="auto")
 _checked: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels_checked", default=False)

@@ -19,7 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, no_second_gradient, on_device, power_of_two, use_triton, warps_for
+from kernels._launch import (
+    ANY_STRIDES,
+    Road,
+    check_visible,
+    no_second_gradient,
+    on_device,
+    power_of_two,
+    use_triton,
+    warps_for,
+)
 
 Normalize = Literal["l2", "none"]
 Loss = Literal["l2", "mse", "smooth_l1"]
@@ -141,7 +150,7 @@ def _arguments(student: Tensor, target: Tensor, visible: Tensor | None, weight: 
     return (*pointers, weight.contiguous(), bias.contiguous(), batch * n, n, tokens)
 
 
-@torch.library.custom_op("umt_kernels::align_loss", mutates_args=())
+@torch.library.custom_op("umt_kernels::align_loss", mutates_args=(), tags=ANY_STRIDES)
 def _align_loss(
     student: Tensor, target: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, eps: float, normalize: bool,
     loss: int,
@@ -163,7 +172,7 @@ def _(student, target, visible, weight, bias, eps, normalize, loss):
     return student.new_empty(student.shape[0], student.shape[1] * student.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("umt_kernels::align_loss_backward", mutates_args=())
+@torch.library.custom_op("umt_kernels::align_loss_backward", mutates_args=(), tags=ANY_STRIDES)
 def _align_loss_backward(
     dout: Tensor, student: Tensor, target: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
     normalize: bool, loss: int,
@@ -186,7 +195,7 @@ def _align_loss_backward(
 
 @_align_loss_backward.register_fake
 def _(dout, student, target, visible, weight, bias, eps, normalize, loss):
-    return student.new_empty(student.shape), torch.empty_like(weight), torch.empty_like(bias)
+    return student.new_empty(student.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
 _align_loss_backward.register_autograd(no_second_gradient)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, on_device, power_of_two, use_triton, values_can_be_checked
+from kernels._launch import ANY_STRIDES, Road, check_visible, on_device, power_of_two, use_triton, values_can_be_checked
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _channel_last(video: Tensor) -> Tensor:
     return video if video.dtype == torch.uint8 else video.permute(0, 2, 3, 4, 1)
 
 
-@torch.library.custom_op("umt_kernels::patch_gather", mutates_args=())
+@torch.library.custom_op("umt_kernels::patch_gather", mutates_args=(), tags=ANY_STRIDES)
 def _patch_gather(
     video: Tensor,
     visible: Tensor,

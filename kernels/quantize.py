@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, on_device, power_of_two, use_triton, warps_for
+from kernels._launch import ANY_STRIDES, Road, on_device, power_of_two, use_triton, warps_for
 
 Precision = Literal["int8", "fp8"]
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -69,7 +69,7 @@ def dequantize_kernel(out, product, rows, scale, bias, M, N: tl.constexpr, ROWS:
     tl.store(out + i_row * N + o[None, :], value.to(out.dtype.element_ty), mask=below & inside)
 
 
-@torch.library.custom_op("umt_kernels::quantize_rows", mutates_args=())
+@torch.library.custom_op("umt_kernels::quantize_rows", mutates_args=(), tags=ANY_STRIDES)
 def _quantize_rows(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     dtype = DTYPES[precision]
@@ -95,7 +95,7 @@ def _(x, precision):
     return x.new_empty(x.shape, dtype=DTYPES[precision]), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-@torch.library.custom_op("umt_kernels::dequantize_product", mutates_args=())
+@torch.library.custom_op("umt_kernels::dequantize_product", mutates_args=(), tags=ANY_STRIDES)
 def _dequantize_product(product: Tensor, rows: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     product, rows, scale, bias = (tensor.contiguous() for tensor in (product, rows, scale, bias))
     out = torch.empty(product.shape, dtype=dtype, device=product.device)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _philox
-from kernels._launch import Road, interpreted, on_device, power_of_two, use_triton
+from kernels._launch import ANY_STRIDES, Road, interpreted, on_device, power_of_two, use_triton
 
 # Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
 _IMPOSSIBLE = tl.constexpr(-1000.0)
@@ -118,7 +118,7 @@ def tiling(tokens: int, width: int, element_bytes: int) -> dict[str, int]:
     return {"BLOCK": block, "BLOCK_D": channels, "STAGES": stages, "num_warps": warps}
 
 
-@torch.library.custom_op("umt_kernels::semantic_mask", mutates_args=())
+@torch.library.custom_op("umt_kernels::semantic_mask", mutates_args=(), tags=ANY_STRIDES)
 def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_scores: bool) -> tuple[Tensor, Tensor]:
     rows, heads, width = q.shape
     tokens = k.shape[2] - 1
@@ -143,7 +143,7 @@ def _(q, k, num_visible, seed, with_scores):
     return out, q.new_empty((rows, tokens) if with_scores else (0,), dtype=torch.float32)
 
 
-@torch.library.custom_op("umt_kernels::sample_visible", mutates_args=())
+@torch.library.custom_op("umt_kernels::sample_visible", mutates_args=(), tags=ANY_STRIDES)
 def _sample_visible(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
     rows, tokens = scores.shape
     out = torch.empty(rows, num_visible, dtype=torch.int32, device=scores.device)

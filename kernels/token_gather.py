@@ -20,7 +20,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import Road, check_visible, no_second_gradient, on_device, power_of_two, use_triton, warps_for
+from kernels._launch import (
+    ANY_STRIDES,
+    Road,
+    check_visible,
+    no_second_gradient,
+    on_device,
+    power_of_two,
+    use_triton,
+    warps_for,
+)
 
 
 @triton.jit
@@ -67,7 +76,7 @@ def gather_norm_kernel(
     tl.store(out + i_row * C + o, (standard * b_weight + b_bias).to(out.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("umt_kernels::token_gather", mutates_args=())
+@torch.library.custom_op("umt_kernels::token_gather", mutates_args=(), tags=ANY_STRIDES)
 def _token_gather(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
     x, visible = x.contiguous(), visible.contiguous()
     batch, tokens, width = x.shape
@@ -87,7 +96,7 @@ def _(x, visible, table):
     return x.new_empty(*visible.shape, x.shape[2])
 
 
-@torch.library.custom_op("umt_kernels::token_gather_backward", mutates_args=())
+@torch.library.custom_op("umt_kernels::token_gather_backward", mutates_args=(), tags=ANY_STRIDES)
 def _token_gather_backward(dout: Tensor, visible: Tensor, tokens: int) -> Tensor:
     dout, visible = dout.contiguous(), visible.contiguous()
     batch, n, width = dout.shape
@@ -122,7 +131,7 @@ def _backward(ctx, dout):
 _token_gather.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("umt_kernels::gather_norm", mutates_args=())
+@torch.library.custom_op("umt_kernels::gather_norm", mutates_args=(), tags=ANY_STRIDES)
 def _gather_norm(x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x, visible = x.contiguous(), None if visible is None else visible.contiguous()
     batch, tokens, width = x.shape

@@ -170,6 +170,22 @@ def test_gradients_are_those_of_the_engine() -> None:
         torch.testing.assert_close(found.grad, expected.grad, msg=name)
 
 
+def test_gradients_of_chosen_tensors_are_those_of_the_engine() -> None:
+    torch.manual_seed(0)
+    weight, x, unused = torch.randn(4, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True), torch.ones(2)
+
+    def gradients() -> tuple[torch.Tensor | None, ...]:
+        hidden = (x @ weight).relu()
+        chosen = [hidden, x, unused.requires_grad_()]
+        return torch.autograd.grad((hidden @ weight + x).square().sum(), chosen, allow_unused=True)
+
+    expected = gradients()
+    with mock.patch("torch.autograd._engine_run_backward", run_backward):
+        found = gradients()
+    assert expected[2] is found[2] is weight.grad is x.grad is None
+    torch.testing.assert_close(found[:2], expected[:2])
+
+
 def test_a_real_step_is_counted_too() -> None:
     config = stage1_config("tiny", 2, "fp32")
     video = random_video(2, 8, 64, CPU)

@@ -28,6 +28,7 @@ from umt_fast.bench.measure import (
 )
 from umt_fast.bench.plain import PlainStage1, draw_mask, fill_at_random
 from umt_fast.config import AlignConfig, ConfigError, RunConfig, Stage1Config, TeacherPrecision
+from umt_fast.engine import compiling
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.models.quantized import require_precision
 from umt_fast.models.sizes import student_size, teacher_size
@@ -49,7 +50,7 @@ def fast_steps(config: Stage1Config, video: Tensor, device: torch.device, compil
     """The training step, and the same step with a clock at each part's end."""
     objective = UnmaskedAlignment(config).to(device).train()
     optimizer = build_optimizer(objective.trainable, config.optim, lr=1e-4)
-    run = torch.compile(objective, fullgraph=True, dynamic=False) if compiled else objective
+    run = compiling.compiled(objective) if compiled else objective
     batch = {"video": video}
     precision = autocast(device, config.run.dtype)
 

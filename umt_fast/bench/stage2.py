@@ -28,6 +28,7 @@ from umt_fast.bench.measure import (
 from umt_fast.bench.plain import fill_at_random
 from umt_fast.bench.plain_stage2 import PlainStage2
 from umt_fast.config import AlignConfig, ConfigError, RunConfig, Stage2Config, TextConfig
+from umt_fast.engine import compiling
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.objectives.stage2 import VideoTextPretraining
@@ -77,7 +78,7 @@ def fast_steps(
     """What `train` runs."""
     objective = VideoTextPretraining(config, mask_id=MASK_ID, special=SPECIAL).to(device).train()
     optimizer = build_optimizer(objective.trainable, config.optim, lr=1e-4)
-    run = torch.compile(objective) if compiled else objective
+    run = compiling.compiled(objective) if compiled else objective
     batch = {"video": video, **captions}
 
     def step(number: int) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from umt_fast.config import ConfigError, OptimConfig, RunConfig
 from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
+from umt_fast.engine.compiling import compiled
 from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
 from umt_fast.engine.graphed import GraphedStep, require_graphs
 from umt_fast.engine.logging import MetricsLog, progress_line
@@ -350,8 +351,8 @@ class Trainer:
         if self.sharded:
             return module
         if self.run.compile:
-            # One graph or an error: a break would cost speed in silence. Batches of images and of clips get one each.
-            module = torch.compile(module, fullgraph=True, dynamic=False)
+            # Batches of images and of clips get a graph each.
+            module = compiled(module)
         if self.run.cuda_graph:
             return GraphedStep(module, self.parameters, self.run.accumulate)
         if self.ranks.world_size > 1:

@@ -256,7 +256,8 @@ class ClipTeacher(nn.Module):
             kept = visible + visible // per_frame + 1
             whole = [*taps, last.finish(x, q, k, v)]
             rows = [self._normed(tap.view(batch, frames * (per_frame + 1), -1), kept) for tap in whole]
-        return torch.stack([row.reshape(batch, n, -1) for row in rows]) @ self.proj
+        # Of matrices, a compiler lets the products write their rows of the result, and copies none.
+        return torch.cat([row.flatten(0, 1) @ self.proj for row in rows]).view(len(rows), batch, n, -1)
 
     def _normed(self, tap: Tensor, kept: Tensor) -> Tensor:
         """ln_post of the kept rows of a tap."""

@@ -43,8 +43,7 @@ class VisionTower(Student):
         if not heads:
             return normed[-1], None
         position = self.position[visible]
-        outputs = [head.head(tap + position) for head, tap in zip(self.clip_decoder, normed, strict=True)]
-        return normed[-1], torch.stack(outputs)
+        return normed[-1], self.heads([tap + position for tap in normed])
 
     def embed_packed(
         self, batches: Sequence[tuple[Tensor, Tensor]], *, heads: bool = False
@@ -56,8 +55,8 @@ class VisionTower(Student):
         if not heads:
             return [(part, None) for part in tokens]
         position = torch.cat([self.position[visible].flatten(0, 1) for _, visible in batches])
-        outputs = [head.head(tap + position) for head, tap in zip(self.clip_decoder, normed, strict=True)]
-        return list(zip(tokens, packing.split(torch.stack(outputs), 1), strict=True))
+        outputs = self.heads([tap + position for tap in normed])
+        return list(zip(tokens, packing.split(outputs, 1), strict=True))
 
     def pool(self, tokens: Tensor, frames: int = 1) -> Tensor:
         """(B, frames, C): the normed mean of each of `frames` equal parts of the tokens; 1: of all."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -50,4 +52,10 @@ class Student(nn.Module):
         taps = self.encoder(video, visible, len(self.clip_decoder))
         position = self.position[visible]
         norm = self.encoder.norm
-        return torch.stack([h.head(norm(tap) + position) for h, tap in zip(self.clip_decoder, taps, strict=True)])
+        return self.heads([norm(tap) + position for tap in taps])
+
+    def heads(self, taps: Sequence[Tensor]) -> Tensor:
+        """Normed taps with their positions, each (..., C) -> (K, ..., D)."""
+        # Of matrices, a compiler lets the products write their rows of the result, and copies none.
+        outputs = [head.head(tap.flatten(0, -2)) for head, tap in zip(self.clip_decoder, taps, strict=True)]
+        return torch.cat(outputs).view(len(outputs), *taps[0].shape[:-1], -1)
