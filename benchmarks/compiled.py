@@ -1,6 +1,6 @@
 """What Inductor makes of the fast stage-1 step on a GPU, counted without one: predictions.
 
-    python -m benchmarks.compiled [--model b16|l16] [--batch_size 64] [--gpu a100|h100|h200]
+    python -m benchmarks.compiled [--model b16|l16] [--batch_size 64] [--gpu a100|h100|h200|all]
 
 The step of `--run.compile True` is compiled for a GPU that is not there (fake_inductor.py). Of each kernel that would be
 launched, Inductor's own or a library's or ours, FLOPs and bytes are counted, the optimizer's as in predict.py, and
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -54,6 +54,16 @@ class Compiled:
 
     kernels: list[Operation] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A step run eagerly, and the kernels of the same step compiled, its optimizer's too."""
+
+    config: Stage1Config
+    eager: Counts
+    kernels: list[Operation]
+    machine: dict[str, object] | None
 
 
 def _place(node: BaseSchedulerNode, backward: bool) -> tuple[str, str]:
@@ -140,33 +150,43 @@ def resources_of(codes: list[str], capability: tuple[int, int]) -> dict[str, obj
     return {"kernels": len(found), "spilling": spilling}
 
 
-def predict(model: Model, batch_size: int, gpu: str, most: int, built: bool = False) -> dict[str, object]:
-    """The JSON line; built: with the resources of Inductor's kernels."""
-    sheet, capability = SHEETS[gpu], CAPABILITIES[gpu]
-    rates = (sheet.matmul, sheet.bandwidth)
-    eight = "fp8" if capability >= (9, 0) else "int8"
-    steps, kinds, kernels, machine = {}, {}, {}, {}
-    for precision, label in (("native", ""), (eight, f", {eight} teacher")):
-        config = stage1_config(model, batch_size, "bf16", precision)
-        eager = count(config, "fast", capability)
-        compiled = compile_step(config, capability)
-        if built:
-            machine[f"compiled{label}"] = resources_of(compiled.code, capability)
-        found = compiled.kernels
-        found += [operation for operation in eager.operations if operation.part == "optimizer"]
-        kernels[precision], kinds[f"compiled{label}"] = found, passes(found, *rates)
-        steps[f"eager{label}"] = figures(eager, batch_size, *rates)
-        steps[f"compiled{label}"] = figures(Counts(found), batch_size, *rates)
-        del steps[f"compiled{label}"]["peak_memory_gib"]
-        steps[f"ideal{label}"] = fused(config, sum(o.products8 for o in eager.operations), *rates)
-    generated = [kernel for kernel in kernels["native"] if kernel.name.startswith(GENERATED)]
-    return {
-        "bench": "compiled", "kind": "prediction", "model": model, "batch_size": batch_size, "gpu": sheet.name,
-        "matmul_tflops": round(rates[0] / 1e12, 2), "copy_gb_per_s": round(rates[1] / 1e9, 1),
-        "torch": torch.__version__, "triton": triton.__version__, "steps": steps, "kinds": kinds, "built": machine,
-        "most_ms": top(kernels["native"], *rates, by="ms", most=most),
-        "most_gb": top(generated, *rates, by="gb", most=most), "not_counted": NOT_COUNTED,
-    }  # fmt: skip
+def counted_step(config: Stage1Config, capability: tuple[int, int], built: bool) -> Counted:
+    """The step of one precision of the teacher for one kind of GPU; built: with the resources of Inductor's kernels."""
+    eager, compiled = count(config, "fast", capability), compile_step(config, capability)
+    machine = resources_of(compiled.code, capability) if built else None
+    compiled.kernels += [operation for operation in eager.operations if operation.part == "optimizer"]
+    return Counted(config, eager, compiled.kernels, machine)
+
+
+def predict(model: Model, batch_size: int, gpus: Iterable[str], most: int, built: bool = False) -> Iterator[dict]:
+    """The JSON lines, one for each GPU; built: with the resources of Inductor's kernels."""
+    known: dict[tuple[tuple[int, int], str], Counted] = {}
+    for gpu in gpus:
+        sheet, capability = SHEETS[gpu], CAPABILITIES[gpu]
+        rates = (sheet.matmul, sheet.bandwidth)
+        eight = "fp8" if capability >= (9, 0) else "int8"
+        steps, kinds, machine = {}, {}, {}
+        for precision, label in (("native", ""), (eight, f", {eight} teacher")):
+            if (capability, precision) not in known:
+                config = stage1_config(model, batch_size, "bf16", precision)
+                known[capability, precision] = counted_step(config, capability, built)
+            step = known[capability, precision]
+            if step.machine is not None:
+                machine[f"compiled{label}"] = step.machine
+            kinds[f"compiled{label}"] = passes(step.kernels, *rates)
+            steps[f"eager{label}"] = figures(step.eager, batch_size, *rates)
+            steps[f"compiled{label}"] = figures(Counts(step.kernels), batch_size, *rates)
+            del steps[f"compiled{label}"]["peak_memory_gib"]
+            steps[f"ideal{label}"] = fused(step.config, sum(o.products8 for o in step.eager.operations), *rates)
+        kernels = known[capability, "native"].kernels
+        generated = [kernel for kernel in kernels if kernel.name.startswith(GENERATED)]
+        yield {
+            "bench": "compiled", "kind": "prediction", "model": model, "batch_size": batch_size, "gpu": sheet.name,
+            "matmul_tflops": round(rates[0] / 1e12, 2), "copy_gb_per_s": round(rates[1] / 1e9, 1),
+            "torch": torch.__version__, "triton": triton.__version__, "steps": steps, "kinds": kinds, "built": machine,
+            "most_ms": top(kernels, *rates, by="ms", most=most),
+            "most_gb": top(generated, *rates, by="gb", most=most), "not_counted": NOT_COUNTED,
+        }  # fmt: skip
 
 
 def table(line: dict) -> str:
@@ -207,11 +227,11 @@ def table(line: dict) -> str:
 def main(
     model: Model = "b16",
     batch_size: int = 64,
-    gpu: Literal["a100", "h100", "h200"] = "h100",
+    gpu: Literal["a100", "h100", "h200", "all"] = "h100",
     top: int = 12,
     build: bool = False,
 ) -> None:
-    """Compile a whole stage-1 step for a GPU and predict its floor; needs none. One JSON line, a table on stderr.
+    """Compile a whole stage-1 step for a GPU and predict its floor; needs none. One JSON line for each GPU, tables on stderr.
 
     Args:
         model: Student; the teacher is the official one of that size.
@@ -222,9 +242,9 @@ def main(
     """
     if batch_size < 1 or top < 0:
         raise ConfigError(f"batch_size is {batch_size} and top is {top}; they must be at least 1 and 0")
-    line = predict(model, batch_size, gpu, top, build)
-    print(table(line), file=sys.stderr)
-    print(json.dumps(line))
+    for line in predict(model, batch_size, list(SHEETS) if gpu == "all" else [gpu], top, build):
+        print(table(line), file=sys.stderr)
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
