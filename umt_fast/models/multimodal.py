@@ -43,7 +43,7 @@ class VisionTower(Student):
         if not heads:
             return normed[-1], None
         position = self.position[visible]
-        return normed[-1], self.heads([tap + position for tap in normed])
+        return normed[-1], self.heads(normed, position)
 
     def embed_packed(
         self, batches: Sequence[tuple[Tensor, Tensor]], *, heads: bool = False
@@ -55,7 +55,7 @@ class VisionTower(Student):
         if not heads:
             return [(part, None) for part in tokens]
         position = torch.cat([self.position[visible].flatten(0, 1) for _, visible in batches])
-        outputs = self.heads([tap + position for tap in normed])
+        outputs = self.heads(normed, position)
         return list(zip(tokens, packing.split(outputs, 1), strict=True))
 
     def pool(self, tokens: Tensor, frames: int = 1) -> Tensor:

@@ -51,11 +51,13 @@ class Student(nn.Module):
         """(K, B, n, D) outputs of the heads before their LayerNorm; see VisionTransformer.forward for the arguments."""
         taps = self.encoder(video, visible, len(self.clip_decoder))
         position = self.position[visible]
-        norm = self.encoder.norm
-        return self.heads([norm(tap) + position for tap in taps])
+        return self.heads(taps, position, self.encoder.norm)
 
-    def heads(self, taps: Sequence[Tensor]) -> Tensor:
-        """Normed taps with their positions, each (..., C) -> (K, ..., D)."""
+    def heads(self, taps: Sequence[Tensor], position: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """Taps (..., C), through `norm` if it is given, with their positions -> (K, ..., D)."""
+        outputs = []
+        for head, tap in zip(self.clip_decoder, taps, strict=True):
+            tap = tap if norm is None else norm(tap)
+            outputs.append(head.head((tap + position).flatten(0, -2)))
         # Of matrices, a compiler lets the products write their rows of the result, and copies none.
-        outputs = [head.head(tap.flatten(0, -2)) for head, tap in zip(self.clip_decoder, taps, strict=True)]
-        return torch.cat(outputs).view(len(outputs), *taps[0].shape[:-1], -1)
+        return torch.cat(outputs).view(len(outputs), *position.shape[:-1], -1)
