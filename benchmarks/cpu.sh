@@ -11,8 +11,10 @@
 #   soak     the loader's memory over 20,000 clips
 #
 # Every figure of a step is of a process of its own, since a CPU's peak memory is the process's. Each part writes into OUT
-# beside machine.json and renews table.md. UMT_SIZES="tiny" tries the script; UMT_ROUNDS is how often the roads take turns.
-# Plain bf16 on a CPU without bf16 instructions takes minutes a step: UMT_DTYPES="fp32" leaves it out.
+# beside machine.json and renews table.md; OUT is of one commit. UMT_SIZES="tiny" tries the script; UMT_ROUNDS is how often
+# the roads take turns, UMT_LARGE_CLIPS the clips of an L/16 step, UMT_SHARED the folder with videos/ for input and soak.
+# Plain bf16 on a CPU without bf16 instructions takes minutes a step: UMT_DTYPES="fp32" leaves it out. PYTHON or UMT_PYTHON
+# chooses the interpreter; else it is .venv's, where the recipes made one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 part=${1:-all}
@@ -21,19 +23,26 @@ case $part in step | large | stage2 | profile | input | soak | all) ;; *)
     exit 2
     ;;
 esac
-PYTHON=${PYTHON:-python3}
+default=python3
+[[ -x .venv/bin/python ]] && default=.venv/bin/python
+PYTHON=${PYTHON:-${UMT_PYTHON:-$default}}
+if ! "$PYTHON" -c 'import torch'; then
+    echo "benchmarks/cpu.sh: $PYTHON has no torch; set PYTHON, or let 'bash recipes/test.sh --co' make .venv" >&2
+    exit 2
+fi
 OUT=${OUT:-benchmarks/results/new}
 SIZES=${UMT_SIZES:-b16 l16}
 DTYPES=${UMT_DTYPES:-fp32 bf16}
 SHARED=${UMT_SHARED:-../shared}
 mkdir -p "$OUT"
 wanted() { [[ $part == "$1" || $part == all ]]; }
-# Lines of a part that runs again take the place of its old ones.
-into() { rm -f "$OUT/$1.jsonl"; }
+# Lines of a part that runs again take the place of its old ones once all are there.
+into() { rm -f "$OUT/$1.partial"; }
+keep() { mv "$OUT/$1.partial" "$OUT/$1.jsonl"; }
 bench() { # FILE, arguments of `bench`
     local file=$1
     shift
-    "$PYTHON" -m umt_fast bench "$@" --device cpu | tee -a "$OUT/$file.jsonl"
+    "$PYTHON" -m umt_fast bench "$@" --device cpu | tee -a "$OUT/$file.partial"
 }
 has_int8() { "$PYTHON" -c 'import sys, torch; sys.exit(not (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()))'; }
 int8=$(has_int8 && echo int8 || true)
@@ -53,38 +62,55 @@ steps() { # FILE, model, clips, timed steps, rounds
     done
 }
 
+echo "benchmarks/cpu.sh: measuring the machine" >&2
 "$PYTHON" -m benchmarks.machine >"$OUT/machine.json.partial"
+commit() { "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])).get("commit"))' "$1"; }
+if [[ -e $OUT/machine.json && $(commit "$OUT/machine.json") != $(commit "$OUT/machine.json.partial") ]]; then
+    echo "benchmarks/cpu.sh: $OUT holds figures of commit $(commit "$OUT/machine.json"); give another OUT" >&2
+    exit 2
+fi
 mv "$OUT/machine.json.partial" "$OUT/machine.json"
 for size in $SIZES; do
     if [[ $size == l16 ]]; then
-        if wanted large; then into cpu_steps_l16 && steps cpu_steps_l16 l16 "${UMT_LARGE_CLIPS:-1}" 1 1; fi
+        if wanted large; then
+            into cpu_steps_l16
+            steps cpu_steps_l16 l16 "${UMT_LARGE_CLIPS:-1}" 1 1
+            keep cpu_steps_l16
+        fi
         continue
     fi
-    if wanted step; then into "cpu_steps_$size" && steps "cpu_steps_$size" "$size" 4 3 "${UMT_ROUNDS:-2}"; fi
+    if wanted step; then
+        into "cpu_steps_$size"
+        steps "cpu_steps_$size" "$size" 4 3 "${UMT_ROUNDS:-2}"
+        keep "cpu_steps_$size"
+    fi
     if wanted stage2; then
         into "cpu_steps_stage2_$size"
         for road in fast plain; do
             bench "cpu_steps_stage2_$size" stage2 --model "$size" --batch_size 4 --steps 2 --dtype fp32 --road $road
         done
+        keep "cpu_steps_stage2_$size"
     fi
     if wanted profile; then
         into "parts_$size"
         for precision in native $int8; do
             bench "parts_$size" stage1 --model "$size" --steps 3 --dtype fp32 --precision "$precision" --profile True
         done
+        keep "parts_$size"
     fi
 done
 if wanted input; then
-    into input
     OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/bench_input.py \
         --benchmark-json "$OUT/input.partial"
     "$PYTHON" -c 'import json, sys
 for case in json.load(open(sys.argv[1]))["benchmarks"]:
-    print(json.dumps(case["extra_info"]))' "$OUT/input.partial" >"$OUT/input.jsonl"
+    print(json.dumps(case["extra_info"]))' "$OUT/input.partial" >"$OUT/input_lines.partial"
+    mv "$OUT/input_lines.partial" "$OUT/input.jsonl"
     rm "$OUT/input.partial"
 fi
 if wanted soak; then
     into soak
-    "$PYTHON" -m benchmarks.soak_input "$SHARED"/videos/{test,demo,part_0}.mp4 | tee -a "$OUT/soak.jsonl"
+    "$PYTHON" -m benchmarks.soak_input "$SHARED"/videos/{test,demo,part_0}.mp4 | tee -a "$OUT/soak.partial"
+    keep soak
 fi
 "$PYTHON" -m benchmarks.report "$OUT"

@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.utils._triton
 
 from benchmarks.fake_gpu import OLDEST_TORCH, TORCH, fake_gpu
 from kernels.build import resources
@@ -83,6 +84,14 @@ def _properties(capability: tuple[int, int]) -> types.SimpleNamespace:
     )  # fmt: skip
 
 
+def _forget() -> None:
+    """Clears what torch keeps of the answers: those of this machine before, those of the imagined one after."""
+    DeviceProperties.create.cache_clear()
+    for found in vars(torch.utils._triton).values():
+        if hasattr(found, "cache_clear"):
+            found.cache_clear()
+
+
 @contextlib.contextmanager
 def _answers(capability: tuple[int, int], note: Callable[[GraphLowering, str], None]) -> Iterator[None]:
     """What AOTAutograd and Inductor ask of CUDA, answered."""
@@ -120,11 +129,11 @@ def _answers(capability: tuple[int, int], note: Callable[[GraphLowering, str], N
             stack.enter_context(mock.patch.multiple(owner, **answers))
         stack.enter_context(inductor_config.patch(compile_threads=1, force_disable_caches=True, shape_padding=False))
         stack.enter_context(functorch_config.patch(force_non_lazy_backward_lowering=True))
-        DeviceProperties.create.cache_clear()
+        _forget()
         try:
             yield
         finally:
-            DeviceProperties.create.cache_clear()
+            _forget()
 
 
 def build(code: str, capability: tuple[int, int]) -> Iterator[tuple[str, dict[str, int]]]:

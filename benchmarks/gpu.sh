@@ -16,8 +16,8 @@
 # A test that fails keeps no other part from running, but shows in the exit status.
 #
 # kernels and attention need torch, triton and pytest, tests also hypothesis; the other parts run umt_fast's step and need
-# numpy and safetensors too. flash-attn and xformers are timed where they are installed. PYTHON chooses the interpreter, UMT_BATCHES the
-# batch sizes. UMT_SIZES="tiny" tries the script on any machine, UMT_SIZES="l16" does one size alone.
+# numpy and safetensors too. flash-attn and xformers are timed where they are installed. PYTHON or UMT_PYTHON chooses the interpreter
+# (else .venv's, where the recipes made one), UMT_BATCHES the batch sizes. UMT_SIZES="tiny" tries the script on any machine, UMT_SIZES="l16" does one size alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 part=${1:-all}
@@ -26,7 +26,9 @@ case $part in tests | kernels | attention | step | teacher | profile | all) ;; *
     exit 2
     ;;
 esac
-PYTHON=${PYTHON:-python3}
+default=python3
+[[ -x .venv/bin/python ]] && default=.venv/bin/python
+PYTHON=${PYTHON:-${UMT_PYTHON:-$default}}
 OUT=${OUT:-benchmarks/results/new}
 SIZES=${UMT_SIZES:-b16 l16}
 read -r -a BATCHES <<<"${UMT_BATCHES:-16 64 128}"

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ def main() -> None:
         "cuda": torch.version.cuda if gpu else None,
         "python": platform.python_version(),
         "commit": _commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
         "matmul_tflops": rates,
         "copy_gb_per_s": round(measured_copy_rate() / 1e9, 1),
     }

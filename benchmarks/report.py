@@ -20,12 +20,13 @@ Row = dict[str, Any]
 
 def rows_of(path: Path) -> list[Row]:
     """The lines of a file; a last line cut short is left out."""
-    found = []
-    for line in path.read_text().splitlines():
+    lines, found = path.read_text().splitlines(), []
+    for number, line in enumerate(lines, 1):
         try:
             found.append(json.loads(line))
         except ValueError:
-            break
+            if number < len(lines):
+                sys.exit(f"benchmarks.report: {path}, line {number} is no JSON; measure that part again")
     return found
 
 
@@ -220,9 +221,16 @@ def step_plot(paths: list[Path]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(parts)}</svg>\n'
 
 
+def _machine(path: Path) -> Row:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        sys.exit(f"benchmarks.report: {path} is no JSON; measure again")
+
+
 def tables(folder: Path) -> str:
     """All tables of a folder, the machine first."""
-    machine = json.loads((folder / "machine.json").read_text())
+    machine = _machine(folder / "machine.json")
     parts = [", ".join(f"{key} {value}" for key, value in machine.items() if value)]
     steps, profiles = sorted(folder.glob("steps_*.jsonl")), sorted(folder.glob("profile_*.json"))
     parts += [step_table(steps)] if steps else []
@@ -240,7 +248,7 @@ def tables(folder: Path) -> str:
 
 def newest() -> Path:
     """The folder under benchmarks/results whose figures are the latest."""
-    found = sorted(RESULTS.glob("*/machine.json"), key=lambda path: path.stat().st_mtime)
+    found = sorted(RESULTS.glob("*/machine.json"), key=lambda path: _machine(path).get("date", ""))
     if not found:
         sys.exit(f"benchmarks.report: no results under {RESULTS}; benchmarks/gpu.sh and benchmarks/cpu.sh write them")
     return found[-1].parent
@@ -260,4 +268,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2 or sys.argv[1:] in (["-h"], ["--help"]):
+        sys.exit(f"usage: python -m benchmarks.report [FOLDER]\n\n{__doc__}")
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else newest())

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 from benchmarks.bench_kernels import figures
 from benchmarks.kernel_cases import Case
 from benchmarks.profile_step import kind_of, shares
-from benchmarks.report import main
+from benchmarks.report import main, newest
 
 
 def write(path: Path, *rows: dict, tail: str = "") -> None:
@@ -78,6 +80,17 @@ def test_tables_of_a_cpu(tmp_path: Path, capsys) -> None:
     assert "| together | 4.0 (1.33x) | 3.0 (1.00x) |" in text
     assert [line.split()[1] for line in text.splitlines()[-3:]] == ["1", "3", "5"]
     assert not (tmp_path / "plot.svg").exists()
+    (tmp_path / "soak.jsonl").write_text('{"clips"\n{}\n')
+    with pytest.raises(SystemExit, match="soak.jsonl, line 1 is no JSON"):
+        main(tmp_path)
+
+
+def test_the_newest_results_are_those_of_the_latest_date(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.report.RESULTS", tmp_path)
+    for name, date in (("a", "2026-11-02T10:00Z"), ("b", "2026-11-10T09:00Z"), ("c", "2026-11-09T12:00Z")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "machine.json").write_text(json.dumps({"date": date}))
+    assert newest().name == "b"
 
 
 def test_a_provider_that_fails_is_on_record() -> None:

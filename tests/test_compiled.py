@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
 import kernels
 from benchmarks.counted import Operation
@@ -121,6 +122,12 @@ def test_what_inductor_would_time_is_left_out() -> None:
 
     lower(make, HOPPER, lambda graph, code: found.extend(kernels_of(graph)), {})
     assert [kernel.products for kernel in found] == [2 * 100352 * 588 * 1024] * 2
+
+
+def test_what_torch_knows_of_this_machine_neither_enters_nor_stays() -> None:
+    here = has_triton()  # kept by torch; without a GPU False
+    lower(lambda device: (Two(), two(device)), HOPPER, lambda graph, code: None, {})
+    assert has_triton() == here
 
 
 def test_kernels_by_kind() -> None:
