@@ -32,7 +32,7 @@ from torch._inductor.utils import get_fused_kernel_name
 from benchmarks.counted import Counts, Operation, bytes_of, products_of
 from benchmarks.fake_gpu import DEVICE
 from benchmarks.fake_inductor import build, lower
-from benchmarks.predict import CAPABILITIES, count, figures, fused, top
+from benchmarks.predict import CAPABILITIES, cells_of, check_request, count, figures, fused, top
 from umt_fast.bench.measure import Model, random_video
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import ConfigError, Stage1Config
@@ -205,10 +205,7 @@ def table(line: dict) -> str:
     for title, key in (("by floor", "most_ms"), ("generated, by bytes", "most_gb")):
         if line[key]:
             rows += [[], [f"prediction: compiled, {title}", "place", "kernel", "launches", "ms", "GB"], ["---"] * 6]
-            rows += [
-                [f"prediction: {r['part']}", r["place"], r["operation"], r["calls"], f"{r['ms']:.2f}", f"{r['gb']:.2f}"]
-                for r in line[key]
-            ]
+            rows += cells_of(line[key])
     for name, row in line["built"].items():
         spilling = ", ".join(f"{kernel} ({size} bytes)" for kernel, size in row["spilling"].items()) or "none"
         rows += [
@@ -240,8 +237,7 @@ def main(
         top: How many of the most expensive kernels to list.
         build: Compile Inductor's kernels to machine code too (a second each) and name those that spill registers.
     """
-    if batch_size < 1 or top < 0:
-        raise ConfigError(f"batch_size is {batch_size} and top is {top}; they must be at least 1 and 0")
+    check_request(batch_size, top)
     for line in predict(model, batch_size, list(SHEETS) if gpu == "all" else [gpu], top, build):
         print(table(line), file=sys.stderr)
         print(json.dumps(line), flush=True)

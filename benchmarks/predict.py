@@ -113,6 +113,24 @@ def top(
     return sorted(rows, key=lambda row: -row[by])[:most]
 
 
+def cells_of(found: Iterable[dict[str, object]]) -> list[list[object]]:
+    """What `top` found, as rows of a table."""
+    return [
+        [f"prediction: {r['part']}", r["place"], r["operation"], r["calls"], f"{r['ms']:.2f}", f"{r['gb']:.2f}"]
+        for r in found
+    ]
+
+
+def check_request(batch_size: int, top: int) -> None:
+    """Raises ConfigError for numbers that cannot be predicted for, or a torch that cannot predict."""
+    if TORCH < OLDEST_TORCH:
+        raise ConfigError(
+            f"this is torch {torch.__version__}; predictions need {'.'.join(map(str, OLDEST_TORCH))} or newer"
+        )
+    if batch_size < 1 or top < 0:
+        raise ConfigError(f"batch_size is {batch_size} and top is {top}; they must be at least 1 and 0")
+
+
 def predict(model: Model, batch_size: int, gpus: Iterable[str], matmul: float, copy: float, most: int) -> list[dict]:
     """The JSON lines, one for each GPU; matmul and copy: rates in FLOP/s and bytes/s, or 0 for the datasheet's."""
     counted: dict[tuple[str, str], Counts] = {}
@@ -171,10 +189,7 @@ def table(line: dict) -> str:
     for title, key in (("by floor", "most_ms"), ("by bytes", "most_gb")):
         if line[key]:
             rows += [[], [f"prediction: fast road, {title}", "place", "operation", "calls", "ms", "GB"], ["---"] * 6]
-            rows += [
-                [f"prediction: {r['part']}", r["place"], r["operation"], r["calls"], f"{r['ms']:.2f}", f"{r['gb']:.2f}"]
-                for r in line[key]
-            ]
+            rows += cells_of(line[key])
     text = ["| " + " | ".join(map(str, row)) + " |" if row else "" for row in rows]
     text += ["", f"prediction at {line['matmul_tflops']:.0f} TFLOP/s and {line['copy_gb_per_s']:.0f} GB/s "
              f"({line['rates']}): sum over operations of max(FLOPs / matmul rate, bytes / copy rate). Not in it:"]  # fmt: skip
@@ -203,12 +218,7 @@ def main(
         copy_gb_per_s: GB/s read and written, likewise.
         top: How many of the fast road's most expensive operations to list.
     """
-    if TORCH < OLDEST_TORCH:
-        raise ConfigError(
-            f"this is torch {torch.__version__}; predictions need {'.'.join(map(str, OLDEST_TORCH))} or newer"
-        )
-    if batch_size < 1 or top < 0:
-        raise ConfigError(f"batch_size is {batch_size} and top is {top}; they must be at least 1 and 0")
+    check_request(batch_size, top)
     check_number("matmul_tflops", matmul_tflops)
     check_number("copy_gb_per_s", copy_gb_per_s)
     if matmul_tflops < 0 or copy_gb_per_s < 0:
