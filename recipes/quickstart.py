@@ -50,10 +50,12 @@ def stage1() -> Stage1Config:
 
 def motion() -> FinetuneConfig:
     """Fine-tuning of all weights; no flip, which would turn left into right."""
+    student = _student()
+    student.position_grid = student.grid  # pre-training's is the same, and so is that of a start from scratch
     return FinetuneConfig(
         run=RunConfig(batch_size=16, epochs=15, warmup_epochs=2, dtype="fp32", log_every=25, tensorboard=False),
         data=DataConfig(workers=1, flip=False, augment="center"),
-        student=_student(),
+        student=student,
         optim=OptimConfig(lr=1e-3, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0),
         num_classes=4,
         label_smoothing=0.0,

@@ -52,6 +52,8 @@ SHEETS: dict[str, GpuSheet] = {
     "h200": GpuSheet("H200 SXM", 989e12, 141e9, 4.8e12, 450e9, 50e9),
 }
 GPUS_PER_NODE = 8
+# Assumed share of the matmul rate.
+SHARE = 0.3
 K710_CLIPS = 650_000
 # Bytes that AdamW moves for a parameter: reads value, gradient and two moments, writes value and moments, all fp32.
 OPTIMIZER_BYTES = 28
@@ -76,7 +78,7 @@ class PlanOptions:
     """Clips of an epoch; 0: those of data.train if it is set, else Kinetics-710's."""
     measured: str = ""
     """File with a line that `bench stage1` printed on such a GPU: its matmul rate and share replace the assumed ones."""
-    share: float = 0.3
+    share: float = SHARE
     """Share of the matmul rate that the step reaches."""
     decode: float = 8.0
     """Clips that one core decodes per second."""
@@ -89,6 +91,10 @@ class PlanOptions:
         check_numbers(self)
         require(self.gpus >= 1, f"gpus is {self.gpus}; it must be at least 1")
         require(0 < self.share <= 1, f"share is {self.share}; it must lie in (0, 1]")
+        require(
+            not self.measured or self.share == SHARE,
+            f"share is {self.share}, but measured is {self.measured}, which says the share itself; give one of them",
+        )
         require(self.decode > 0, f"decode is {self.decode}; it must be positive")
         for name in ("clips", "cores", "link"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")

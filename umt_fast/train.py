@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import logging
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from umt_fast.config import ConfigError, DataConfig, FinetuneConfig, Stage1Config, Stage2Config, to_dict
+from umt_fast.config import (
+    ConfigError,
+    DataConfig,
+    FinetuneConfig,
+    Stage1Config,
+    Stage2Config,
+    VitConfig,
+    check_used,
+    from_dict,
+    to_dict,
+)
 from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_corpora
 from umt_fast.data.cotraining import AlternatingLoader, PackedLoader
 from umt_fast.data.loader import ClipLoader, open_loader
 from umt_fast.data.manifest import Clip, check_labels, read_list
-from umt_fast.engine.checkpoint import own_folder
-from umt_fast.engine.distributed import distributed_run
+from umt_fast.engine.checkpoint import checkpoints, own_folder
+from umt_fast.engine.distributed import current_ranks, distributed_run
 from umt_fast.engine.precision import pick_device, room_for, usable_dtype
+from umt_fast.engine.sharded_checkpoint import REST
 from umt_fast.engine.trainer import Trainer
+from umt_fast.models.classifier import pretraining_grid
 from umt_fast.models.quantized import require_precision
 from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.supervised import Supervised
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+
+log = logging.getLogger("umt_fast")
 
 AnyConfig = Stage1Config | Stage2Config | FinetuneConfig
 
@@ -83,16 +98,50 @@ def build_loader(
     return PackedLoader(*parts) if packed else AlternatingLoader(parts, config.run.seed)
 
 
+def trained_grid(checkpoint: Path) -> tuple[int, ...] | None:
+    """The grid that the position table of a run's checkpoint was made for; None for any other file, which does not say."""
+    path = checkpoint / REST if checkpoint.is_dir() else checkpoint
+    try:
+        record = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["config"]
+        vit: VitConfig = from_dict(VitConfig, record["student"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, EOFError, pickle.UnpicklingError):
+        return None
+    return vit.position_grid or (pretraining_grid(vit.patch_size) if "num_classes" in record else vit.grid)
+
+
+def with_position_grid(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration with student.position_grid set; one line says so where the table is resized.
+
+    As given; else that of the run which continues; else that which `init` was trained at; else the official one.
+    """
+    vit, run = config.student, config.run
+    if vit.position_grid:
+        return config
+    sources = [path for _, path in reversed(checkpoints(Path(run.out)))] if run.resume else []
+    sources += [Path(config.init)] if config.init else []
+    found = ((grid, str(path)) for path in sources if (grid := trained_grid(path)))
+    grid, source = next(found, (pretraining_grid(vit.patch_size), "the official pre-training"))
+    if tuple(grid) != vit.grid and current_ranks(run).first:
+        log.info(
+            "the position table is made for the %s tokens of %s and resized to %s; --student.position_grid sets another",
+            " x ".join(map(str, grid)), source, " x ".join(map(str, vit.grid)),
+        )  # fmt: skip
+    return dataclasses.replace(config, student=dataclasses.replace(vit, position_grid=tuple(grid)))
+
+
 def train(config: AnyConfig) -> Path:
     """Trains as configured and returns the run folder.
 
     The folder then holds checkpoint-*.pt, metrics.jsonl and, if wanted, TensorBoard events. A run whose folder already
     holds checkpoints continues from the newest one unless run.resume is false.
     """
-    config = copy.deepcopy(config)
+    # A copy, checked again: fields may have been set since it was made.
+    config = from_dict(type(config), to_dict(config))
     device = pick_device(config.run.device)
     config.run.dtype = usable_dtype(config.run.dtype, device)
-    if not isinstance(config, FinetuneConfig):
+    if isinstance(config, FinetuneConfig):
+        config = with_position_grid(config)
+    else:
         require_precision(config.teacher, device)
     # Seeded by the run alone: every rank starts from the same weights.
     torch.manual_seed(config.run.seed)
@@ -101,6 +150,7 @@ def train(config: AnyConfig) -> Path:
 
 def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], torch.nn.Module]) -> Path:
     """Trains an objective, or one built once the list has been read, with a configuration's data, schedule and folder."""
+    check_used(config, current_ranks(config.run).world_size)
     with distributed_run(config.run) as ranks, own_folder(Path(config.run.out), first=ranks.first):
         loader = build_loader(config, ranks.rank, ranks.world_size, ranks.device)
         # A packed step has as many images as clips besides.

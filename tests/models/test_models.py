@@ -80,14 +80,21 @@ def test_a_table_for_more_frames_and_pixels() -> None:
     torch.testing.assert_close(inside[:, 4, 4, 0] - inside[0, 4, 4, 0], torch.tensor([0.0, 25.0, 75.0, 100.0]))
 
 
-def test_the_classifier_uses_the_table_of_pre_training_when_told() -> None:
+def test_the_grid_that_a_position_table_is_made_for() -> None:
+    """Pre-training has its own, fine-tuning the official pre-training's; either takes another."""
     longer = VitConfig(width=32, depth=1, num_heads=2, image_size=64, num_frames=8)
-    own = Classifier(longer, 3).position
-    longer.table_frames, longer.table_side = 4, 2
+    own, made = sinusoid_table(128, 32), sinusoid_table(16, 32)
+    assert torch.equal(VisionTransformer(longer).position, own)
+    automatic = Classifier(longer, 3).position
+    assert torch.equal(automatic, resized_table(sinusoid_table(1568, 32), TokenGrid(8, 14, 14), TokenGrid(8, 4, 4)))
+    fourteen = VitConfig(width=32, depth=1, num_heads=2, image_size=224, patch_size=14, num_frames=8)
+    assert torch.equal(Classifier(fourteen, 3).position, sinusoid_table(2048, 32))
+    longer.position_grid = (4, 2, 2)
     resized = Classifier(longer, 3).position
-    assert torch.equal(own, sinusoid_table(128, 32))
-    expected = resized_table(sinusoid_table(16, 32), TokenGrid(4, 2, 2), TokenGrid(8, 4, 4))
-    assert torch.equal(resized, expected) and not torch.equal(resized, own)
+    assert torch.equal(resized, resized_table(made, TokenGrid(4, 2, 2), TokenGrid(8, 4, 4)))
+    assert torch.equal(resized, VisionTransformer(longer).position) and not torch.equal(resized, own)
+    longer.position_grid = longer.grid
+    assert torch.equal(Classifier(longer, 3).position, own)
 
 
 def test_visible_counts_round_as_the_official_code() -> None:

@@ -28,6 +28,7 @@ from umt_fast.config.models import (
 )
 from umt_fast.config.run import DataConfig, Dtype, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
+from umt_fast.config.unused import check_used
 
 __all__ = [
     "CLIP_TEXT_LENGTH",
@@ -52,6 +53,7 @@ __all__ = [
     "VitConfig",
     "check_number",
     "check_numbers",
+    "check_used",
     "from_dict",
     "require",
     "to_dict",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from umt_fast.config.core import check_numbers, require
 
@@ -28,11 +28,9 @@ class VitConfig:
     """Stochastic depth rate of the last block; it grows linearly from 0 at the first."""
     attention: Literal["joint", "spatial"] = "joint"
     """`joint` space-time attention, or `spatial`: within each frame only (paper Table 3)."""
-    table_frames: int = 0
-    """Token frames the sinusoid table is made for before it is resized to this clip; 0: this clip's own. Fine-tuning
-    with more frames than pre-training had sets what pre-training had: 8."""
-    table_side: int = 0
-    """The same for token rows and columns; fine-tuning at 384 pixels from 224 sets 14."""
+    position_grid: tuple[int, ...] = ()
+    """Token frames, rows and columns that the position table is made for before it is resized to this clip's. Empty:
+    this clip's own in pre-training; in fine-tuning the grid that `init` was trained at, 8 14 14 where it does not say."""
     checkpoint_blocks: int = 0
     """Recompute the activations of the first so many blocks in the backward pass."""
 
@@ -52,8 +50,10 @@ class VitConfig:
             self.num_frames % self.tubelet_size == 0,
             f"student.num_frames {self.num_frames} is not a multiple of student.tubelet_size {self.tubelet_size}",
         )
-        for name in ("table_frames", "table_side"):
-            require(getattr(self, name) >= 0, f"student.{name} is {getattr(self, name)}; it must not be negative")
+        require(
+            len(self.position_grid) in (0, 3) and all(size > 0 for size in self.position_grid),
+            f"student.position_grid is {self.position_grid}; give three positive numbers: token frames, rows, columns",
+        )
         require(
             self.width * self.mlp_ratio >= 1,
             f"student.mlp_ratio is {self.mlp_ratio}; it must be at least 1 / student.width = {1 / self.width:.3g}",
@@ -63,6 +63,22 @@ class VitConfig:
             0 <= self.checkpoint_blocks <= self.depth,
             f"student.checkpoint_blocks is {self.checkpoint_blocks}; it must lie in [0, depth = {self.depth}]",
         )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Token frames, rows and columns of a clip."""
+        side = self.image_size // self.patch_size
+        return self.num_frames // self.tubelet_size, side, side
+
+    @staticmethod
+    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+        """Stored fields under today's names: older records say table_frames and table_side, 0 for the clip's own."""
+        if "table_frames" not in values and "table_side" not in values:
+            return values
+        values = dict(values)
+        frames, side = values.pop("table_frames", 0), values.pop("table_side", 0)
+        own = VitConfig(**values).grid
+        return values | {"position_grid": (frames or own[0], side or own[1], side or own[2])}
 
 
 @dataclass(kw_only=True, slots=True)

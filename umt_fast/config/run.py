@@ -43,6 +43,7 @@ class DataConfig:
     """`multi_scale_crop` as in stage 1, `random_resized_crop` (50 to 100% of the area) as in stage 2; `center`: the largest
     centred square, `whole`: the frame pressed into a square, as retrieval is judged officially."""
     flip: bool = True
+    """Mirror half of the crops, where `augment` draws them; `center` and `whole` are never mirrored."""
     workers: int = 4
     """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 2
@@ -91,9 +92,16 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim")
-        for name in ("lr", "min_lr", "warmup_lr", "lr_batch", "eps", "weight_decay", "clip_grad"):
+        for name in ("min_lr", "warmup_lr", "lr_batch", "weight_decay", "clip_grad"):
             value = getattr(self, name)
             require(value >= 0, f"optim.{name} is {value}; it must not be negative")
+        for name in ("lr", "eps"):
+            require(getattr(self, name) > 0, f"optim.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("min_lr", "warmup_lr"):
+            require(
+                getattr(self, name) <= self.lr,
+                f"optim.{name} is {getattr(self, name)}; it must not be above optim.lr = {self.lr}: lower it, or raise that",
+            )
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas are {self.betas}; both must lie in [0, 1)")
         require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
 

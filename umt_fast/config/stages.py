@@ -10,8 +10,34 @@ from umt_fast.config.models import AlignConfig, MaskConfig, Stage2Losses, Teache
 from umt_fast.config.run import DataConfig, OptimConfig, RunConfig
 
 
+def _check_heads(student: VitConfig, align: AlignConfig) -> None:
+    """Raises ConfigError where the student has no block for each alignment head."""
+    require(
+        1 <= align.num_layers <= student.depth,
+        f"align.num_layers is {align.num_layers}; it must lie in [1, student.depth = {student.depth}]",
+    )
+
+
+def _check_towers(student: VitConfig, teacher: TeacherConfig, align: AlignConfig) -> None:
+    """Raises ConfigError where a frame has other tokens for the student than for the teacher, or a tower too few blocks."""
+    student_side, teacher_side = (tower.image_size // tower.patch_size for tower in (student, teacher))
+    require(
+        student_side == teacher_side,
+        f"student.image_size {student.image_size} gives the student {student_side} x {student_side} tokens a frame and "
+        f"teacher.image_size {teacher.image_size} gives the teacher {teacher_side} x {teacher_side}; choose "
+        f"teacher.image_size {student_side * teacher.patch_size}",
+    )
+    require(
+        align.num_layers <= teacher.depth,
+        f"align.num_layers is {align.num_layers}; it must lie in [1, teacher.depth = {teacher.depth}]",
+    )
+
+
 def _check_mask(name: str, mask: MaskConfig, student: VitConfig, frames: int) -> None:
-    """Raises ConfigError where the grid has more tokens than one draw takes: of a frame, or for `random` of the clip."""
+    """Raises ConfigError where a mask cannot be drawn from the grid, or shows or hides nothing.
+
+    A draw takes at most so many tokens: of a frame, or for `random` of the clip.
+    """
     frame = (student.image_size // student.patch_size) ** 2
     clip = frame * (frames // student.tubelet_size)
     drawn = {"semantic": (frame, MOST_TOKENS), "random": (clip, MOST_SCORES), "tube": (frame, MOST_SCORES)}
@@ -24,6 +50,17 @@ def _check_mask(name: str, mask: MaskConfig, student: VitConfig, frames: int) ->
         f"{name}.kind {mask.kind!r} draws from at most {most} tokens of {where}, and student.image_size "
         f"{student.image_size} with student.patch_size {student.patch_size} makes {tokens}; choose {remedy}smaller pictures "
         "or larger patches",
+    )
+    hidden = int(tokens * mask.ratio)
+    require(hidden < tokens, f"{name}.ratio {mask.ratio} leaves none of {tokens} tokens of {where} visible; lower it")
+    require(
+        hidden > 0 or mask.ratio == 0,
+        f"{name}.ratio {mask.ratio} hides none of {tokens} tokens of {where}; give at least {1 / tokens:.3g}, or 0 for no mask",
+    )
+    require(
+        mask.kind != "random" or student.attention == "joint" or frames == student.tubelet_size,
+        f"student.attention 'spatial' needs as many visible tokens in every frame, which {name}.kind 'random' does not "
+        "give; choose 'semantic' or 'tube'",
     )
 
 
@@ -43,18 +80,8 @@ class Stage1Config:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        student_side = self.student.image_size // self.student.patch_size
-        teacher_side = self.teacher.image_size // self.teacher.patch_size
-        require(
-            student_side == teacher_side,
-            f"the student's grid is {student_side} x {student_side} and the teacher's {teacher_side} x {teacher_side}; "
-            "choose teacher.image_size so that both are equal",
-        )
-        for tower, depth in (("student", self.student.depth), ("teacher", self.teacher.depth)):
-            require(
-                1 <= self.align.num_layers <= depth,
-                f"align.num_layers is {self.align.num_layers}; it must lie in [1, {tower}.depth = {depth}]",
-            )
+        _check_heads(self.student, self.align)
+        _check_towers(self.student, self.teacher, self.align)
         _check_mask("mask", self.mask, self.student, self.student.num_frames)
 
 
@@ -144,6 +171,15 @@ class Stage2Config:
             self.co_training == "alternating" or self.student.attention == "joint",
             "co_training 'packed' needs student.attention 'joint'; choose that, or 'alternating'",
         )
+        require(
+            not self.losses.vtm or self.run.batch_size >= 2,
+            f"run.batch_size is {self.run.batch_size}; losses.vtm draws its negatives within a rank's batch, which needs at "
+            "least 2: raise it, or set losses.vtm to 0",
+        )
+        _check_heads(self.student, self.align)
+        semantic = self.mask.kind == "semantic" or (self.images and self.image_mask.kind == "semantic")
+        if self.losses.uta or self.losses.vision_projection or semantic:
+            _check_towers(self.student, self.teacher, self.align)
         _check_mask("mask", self.mask, self.student, self.student.num_frames)
         if self.images:
             _check_mask("image_mask", self.image_mask, self.student, self.student.tubelet_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -9,10 +11,20 @@ from umt_fast.config import VitConfig
 from umt_fast.models.vit import VisionTransformer
 
 
+def pretraining_grid(patch_size: int) -> tuple[int, int, int]:
+    """Token frames, rows and columns of the official pre-training: 8 frames of 224 pixels, patches of 16 (or of 14)."""
+    side = 16 if patch_size == 14 else 14
+    return 8, side, side
+
+
 class Classifier(VisionTransformer):
-    """Clip -> logits. The pre-training norm is absent: mean pooling is followed by `fc_norm` instead."""
+    """Clip -> logits. The pre-training norm is absent: mean pooling is followed by `fc_norm` instead.
+
+    The position table is made for config.position_grid, by default the official pre-training's, and resized to the clip's.
+    """
 
     def __init__(self, config: VitConfig, num_classes: int, head_scale: float = 0.001) -> None:
+        config = replace(config, position_grid=config.position_grid or pretraining_grid(config.patch_size))
         super().__init__(config, with_norm=False)
         self.fc_norm = nn.LayerNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, num_classes)

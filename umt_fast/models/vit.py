@@ -208,8 +208,7 @@ class VisionTransformer(nn.Module):
         rates = [config.drop_path * depth / max(1, config.depth - 1) for depth in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.width, eps=1e-6) if with_norm else None
-        side = config.table_side or self.grid.rows
-        made_for = TokenGrid(config.table_frames or self.grid.frames, side, side)
+        made_for = TokenGrid(*(config.position_grid or config.grid))
         table = resized_table(sinusoid_table(made_for.size, config.width), made_for, self.grid)
         self.register_buffer("position", table, persistent=False)
         self.register_buffer("every", torch.arange(self.grid.size, dtype=torch.int32), persistent=False)
@@ -234,7 +233,9 @@ class VisionTransformer(nn.Module):
         x = self._tokens(video, visible)
         batch = x.shape[0]
         if self.config.attention == "spatial":
-            x = x.reshape(batch * self.grid.frames, -1, x.shape[-1])
+            # Counted in the video: an image has fewer frames than the clips that the tower is made for.
+            frames = video.shape[1] if video.dtype == torch.uint8 else video.shape[2]
+            x = x.reshape(batch * (frames // self.config.tubelet_size), -1, x.shape[-1])
         return [tap.reshape(batch, -1, tap.shape[-1]) for tap in self._blocks(x, num_taps)]
 
     def packed(self, batches: Sequence[tuple[Tensor, Tensor]], num_taps: int = 1) -> tuple[list[Tensor], Packing]:

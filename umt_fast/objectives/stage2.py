@@ -210,7 +210,7 @@ class VideoTextPretraining(nn.Module):
         config = self.config
         video, ids, mask, sample = (batch[prefix + name] for name in ("video", "ids", "mask", "sample"))
         frames = video.shape[1] if video.dtype == torch.uint8 else video.shape[2]
-        image = frames < config.student.num_frames
+        image = frames == config.student.tubelet_size  # of one token frame, as officially
         target = self.teacher(
             video, config.image_mask if image else config.mask, seed, with_image=config.losses.vision_projection > 0
         )

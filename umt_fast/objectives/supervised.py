@@ -43,9 +43,13 @@ class Supervised(nn.Module):
             return self.classifier(video).float()
 
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
-        """batch: `video` as in pre-training, `label` int64 (B,). Returns fp32 scalars `loss` and `top1` (a share)."""
+        """batch: `video` as in pre-training; `label`, int64 (B,) classes or floating (B, num_classes) probabilities, which
+        are taken as they are, without label_smoothing. Returns fp32 scalars `loss` and `top1` (a share)."""
         logits, label = self.logits(batch["video"]), batch["label"]
-        loss = F.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing)
+        if label.is_floating_point():
+            loss, label = F.cross_entropy(logits, label), label.argmax(1)
+        else:
+            loss = F.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing)
         return {"loss": loss, "top1": (logits.detach().argmax(1) == label).float().mean()}
 
     def flops_per_clip(self) -> float:

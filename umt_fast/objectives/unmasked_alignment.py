@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from umt_fast.config import ConfigError, Stage1Config
+from umt_fast.config import Stage1Config
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.student import Student
 from umt_fast.models.weights import load_student, load_teacher
@@ -20,11 +20,6 @@ class UnmaskedAlignment(nn.Module):
         super().__init__()
         self.config = config
         vit, layers = config.student, config.align.num_layers
-        if vit.attention == "spatial" and config.mask.kind == "random":
-            raise ConfigError(
-                "student.attention 'spatial' needs as many visible tokens in every frame, which mask.kind 'random' "
-                "does not give; choose 'semantic' or 'tube'"
-            )
         self.student = Student(vit, layers, config.teacher.output_dim)
         self.teacher = ClipTeacher(config.teacher, layers, vit.tubelet_size)
         load_teacher(self.teacher, config.teacher)
