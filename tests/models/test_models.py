@@ -412,3 +412,25 @@ def test_the_mlp_keeps_one_wide_tensor_and_has_the_gradients_of_its_formula() ->
     torch.testing.assert_close(out, plain)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("tubelet", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_image_under_spatial_attention_is_one_frame(tubelet: int, masked: bool) -> None:
+    """All its tokens see each other: what joint attention makes of it, in a tower for clips or in one for images."""
+    values = {"width": 32, "depth": 3, "num_heads": 2, "image_size": 64, "tubelet_size": tubelet, "drop_path": 0.0}
+    torch.manual_seed(0)
+    clips = VisionTransformer(VitConfig(num_frames=4 * tubelet, attention="spatial", **values)).eval()
+    images = VisionTransformer(VitConfig(num_frames=tubelet, attention="joint", **values)).eval()
+    images.load_state_dict(clips.state_dict())
+    image = torch.randint(256, (2, tubelet, 64, 64, 3), dtype=torch.uint8)
+    visible = torch.tensor([[0, 3, 5, 6, 9, 10, 12, 15]] * 2, dtype=torch.int32) if masked else images.all_visible(2)
+    for video in (image, torch.randn(2, 3, tubelet, 64, 64)):
+        (found,), (expected,) = clips(video, visible), images(video, visible)
+        torch.testing.assert_close(found, expected)
+    # Clips are cut into frames as ever: a change in one leaves the others alone.
+    clip = torch.randn(1, 3, 4 * tubelet, 64, 64)
+    changed = clip.clone()
+    changed[:, :, -tubelet:] += 1
+    (before,), (after,) = clips(clip), clips(changed)
+    assert torch.equal(before[:, :48], after[:, :48]) and not torch.equal(before[:, 48:], after[:, 48:])

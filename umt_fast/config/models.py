@@ -105,6 +105,7 @@ class TeacherConfig:
         check_numbers(self, "teacher")
         for name in ("width", "depth", "num_heads", "patch_size", "image_size", "output_dim"):
             require(getattr(self, name) > 0, f"teacher.{name} is {getattr(self, name)}; it must be positive")
+        require(self.output_dim >= 2, f"teacher.output_dim is {self.output_dim}; a direction needs at least 2")
         require(
             self.width % self.num_heads == 0,
             f"teacher.width {self.width} is not a multiple of teacher.num_heads {self.num_heads}",

@@ -43,7 +43,6 @@ class DataConfig:
     """`multi_scale_crop` as in stage 1, `random_resized_crop` (50 to 100% of the area) as in stage 2; `center`: the largest
     centred square, `whole`: the frame pressed into a square, as retrieval is judged officially."""
     flip: bool = True
-    """Mirror half of the crops, where `augment` draws them; `center` and `whole` are never mirrored."""
     workers: int = 4
     """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 2

@@ -34,7 +34,7 @@ def _check_towers(student: VitConfig, teacher: TeacherConfig, align: AlignConfig
 
 
 def _check_mask(name: str, mask: MaskConfig, student: VitConfig, frames: int) -> None:
-    """Raises ConfigError where a mask cannot be drawn from the grid, or shows or hides nothing.
+    """Raises ConfigError where a mask cannot be drawn from the grid, or hides nothing.
 
     A draw takes at most so many tokens: of a frame, or for `random` of the clip.
     """
@@ -51,10 +51,8 @@ def _check_mask(name: str, mask: MaskConfig, student: VitConfig, frames: int) ->
         f"{student.image_size} with student.patch_size {student.patch_size} makes {tokens}; choose {remedy}smaller pictures "
         "or larger patches",
     )
-    hidden = int(tokens * mask.ratio)
-    require(hidden < tokens, f"{name}.ratio {mask.ratio} leaves none of {tokens} tokens of {where} visible; lower it")
-    require(
-        hidden > 0 or mask.ratio == 0,
+    require(  # one token is always left: int(tokens * ratio) is below tokens for every ratio below 1
+        int(tokens * mask.ratio) > 0 or mask.ratio == 0,
         f"{name}.ratio {mask.ratio} hides none of {tokens} tokens of {where}; give at least {1 / tokens:.3g}, or 0 for no mask",
     )
     require(
@@ -108,6 +106,7 @@ class FinetuneConfig:
         check_numbers(self)
         require(self.num_classes >= 2, f"num_classes is {self.num_classes}; it must be at least 2")
         require(0 <= self.label_smoothing < 1, f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1)")
+        require(self.head_scale >= 0, f"head_scale is {self.head_scale}; it must not be negative")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -156,11 +155,12 @@ class Stage2Config:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        require(self.embed_dim > 0, f"embed_dim is {self.embed_dim}; it must be positive")
+        require(self.embed_dim >= 2, f"embed_dim is {self.embed_dim}; a direction needs at least 2")
         require(0 < self.mask_words < 1, f"mask_words is {self.mask_words}; it must lie in (0, 1)")
+        least = 3 if self.sep_token else 2  # a word besides the special tokens
         require(
-            2 <= self.max_length <= self.text.max_positions,
-            f"max_length is {self.max_length}; it must lie in [2, text.max_positions = {self.text.max_positions}]",
+            least <= self.max_length <= self.text.max_positions,
+            f"max_length is {self.max_length}; it must lie in [{least}, text.max_positions = {self.text.max_positions}]",
         )
         for name in ("vision_projection", "text_projection"):
             require(
@@ -177,8 +177,7 @@ class Stage2Config:
             "least 2: raise it, or set losses.vtm to 0",
         )
         _check_heads(self.student, self.align)
-        semantic = self.mask.kind == "semantic" or (self.images and self.image_mask.kind == "semantic")
-        if self.losses.uta or self.losses.vision_projection or semantic:
+        if self.losses.uta or self.losses.vision_projection:
             _check_towers(self.student, self.teacher, self.align)
         _check_mask("mask", self.mask, self.student, self.student.num_frames)
         if self.images:

@@ -90,10 +90,14 @@ def evaluate_checkpoint(
             f"{checkpoint} is of a stage-1 run; eval judges fine-tuned classifiers (accuracy) and stage-2 models (retrieval)"
         )
     config = from_dict(Stage2Config, record)
-    limit = config.text.max_positions
+    usual = DataConfig()
+    for name in ("separator", "frame_pattern"):
+        value, default = getattr(data, name), getattr(usual, name)
+        require(value == default, f"--{name} is for lists of labelled clips, and retrieval reads captions; leave it out")
+    least, limit = 3 if config.sep_token else 2, config.text.max_positions
     require(
-        max_length == 0 or 2 <= max_length <= limit,
-        f"max_length is {max_length}; it must lie in [2, {limit}], the positions this model's text encoder has (0: as trained)",
+        max_length == 0 or least <= max_length <= limit,
+        f"max_length is {max_length}; it must lie in [{least}, {limit}], the positions this model's text encoder has (0: as trained)",
     )
     words = _tokenizer(tokenizer, config, checkpoint)
     queries = read_queries(list_path, data.root, joining=joining, workers=data.workers)

@@ -1,0 +1,108 @@
+"""Stored configurations: those of checkpoints of earlier versions, and the position tables they stand for."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from umt_fast.__main__ import main
+from umt_fast.config import FinetuneConfig, Stage1Config, Stage2Config, from_dict, to_dict
+from umt_fast.models.classifier import Classifier
+from umt_fast.models.student import Student
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY = str(REPOSITORY / "tests" / "assets" / "tiny.py")
+# What to_dict gave before position_grid took the place of table_frames and table_side.
+RECORDS = json.loads((REPOSITORY / "tests" / "assets" / "records_0_1.json").read_text())
+KINDS = {"tiny": Stage1Config, "captions": Stage2Config, "classes": FinetuneConfig, "classes_resized": FinetuneConfig}
+
+
+def sinusoid(count: int, width: int) -> torch.Tensor:
+    """The table by its definition, channel by channel."""
+    place = torch.arange(count, dtype=torch.float64)
+    columns = []
+    for channel in range(width):
+        angle = place / 10000 ** (2 * (channel // 2) / width)
+        columns.append(angle.cos() if channel % 2 else angle.sin())
+    return torch.stack(columns, 1).float()
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_of_an_earlier_version(name: str) -> None:
+    assert "table_frames" in RECORDS[name]["student"]
+    config = from_dict(KINDS[name], RECORDS[name])
+    new = to_dict(config)
+    assert from_dict(KINDS[name], new) == config
+    # All else is as it was.
+    for record in (new["student"], old := dict(RECORDS[name]["student"])):
+        for field in ("table_frames", "table_side", "position_grid"):
+            record.pop(field, None)
+    assert new["student"] == old
+    assert {key: new[key] for key in RECORDS[name] if key != "student"} == {
+        key: value for key, value in RECORDS[name].items() if key != "student"
+    }
+
+
+def test_a_classifier_of_an_earlier_version_keeps_its_table() -> None:
+    """4 x 2 x 2 tokens of width 32: its own table, unless it was told to resize another."""
+    own = Classifier(from_dict(FinetuneConfig, RECORDS["classes"]).student, 2)
+    torch.testing.assert_close(own.position, sinusoid(16, 32))
+    resized = Classifier(from_dict(FinetuneConfig, RECORDS["classes_resized"]).student, 2)
+    maps = sinusoid(8 * 196, 32).view(8, 14, 14, 32).permute(0, 3, 1, 2)
+    small = torch.nn.functional.interpolate(maps, (2, 2), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
+    halves = small.unflatten(0, (4, 2)).mean(1)  # linear, half-pixel centres: the mean of each two
+    torch.testing.assert_close(resized.position, halves.flatten(0, 2), atol=1e-6, rtol=1e-5)
+
+
+def test_pre_training_of_an_earlier_version_keeps_its_table() -> None:
+    student = Student(from_dict(Stage1Config, RECORDS["tiny"]).student, 2, 16)
+    torch.testing.assert_close(student.encoder.position, sinusoid(16, 32))
+
+
+def run(out: Path, table: Path, variant: str, *more: object) -> Path:
+    """The newest checkpoint of a run of the tiny page."""
+    options = ["--data.train", table, "--run.out", out, *more]
+    assert main(["train", f"{TINY}:{variant}", *(str(option) for option in options)]) == 0
+    return max(out.glob("checkpoint-*"))
+
+
+def grid_of(checkpoint: Path) -> tuple[int, ...]:
+    path = checkpoint / "rest.pt" if checkpoint.is_dir() else checkpoint
+    return tuple(torch.load(path, weights_only=True)["config"]["student"]["position_grid"])
+
+
+@pytest.mark.parametrize("layout", ["full", "sharded"])
+def test_fine_tuning_takes_the_grid_of_its_weights(
+    layout: str, tmp_path: Path, tiny_list: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "umt_fast")
+    pretrained = run(tmp_path / "stage1", tiny_list, "tiny", "--run.checkpoint", layout)
+    flat = tmp_path / "weights.safetensors"
+    assert main(["convert", str(pretrained), str(flat)]) == 0
+    longer = ["--student.num_frames", 8]
+    if layout == "full":
+        tuned = run(tmp_path / "tuned", tiny_list, "classes", "--init", pretrained, *longer)
+        assert grid_of(tuned) == (4, 2, 2) and f"4 x 2 x 2 tokens of {pretrained}" in caplog.text
+        # A classifier hands on the grid that its own table was made for, not its clips'.
+        again = run(tmp_path / "again", tiny_list, "classes", "--init", tuned, "--student.num_frames", 6)
+        assert grid_of(again) == (4, 2, 2)
+    # A file of weights alone does not say, and is taken for an official one; the log names the other way.
+    caplog.clear()
+    assert grid_of(run(tmp_path / "flat", tiny_list, "classes", "--init", flat)) == (8, 14, 14)
+    assert "official pre-training and resized to 4 x 2 x 2; --student.position_grid" in caplog.text
+    given = ["--student.position_grid", 4, 2, 2]
+    assert grid_of(run(tmp_path / "given", tiny_list, "classes", "--init", flat, *given)) == (4, 2, 2)
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_table(tmp_path: Path, tiny_list: Path) -> None:
+    out = tmp_path / "run"
+    checkpoint = run(out, tiny_list, "classes", "--run.max_steps", 2)
+    assert grid_of(checkpoint) == (8, 14, 14)
+    content = torch.load(checkpoint, weights_only=True)
+    del content["config"]["student"]["position_grid"]
+    content["config"]["student"] |= {"table_frames": 0, "table_side": 0}
+    torch.save(content, checkpoint)
+    newer = run(out, tiny_list, "classes", "--run.max_steps", 4)
+    assert newer.name == "checkpoint-00000004.pt" and grid_of(newer) == (4, 2, 2)
