@@ -408,6 +408,8 @@ def test_stage_2_from_stage_1_weights_and_resumed(
         (("--memory_gib", "-1"), "memory_gib is -1"),
         (("--captions", "all"), "all"),
         (("--scores", "no/such/folder/scores.json"), "no/such/folder is not a folder"),
+        (("--separator", ";"), "--separator is for lists of labelled clips"),
+        (("--frame_pattern", "{}.jpg"), "--frame_pattern is for lists of labelled clips"),
         (("--root", "no/such/folder"), "no/such/folder is not a folder"),
         (("--root", str(REPOSITORY)), "2 of the 2 files of"),
     ):

@@ -73,21 +73,18 @@ def grid_of(checkpoint: Path) -> tuple[int, ...]:
     return tuple(torch.load(path, weights_only=True)["config"]["student"]["position_grid"])
 
 
-@pytest.mark.parametrize("layout", ["full", "sharded"])
 def test_fine_tuning_takes_the_grid_of_its_weights(
-    layout: str, tmp_path: Path, tiny_list: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tiny_list: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "umt_fast")
-    pretrained = run(tmp_path / "stage1", tiny_list, "tiny", "--run.checkpoint", layout)
+    pretrained = run(tmp_path / "stage1", tiny_list, "tiny")
     flat = tmp_path / "weights.safetensors"
     assert main(["convert", str(pretrained), str(flat)]) == 0
-    longer = ["--student.num_frames", 8]
-    if layout == "full":
-        tuned = run(tmp_path / "tuned", tiny_list, "classes", "--init", pretrained, *longer)
-        assert grid_of(tuned) == (4, 2, 2) and f"4 x 2 x 2 tokens of {pretrained}" in caplog.text
-        # A classifier hands on the grid that its own table was made for, not its clips'.
-        again = run(tmp_path / "again", tiny_list, "classes", "--init", tuned, "--student.num_frames", 6)
-        assert grid_of(again) == (4, 2, 2)
+    tuned = run(tmp_path / "tuned", tiny_list, "classes", "--init", pretrained, "--student.num_frames", 8)
+    assert grid_of(tuned) == (4, 2, 2) and f"4 x 2 x 2 tokens of {pretrained}" in caplog.text
+    # A classifier hands on the grid that its own table was made for, not its clips'.
+    again = run(tmp_path / "again", tiny_list, "classes", "--init", tuned, "--student.num_frames", 6)
+    assert grid_of(again) == (4, 2, 2)
     # A file of weights alone does not say, and is taken for an official one; the log names the other way.
     caplog.clear()
     assert grid_of(run(tmp_path / "flat", tiny_list, "classes", "--init", flat)) == (8, 14, 14)
@@ -96,13 +93,15 @@ def test_fine_tuning_takes_the_grid_of_its_weights(
     assert grid_of(run(tmp_path / "given", tiny_list, "classes", "--init", flat, *given)) == (4, 2, 2)
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_its_table(tmp_path: Path, tiny_list: Path) -> None:
-    out = tmp_path / "run"
-    checkpoint = run(out, tiny_list, "classes", "--run.max_steps", 2)
+@pytest.mark.parametrize("layout", ["full", "sharded"])
+def test_a_run_of_an_earlier_version_goes_on_with_its_table(layout: str, tmp_path: Path, tiny_list: Path) -> None:
+    out, kind = tmp_path / "run", ["--run.checkpoint", layout]
+    checkpoint = run(out, tiny_list, "classes", "--run.max_steps", 2, *kind)
     assert grid_of(checkpoint) == (8, 14, 14)
-    content = torch.load(checkpoint, weights_only=True)
+    path = checkpoint / "rest.pt" if layout == "sharded" else checkpoint
+    content = torch.load(path, weights_only=True)
     del content["config"]["student"]["position_grid"]
     content["config"]["student"] |= {"table_frames": 0, "table_side": 0}
-    torch.save(content, checkpoint)
-    newer = run(out, tiny_list, "classes", "--run.max_steps", 4)
-    assert newer.name == "checkpoint-00000004.pt" and grid_of(newer) == (4, 2, 2)
+    torch.save(content, path)
+    newer = run(out, tiny_list, "classes", "--run.max_steps", 4, *kind)
+    assert newer.stem == "checkpoint-00000004" and grid_of(newer) == (4, 2, 2)
