@@ -61,6 +61,16 @@ def test_pre_training_of_an_earlier_version_keeps_its_table() -> None:
     torch.testing.assert_close(student.encoder.position, sinusoid(16, 32))
 
 
+def test_pre_training_resizes_both_tables_alike() -> None:
+    """The encoder's and the heads', as the official stage 2 does that is told how many frames its weights had."""
+    config = from_dict(Stage1Config, RECORDS["tiny"] | {"student": RECORDS["tiny"]["student"] | {"table_frames": 2}})
+    student = Student(config.student, 2, 16)
+    first, second = sinusoid(8, 32).view(2, 4, 32)  # of two frames, at -1/4, 1/4, 3/4 and 5/4 of the way
+    expected = torch.cat([first, 0.75 * first + 0.25 * second, 0.25 * first + 0.75 * second, second])
+    torch.testing.assert_close(student.encoder.position, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(student.position, expected, atol=1e-6, rtol=1e-5)
+
+
 def run(out: Path, table: Path, variant: str, *more: object) -> Path:
     """The newest checkpoint of a run of the tiny page."""
     options = ["--data.train", table, "--run.out", out, *more]

@@ -107,6 +107,10 @@ def test_an_image_may_be_masked_at_random_under_spatial_attention() -> None:
         (lambda: OptimConfig(lr=1e-4, warmup_lr=1e-3), "optim.warmup_lr is 0.001"),
         (lambda: FinetuneConfig(head_scale=-1.0), "head_scale is -1"),
         (lambda: VitConfig(position_grid=(8, 14)), "student.position_grid is"),
+        (
+            lambda: Stage2Config(images=("x",), student=VitConfig(num_frames=4, position_grid=(8, 14, 14))),
+            "student.position_grid is",
+        ),
         (lambda: VitConfig(position_grid=(8, 14, 0)), "student.position_grid is"),
         (lambda: PlanOptions(measured="steps.jsonl", share=0.5), "share is 0.5"),
     ],
@@ -196,3 +200,7 @@ def test_training_checks_what_was_set_after_construction(tmp_path: Path) -> None
         train(config)
     assert before["mask"] != to_dict(config)["mask"] and not (tmp_path / "run").exists()
     assert dataclasses.is_dataclass(config) and config.optim.layer_decay == 0.5
+
+
+def test_image_masks_of_the_clips_kind_ask_for_nothing() -> None:
+    check_used(with_fields(Stage2Config, {"videos": ("x",), "mask.kind": "tube", "image_mask.kind": "tube"}), 1)

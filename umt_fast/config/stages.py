@@ -181,4 +181,10 @@ class Stage2Config:
             _check_towers(self.student, self.teacher, self.align)
         _check_mask("mask", self.mask, self.student, self.student.num_frames)
         if self.images:
+            frames = self.student.grid[0]
+            require(
+                not self.student.position_grid or self.student.position_grid[0] <= frames,
+                f"student.position_grid is {self.student.position_grid}, of more frames than the {frames} of a clip: an image, "
+                "which takes the first frame's positions, would get those of several; leave it out or raise student.num_frames",
+            )
             _check_mask("image_mask", self.image_mask, self.student, self.student.tubelet_size)

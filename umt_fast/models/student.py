@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from umt_fast.config import VitConfig
-from umt_fast.models.vit import VisionTransformer, sinusoid_table
+from umt_fast.models.vit import VisionTransformer, position_table
 
 
 class AlignmentHead(nn.Module):
@@ -30,7 +30,7 @@ class Student(nn.Module):
         self.encoder = VisionTransformer(vit)
         self.clip_decoder = nn.ModuleList(AlignmentHead(vit.width, output_dim) for _ in range(num_layers))
         # Built apart from the encoder's table of the same values: stage 2 gives the two different lengths.
-        self.register_buffer("position", sinusoid_table(self.encoder.grid.size, vit.width), persistent=False)
+        self.register_buffer("position", position_table(vit), persistent=False)
 
     @property
     def shard_units(self) -> list[nn.Module]:

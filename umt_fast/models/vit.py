@@ -45,6 +45,12 @@ def resized_table(table: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
     return lines.permute(2, 0, 1).reshape(new.size, width)
 
 
+def position_table(config: VitConfig) -> Tensor:
+    """(N, C) fp32 positions of a clip: the sinusoids of config.position_grid, or of the clip's own, resized to the clip's."""
+    made_for = TokenGrid(*(config.position_grid or config.grid))
+    return resized_table(sinusoid_table(made_for.size, config.width), made_for, TokenGrid(*config.grid))
+
+
 class Packing(NamedTuple):
     """Batches of token sequences one after the other along one axis; in a batch all are equally long."""
 
@@ -208,9 +214,7 @@ class VisionTransformer(nn.Module):
         rates = [config.drop_path * depth / max(1, config.depth - 1) for depth in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.width, eps=1e-6) if with_norm else None
-        made_for = TokenGrid(*(config.position_grid or config.grid))
-        table = resized_table(sinusoid_table(made_for.size, config.width), made_for, self.grid)
-        self.register_buffer("position", table, persistent=False)
+        self.register_buffer("position", position_table(config), persistent=False)
         self.register_buffer("every", torch.arange(self.grid.size, dtype=torch.int32), persistent=False)
         self.apply(_initialise)
 
