@@ -62,18 +62,20 @@ def gradients_of(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses and gradients of a rank's half."""
     model = small_model()
-    found = stage2_losses(model, losses or Stage2Losses(), **part_of(joint_batch(), rank, ranks))
+    found = stage2_losses(model, losses or FULL, **part_of(joint_batch(), rank, ranks))
     found["loss"].backward()
     return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-# The official contrastive loss alone: the gradient of the other losses knows nothing of ranks.
-OFFICIAL = Stage2Losses(vtm=0.0, mlm=0.0, uta=0.0, gather="official")
+# All four losses with the joint batch's gradient, and the official contrastive loss alone, gathered as by default: the
+# gradient of the other losses knows nothing of ranks.
+FULL = Stage2Losses(gather="full")
+OFFICIAL = Stage2Losses(vtm=0.0, mlm=0.0, uta=0.0)
 
 
 @pytest.fixture(scope="module")
 def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Losses and gradients averaged over two processes: of all four losses, and of OFFICIAL."""
+    """Losses and gradients averaged over two processes: of FULL, and of OFFICIAL."""
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "ranks.py"
     script.write_text(
