@@ -74,7 +74,7 @@ class Case:
         return x / x.norm(dim=-1, keepdim=True) if self.normalize == "l2" else x
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.name)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 

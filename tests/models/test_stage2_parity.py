@@ -73,7 +73,7 @@ class Case:
         }
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.name)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 

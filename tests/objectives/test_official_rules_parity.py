@@ -29,7 +29,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def name(path: Path) -> str:
-    return path.stem
+    return path.name
 
 
 # Draws of each row at each temperature, and the chance at which a statistic counts as wrong (a file makes some 70 of them).

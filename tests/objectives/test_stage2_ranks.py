@@ -147,7 +147,7 @@ def test_official_gathering_keeps_a_share_of_the_gradient_but_not_at_the_tempera
         torch.testing.assert_close(two_gradients[name], value / 2, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("number", range(len(parity_files("gather"))), ids=lambda n: parity_files("gather")[n].stem)
+@pytest.mark.parametrize("number", range(len(parity_files("gather"))), ids=lambda n: parity_files("gather")[n].name)
 def test_parity_of_the_default_gathering_with_the_official_one(of_two_ranks, number: int) -> None:
     """Gradients of each rank at its own rows as the official code's two processes computed them, to the last factor."""
     expected, by_rank = load_file(parity_files("gather")[number]), of_two_ranks[2][number]

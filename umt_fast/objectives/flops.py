@@ -60,13 +60,14 @@ def teacher_flops(
 
 
 def text_flops(
-    text: TextConfig, *, length: int, visible: int, vision_width: int, embed_dim: int, asked: float, fuses: bool
-) -> float:
+    text: TextConfig, *, length: int, visible: int, pooled: int, vision_width: int, embed_dim: int, asked: float,
+    fuses: bool,
+) -> float:  # fmt: skip
     """Plain and masked text of a clip, the projections, and the fusion of four texts with it where `fuses`; forward and
-    backward. asked: positions per clip that get vocabulary logits."""
+    backward. pooled: vectors of a clip that are projected; asked: its positions that get vocabulary logits."""
     w, layers = text.width, text.depth - text.fusion_layer
     layer = 24 * length * w * w + 4 * length * length * w
-    total = 2 * text.fusion_layer * layer + 2 * embed_dim * (vision_width + w)
+    total = 2 * text.fusion_layer * layer + 2 * embed_dim * (pooled * vision_width + w)
     if fuses:
         one = layer + 4 * length * w * w + 4 * length * visible * w
         # The last layer: one text whole, of three the class token, which asks all keys and values.

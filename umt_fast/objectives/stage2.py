@@ -280,6 +280,6 @@ class VideoTextPretraining(nn.Module):
         batch = config.run.batch_size
         asked = vision_text.masked_capacity(batch * config.max_length, config.mask_words) / batch if losses.mlm else 0.0
         return total + flops.text_flops(
-            text, length=config.max_length, visible=visible, vision_width=vit.width, embed_dim=config.embed_dim,
-            asked=asked, fuses=losses.vtm > 0 or losses.mlm > 0,
+            text, length=config.max_length, visible=visible, pooled=flops.grid_of(vit).frames if config.pools_frames else 1,
+            vision_width=vit.width, embed_dim=config.embed_dim, asked=asked, fuses=losses.vtm > 0 or losses.mlm > 0,
         )  # fmt: skip
