@@ -83,7 +83,9 @@ def stage2() -> Stage2Config:
         text=TextConfig(width=96, depth=4, fusion_layer=2, num_heads=3, vocab_size=64, max_positions=16, init_std=0.08),
         mask=pretraining.mask,
         align=pretraining.align,
-        optim=OptimConfig(lr=1e-3, min_lr=1e-5, warmup_lr=1e-5, lr_batch=0, weight_decay=0.02),
+        optim=OptimConfig(
+            lr=1e-3, schedule="scaled_cosine", min_factor=0.01, min_lr=0.0, lr_batch=0, weight_decay=0.02
+        ),
         embed_dim=64,
         bert="untrained",
         max_length=16,

@@ -51,11 +51,13 @@ def b16() -> Stage2Config:
         mask=MaskConfig(kind="semantic", ratio=0.8),
         image_mask=MaskConfig(kind="semantic", ratio=0.5),
         align=AlignConfig(num_layers=6),
-        losses=Stage2Losses(vtc=1.0, vtm=1.0, mlm=1.0, uta=1.0),
+        losses=Stage2Losses(vtc=1.0, vtm=1.0, mlm=1.0, uta=1.0, gather="official"),
+        same_sample="row",  # other captions of a picture are wrong answers
         optim=OptimConfig(
             lr=1e-4,
-            min_lr=1e-6,
-            warmup_lr=1e-6,
+            schedule="scaled_cosine",  # from and to a hundredth of lr
+            min_factor=0.01,
+            min_lr=0.0,
             lr_batch=0,  # not scaled
             betas=(0.9, 0.999),
             weight_decay=0.02,

@@ -25,10 +25,10 @@ from torch import nn
 
 from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, VitConfig, check_numbers, require
 from umt_fast.data.manifest import read_list
+from umt_fast.objectives import flops as counted
 from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.supervised import Supervised
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
-from umt_fast.tokens import TokenGrid, visible_per_clip
 
 AnyConfig = Stage1Config | Stage2Config | FinetuneConfig
 Gpu = Literal["a100", "h100", "h200"]
@@ -157,12 +157,9 @@ def meta_objective(config: AnyConfig) -> nn.Module:
 
 def _visible(config: AnyConfig) -> int:
     vit: VitConfig = config.student
-    grid = TokenGrid.of(
-        num_frames=vit.num_frames, tubelet_size=vit.tubelet_size, image_size=vit.image_size, patch_size=vit.patch_size
-    )
-    return (
-        grid.size if isinstance(config, FinetuneConfig) else visible_per_clip(config.mask.kind, grid, config.mask.ratio)
-    )
+    if isinstance(config, FinetuneConfig):
+        return counted.visible_of(vit, None)
+    return counted.visible_of(vit, config.mask_of(image=False) if isinstance(config, Stage2Config) else config.mask)
 
 
 def work_of(config: AnyConfig) -> Work:

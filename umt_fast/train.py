@@ -94,7 +94,8 @@ def build_loader(
             )  # fmt: skip
             # Single pictures cost a CPU little, and are no videos to DALI.
             data = config.data if entries is config.videos else dataclasses.replace(config.data, reader="cpu")
-            parts.append(CaptionLoader(clips_of(corpus.clips, frames, data), tokens, corpus.sample))
+            sample = corpus.sample if config.same_sample == "media" else torch.arange(len(corpus.sample))
+            parts.append(CaptionLoader(clips_of(corpus.clips, frames, data), tokens, sample))
     return PackedLoader(*parts) if packed else AlternatingLoader(parts, config.run.seed)
 
 
@@ -141,7 +142,7 @@ def train(config: AnyConfig) -> Path:
     config.run.dtype = usable_dtype(config.run.dtype, device)
     if isinstance(config, FinetuneConfig):
         config = with_position_grid(config)
-    else:
+    elif isinstance(config, Stage1Config) or config.runs_teacher:
         require_precision(config.teacher, device)
     # Seeded by the run alone: every rank starts from the same weights.
     torch.manual_seed(config.run.seed)

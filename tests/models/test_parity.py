@@ -1,10 +1,10 @@
 """Our modules against what the official implementation computed from the same weights, file by file.
 
-Every `stage1_*.safetensors` under the shared parity folder is a case; sizes come from its metadata.
+Every `stage1_*.safetensors` and `tubelet2_*.safetensors` (two frames a token) of parity_files is a case; everything that
+may vary comes from its metadata.
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,12 @@ import torch
 from safetensors import safe_open
 
 import kernels
+from tests.parity_files import parity_files
 from umt_fast.config import AlignConfig, MaskConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
 from umt_fast.models.weights import fit
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
-SHARED = Path(os.environ.get("UMT_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
-CASES = sorted((SHARED / "parity").glob("stage1_*.safetensors"))
+CASES = parity_files("stage1") + parity_files("tubelet2")
 ROADS = ["reference", "triton"]
 LIMIT = 1e-4
 
@@ -34,7 +34,7 @@ class Case:
         with safe_open(path, "pt") as file:
             sizes = json.loads(file.metadata()["config"])
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}
-        self.normalize = sizes["fmt"]
+        self.sizes, self.normalize, self.loss = sizes, sizes["fmt"], sizes["loss"]
         config = Stage1Config(
             run=RunConfig(dtype="fp32"),
             student=VitConfig(
@@ -46,7 +46,7 @@ class Case:
                 image_size=sizes["timg"], output_dim=sizes["tout"], weights="untrained",
             ),
             mask=MaskConfig(ratio=sizes["ratio"]),
-            align=AlignConfig(num_layers=sizes["k"], normalize=self.normalize),
+            align=AlignConfig(num_layers=sizes["k"], normalize=self.normalize, loss=self.loss),
         )  # fmt: skip
         self.objective = UnmaskedAlignment(config)
         for part in ("student", "teacher"):
@@ -74,9 +74,14 @@ class Case:
         return x / x.norm(dim=-1, keepdim=True) if self.normalize == "l2" else x
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.name)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
+
+
+def test_every_kind_of_case_is_found() -> None:
+    names = {path.name.split("_")[0] for path in CASES}
+    assert names == {"stage1", "tubelet2"}
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -96,7 +101,7 @@ def test_student_loss_and_every_gradient(case: Case, road: str) -> None:
     with kernels.force_road(road):
         heads = student(case.video, case.visible)
         loss = kernels.align_loss(
-            heads, case.lean_targets(), student.norm_weight, student.norm_bias, normalize=case.normalize
+            heads, case.lean_targets(), student.norm_weight, student.norm_bias, normalize=case.normalize, loss=case.loss
         )
         loss.backward()
     output = kernels.align_features(heads, student.norm_weight, student.norm_bias, normalize=case.normalize)
@@ -116,6 +121,18 @@ def test_targets_taken_from_all_tokens_inside_the_loss(case: Case) -> None:
     features, _ = case.objective.teacher.features(case.video)
     heads = student(case.video, case.visible)
     loss = kernels.align_loss(
-        heads, features, student.norm_weight, student.norm_bias, visible=case.visible, normalize=case.normalize
-    )
+        heads, features, student.norm_weight, student.norm_bias, visible=case.visible, normalize=case.normalize,
+        loss=case.loss,
+    )  # fmt: skip
     assert relative(loss.view(1), case.tensors["out.loss"]) < LIMIT
+
+
+def test_the_training_step_draws_masks_of_the_official_size(case: Case) -> None:
+    """The whole step, its own mask: as many visible tokens, in every frame as many, and finite layer losses."""
+    found = case.objective({"video": case.video}, torch.tensor([3]))
+    visible = case.objective.teacher(case.video, case.objective.config.mask, torch.tensor([3])).visible
+    assert visible.shape == case.visible.shape
+    per_frame = case.objective.student.encoder.grid.per_frame
+    for mine, theirs in zip(visible // per_frame, case.visible // per_frame, strict=True):
+        assert mine.bincount().tolist() == theirs.bincount().tolist()
+    assert len(found) == 1 + case.sizes["k"] and all(value.isfinite() for value in found.values())

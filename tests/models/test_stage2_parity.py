@@ -1,10 +1,9 @@
 """The stage-2 model and losses against what the official implementation computed from the same weights.
 
-Every `stage2_*.safetensors` under the shared parity folder is a case; sizes come from its metadata.
+Every `stage2_*.safetensors` of parity_files is a case; everything that may vary comes from its metadata.
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 import kernels
-from umt_fast.config import Stage2Losses, TextConfig, VitConfig
+from tests.parity_files import parity_files
+from umt_fast.config import AlignConfig, Stage2Losses, TextConfig, VitConfig
 from umt_fast.models.multimodal import HEAD_EPS, VideoText
 from umt_fast.models.weights import fit
 from umt_fast.objectives import vision_text
 from umt_fast.objectives.stage2 import stage2_losses
 
-SHARED = Path(os.environ.get("UMT_SHARED", Path(__file__).resolve().parents[2].parent / "shared"))
-CASES = sorted((SHARED / "parity").glob("stage2_*.safetensors"))
+CASES = parity_files("stage2")
 LIMIT = 1e-4
 
 
@@ -38,8 +37,11 @@ class Case:
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}
         vit = VitConfig(
             width=sizes["dim"], depth=sizes["depth"], num_heads=sizes["heads"], patch_size=sizes["patch"],
-            image_size=sizes["img"], num_frames=sizes["t"], drop_path=0.0,
+            image_size=sizes["img"], num_frames=sizes["t"], tubelet_size=sizes.get("tubelet", 1), drop_path=0.0,
         )  # fmt: skip
+        self.align = AlignConfig(
+            num_layers=sizes["k"], normalize=sizes.get("fmt", "l2"), loss=sizes.get("loss", "l2")
+        )
         parts = ("vision_encoder.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
         state = {key: value for key, value in self.tensors.items() if key.startswith(parts)}
         self.model = VideoText(
@@ -71,7 +73,7 @@ class Case:
         }
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.name)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
@@ -82,9 +84,7 @@ def road(request: pytest.FixtureRequest):
         yield request.param
 
 
-def test_the_shared_cases_are_found() -> None:
-    if not SHARED.is_dir():
-        pytest.skip(f"no shared test data at {SHARED}; set UMT_SHARED to its folder")
+def test_a_case_is_found() -> None:
     assert CASES
 
 
@@ -130,7 +130,9 @@ def test_losses_and_word_logits(case: Case, road: str, kind: str) -> None:
 def test_every_gradient_of_the_four_losses(case: Case, road: str) -> None:
     model, theirs = case.model, case.tensors
     model.zero_grad()
-    found = stage2_losses(model, Stage2Losses(), targets=theirs["in.teacher_video"], **case.batch("video"))
+    found = stage2_losses(
+        model, Stage2Losses(), targets=theirs["in.teacher_video"], align=case.align, **case.batch("video")
+    )
     assert relative(found["uta"].view(1), theirs["out.video_loss_uta"]) < LIMIT
     found["loss"].backward()
     compared = 0
@@ -148,20 +150,20 @@ def test_every_gradient_of_the_four_losses(case: Case, road: str) -> None:
     assert compared >= len([key for key in own if not key.startswith("temp")]) - 2
 
 
-def test_negatives_are_hard_and_never_the_own_sample() -> None:
-    torch.manual_seed(0)
-    index = torch.tensor([0, 1, 2, 3, 3, 5])
-    vision = torch.nn.functional.normalize(torch.randn(6, 8), dim=1)
-    sim = vision_text.similarity(vision, vision.roll(1, 0), index, torch.tensor(0.05))
-    drawn = [vision_text.draw_negatives(sim, torch.tensor([seed])) for seed in range(400)]
-    for side, scores in ((0, sim.t2v), (1, sim.v2t)):
-        picked = torch.stack([pair[side] for pair in drawn])
-        assert (index[picked] != index[None]).all()
-        weights = (scores.softmax(1) + 1e-4).masked_fill(index[:, None] == index[None], 0)
-        expected = weights / weights.sum(1, keepdim=True)
-        counts = torch.stack([(picked == column).float().mean(0) for column in range(6)], 1)
-        deviation = (expected * (1 - expected) / len(drawn)).sqrt()
-        assert ((counts - expected).abs() <= 4.5 * deviation + 1e-6).all()
+@pytest.mark.parametrize("pools", ["every frame, nothing hidden", "every frame, tubes"])
+def test_contrastive_loss_of_the_official_step_that_pools_frames(case: Case, road: str, pools: str) -> None:
+    """Without alignment the official step hides nothing and compares captions with every frame; with tubes as well."""
+    key = "unaligned" if "nothing" in pools else "tube"
+    if f"out.{key}_loss_vtc" not in case.tensors:
+        pytest.skip(f"the file has no out.{key}_loss_vtc")
+    batch, theirs = case.batch("video"), case.tensors
+    mask = theirs["in.tube_mask"] if key == "tube" else torch.zeros_like(theirs["in.video_mask"])
+    batch["visible"] = (~mask).nonzero()[:, 1].view(len(mask), -1).to(torch.int32)
+    losses = Stage2Losses(vtm=0.0, mlm=0.0, uta=0.0)
+    found = stage2_losses(case.model, losses, pooled=batch["video"].shape[2], **batch)["vtc"]
+    assert relative(found.view(1), theirs[f"out.{key}_loss_vtc"]) < LIMIT
+    together = stage2_losses(case.model, losses, **batch)["vtc"]
+    assert relative(together.view(1), theirs[f"out.{key}_loss_vtc"]) > 10 * LIMIT
 
 
 def test_masking_has_the_official_shares() -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.parity_files import parity_files
 from umt_fast.config import Stage2Losses, TextConfig, VitConfig
 from umt_fast.models.multimodal import VideoText
+from umt_fast.objectives import vision_text
 from umt_fast.objectives.stage2 import stage2_losses
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -62,24 +66,40 @@ def gradients_of(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses and gradients of a rank's half."""
     model = small_model()
-    found = stage2_losses(model, losses or Stage2Losses(), **part_of(joint_batch(), rank, ranks))
+    found = stage2_losses(model, losses or FULL, **part_of(joint_batch(), rank, ranks))
     found["loss"].backward()
     return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-# The official contrastive loss alone: the gradient of the other losses knows nothing of ranks.
-OFFICIAL = Stage2Losses(vtm=0.0, mlm=0.0, uta=0.0, gather="official")
+# All four losses with the joint batch's gradient, and the official contrastive loss alone, gathered as by default: the
+# gradient of the other losses knows nothing of ranks.
+FULL = Stage2Losses(gather="full")
+OFFICIAL = Stage2Losses(vtm=0.0, mlm=0.0, uta=0.0)
+
+
+def gathered_gradients(path: Path, rank: int, ranks: int) -> list[Tensor]:
+    """Loss, then the gradients at this rank's vision and text rows and at the temperature, of a gather_* file."""
+    tensors = load_file(path)
+    size = len(tensors["in.idx"]) // ranks
+    rows = slice(rank * size, (rank + 1) * size)
+    vision, text = (tensors[key][rows].requires_grad_() for key in ("in.vision", "in.text"))
+    temperature = tensors["in.temp"].view(()).requires_grad_()
+    units = F.normalize(vision, dim=-1).mean(1), F.normalize(text, dim=-1)
+    loss = vision_text.contrastive_loss(vision_text.similarity(*units, tensors["in.idx"][rows], temperature))
+    loss.backward()
+    return [loss.detach(), vision.grad, text.grad, temperature.grad]
 
 
 @pytest.fixture(scope="module")
-def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Losses and gradients averaged over two processes: of all four losses, and of OFFICIAL."""
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list:
+    """Losses and gradients averaged over two processes: of FULL, and of OFFICIAL; then gathered_gradients of every file, by
+    rank."""
     folder = tmp_path_factory.mktemp("ranks")
     script = folder / "ranks.py"
     script.write_text(
         "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/objectives']\n"
         "import torch, torch.distributed as dist\n"
-        "from test_stage2_ranks import OFFICIAL, gradients_of\n"
+        "from test_stage2_ranks import OFFICIAL, gathered_gradients, gradients_of, parity_files\n"
         "dist.init_process_group('gloo')\n"
         "every = []\n"
         "for losses in (None, OFFICIAL):\n"
@@ -87,6 +107,12 @@ def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[st
         "    for value in (*parts[0].values(), *parts[1].values()):\n"
         "        dist.all_reduce(value.detach())\n"
         "    every.append([{k: v.detach() / 2 for k, v in part.items()} for part in parts])\n"
+        "files = []\n"
+        "for path in parity_files('gather'):\n"
+        "    by_rank = [None, None]\n"
+        "    dist.all_gather_object(by_rank, gathered_gradients(path, dist.get_rank(), 2))\n"
+        "    files.append(by_rank)\n"
+        "every.append(files)\n"
         "if dist.get_rank() == 0:\n"
         "    torch.save(every, sys.argv[1])\n"
         "dist.destroy_process_group()\n"
@@ -119,6 +145,17 @@ def test_official_gathering_keeps_a_share_of_the_gradient_but_not_at_the_tempera
     assert two_gradients.keys() == gradients.keys() and len(gradients) > 40
     for name, value in gradients.items():
         torch.testing.assert_close(two_gradients[name], value / 2, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("number", range(len(parity_files("gather"))), ids=lambda n: parity_files("gather")[n].name)
+def test_parity_of_the_default_gathering_with_the_official_one(of_two_ranks, number: int) -> None:
+    """Gradients of each rank at its own rows as the official code's two processes computed them, to the last factor."""
+    expected, by_rank = load_file(parity_files("gather")[number]), of_two_ranks[2][number]
+    losses, visions, texts, temperatures = zip(*by_rank, strict=True)
+    torch.testing.assert_close(sum(losses).view(1) / 2, expected["out.loss"])
+    torch.testing.assert_close(torch.cat(visions), expected["grad.vision"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(torch.cat(texts), expected["grad.text"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sum(temperatures).view(1) / 2, expected["grad.temp"], rtol=1e-4, atol=1e-6)
 
 
 def test_a_rank_alone_would_differ() -> None:

@@ -249,14 +249,15 @@ class PlainStage2(nn.Module):
     ) -> dict[str, Tensor]:  # fmt: skip
         """The four losses; hidden: bool (B, N), true: not seen; negatives: (clip of each text, text of each clip)."""
         model = self.model
+        with torch.no_grad():
+            model.temp.clamp_(0.001, 0.5)
         text_encoder = model.text_encoder
         tokens, pooled, heads = model.vision_encoder(video, hidden)
         text = text_encoder.encode(words.ids, words.mask)
 
         vision = F.normalize(model.vision_proj(pooled), dim=-1)
         sentence = F.normalize(model.text_proj(text[:, 0]), dim=-1)
-        temperature = model.temp.clamp(0.001, 0.5)
-        v2t = torch.einsum("bte,ce->btc", vision, sentence).mean(1) / temperature
+        v2t = torch.einsum("bte,ce->btc", vision, sentence).mean(1) / model.temp
         equal = (index[:, None] == index[None]).float()
         targets = equal / equal.sum(1, keepdim=True)
         vtc = -(F.log_softmax(v2t, 1) * targets).sum(1).mean() - (F.log_softmax(v2t.t(), 1) * targets).sum(1).mean()
@@ -274,15 +275,20 @@ class PlainStage2(nn.Module):
         mlm = F.cross_entropy(scores.flatten(0, 1).float(), words.labels.flatten())
 
         aims = targets_at(features, hidden)
-        aims, heads = (x / x.norm(dim=-1, keepdim=True) for x in (aims, heads))
-        uta = (2 - 2 * (heads * aims).sum(-1)).mean()
+        align = self.config.align
+        if align.normalize == "l2":
+            aims, heads = (x / x.norm(dim=-1, keepdim=True) for x in (aims, heads))
+        if align.loss == "l2":
+            uta = (2 - 2 * (heads * aims).sum(-1)).mean()
+        else:
+            uta = (F.mse_loss if align.loss == "mse" else F.smooth_l1_loss)(heads, aims)
         return {"vtc": vtc / 2, "vtm": F.cross_entropy(logits.float(), label), "mlm": mlm, "uta": uta}
 
     def _draw_negatives(self, v2t: Tensor, equal: Tensor) -> tuple[Tensor, Tensor]:
         drawn = []
         for scores in (v2t.t(), v2t):
-            weights = scores.float().softmax(1) + 1e-4
-            drawn.append(torch.multinomial(weights.masked_fill(equal > 0, 0), 1)[:, 0])
+            weights = (scores + 1e-4).float().softmax(1).masked_fill(equal > 0, 0).nan_to_num(0.01, 0.01, 0.01)
+            drawn.append(torch.multinomial(weights, 1)[:, 0])
         return drawn[0], drawn[1]
 
     def draw_mask(self, attention: Tensor, batch: int) -> Tensor:

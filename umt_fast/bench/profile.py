@@ -53,7 +53,8 @@ def costs(config: Stage1Config, trained: int) -> dict[str, Cost]:
     rows, patch = batch * frames * tokens, 3 * vit.tubelet_size * clip.patch_size**2
     teacher_weight = size if clip.precision == "native" else 1
     inner = clip.depth - 1
-    last = batch * frames * (tokens * c * c * 4 + kept * c * c * 20 + 4 * kept * tokens * c)
+    # Keys and values of all tokens, the rest for those kept, and the class token's attention that draws them.
+    last = batch * frames * (tokens * c * c * 4 + kept * c * c * 20 + 4 * kept * tokens * c + 2 * c * c + 2 * tokens * c)
     width, student_patch = vit.width, 3 * vit.tubelet_size * vit.patch_size**2
     seen, span = batch * n, n if vit.attention == "joint" else n // frames
     block = Cost(

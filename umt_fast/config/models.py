@@ -189,16 +189,17 @@ class Stage2Losses:
     mlm: float = 1.0
     """Masked language: the hidden words of a caption, given its clip."""
     uta: float = 1.0
-    """Alignment of the tower to the CLIP teacher, as in stage 1."""
+    """Alignment of the tower to the CLIP teacher, as in stage 1. 0 runs no teacher (unless vision_projection does), and
+    `semantic` masks, which a teacher draws, then hide nothing (paper Table 6)."""
     vision_projection: float = 0.0
     """Alignment of the projected, pooled clip to CLIP's own image embedding, averaged over frames: 1 - cosine. Not in the
     official training; needs embed_dim equal to teacher.output_dim."""
     text_projection: float = 0.0
     """Alignment of the projected caption to the embedding CLIP's text tower gives it, likewise. Needs teacher.weights with
     that tower: `ARCH:TAG`, or a file of the whole CLIP in OpenAI's or open_clip's layout."""
-    gather: Literal["full", "official"] = "full"
-    """Gradient of the contrastive loss over several ranks: `full`, that of the joint batch, or `official`: 1 / ranks of it
-    at the encoders and projections."""
+    gather: Literal["official", "full"] = "official"
+    """Gradient of the contrastive loss over several ranks. `official`: 1 / ranks of the joint batch's at the encoders and
+    projections, all of it at the temperature, as the official gathering leaves it; `full`: the joint batch's own."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "losses")

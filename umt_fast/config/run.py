@@ -68,14 +68,19 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its schedule: linear warm-up, then half a cosine."""
+    """AdamW and its schedule: linear warm-up, then half a cosine (engine/schedule.py)."""
 
     lr: float = 1.5e-4
     """Peak rate for `lr_batch` clips per step; scaled linearly with the true global batch."""
+    schedule: Literal["linear_cosine", "scaled_cosine"] = "linear_cosine"
+    """`linear_cosine`: from warmup_lr to lr, then along half a cosine to min_lr (official stage 1 and fine-tuning);
+    `scaled_cosine`: lr times the larger of min_factor and a line from 0 to 1, then half a cosine to 0 (official stage 2)."""
     min_lr: float = 1e-5
-    """Final rate, scaled like lr."""
+    """Final rate of linear_cosine, scaled like lr."""
     warmup_lr: float = 0.0
-    """Rate of the first step, scaled like lr; the official stage-1 run starts at 0."""
+    """Rate of its first step, scaled like lr; the official stage-1 run starts at 0."""
+    min_factor: float = 0.0
+    """Least share of lr in scaled_cosine, at both ends."""
     lr_batch: int = 256
     """Batch the rates are meant for; 0 switches the scaling off."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -100,6 +105,14 @@ class OptimConfig:
             require(
                 getattr(self, name) <= self.lr,
                 f"optim.{name} is {getattr(self, name)}; it must not be above optim.lr = {self.lr}: lower it, or raise that",
+            )
+        require(0 <= self.min_factor <= 1, f"optim.min_factor is {self.min_factor}; it must lie in [0, 1]")
+        unread = ("min_factor",) if self.schedule == "linear_cosine" else ("min_lr", "warmup_lr")
+        for name in unread:
+            require(
+                getattr(self, name) == 0,
+                f"optim.{name} is {getattr(self, name)}, but optim.schedule {self.schedule!r} does not read it; set it to 0 or "
+                "choose the other schedule",
             )
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas are {self.betas}; both must lie in [0, 1)")
         require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")

@@ -133,11 +133,17 @@ class Stage2Config:
     """Which tokens of an image the tower sees."""
     align: AlignConfig = field(default_factory=AlignConfig)
     losses: Stage2Losses = field(default_factory=Stage2Losses)
+    same_sample: Literal["row", "media"] = "row"
+    """Which captions and clips are each other's right answers in the contrastive and matching losses. `row`: those of one
+    row of a list, so that another caption of the same picture counts as wrong, as in the official pre-training; `media`: all
+    rows of a list that name the same file. Officially equal row numbers of two lists meet as well, by accident; here rows of
+    different lists never do."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            lr=1e-4, min_lr=1e-6, warmup_lr=1e-6, lr_batch=0, betas=(0.9, 0.999), weight_decay=0.02
+            lr=1e-4, schedule="scaled_cosine", min_factor=0.01, min_lr=0.0, lr_batch=0, betas=(0.9, 0.999),
+            weight_decay=0.02,
         )
-    )
+    )  # fmt: skip
     embed_dim: int = 512
     """Width of the common space of clips and captions."""
     init: str = ""
@@ -177,14 +183,34 @@ class Stage2Config:
             "least 2: raise it, or set losses.vtm to 0",
         )
         _check_heads(self.student, self.align)
-        if self.losses.uta or self.losses.vision_projection:
+        if self.runs_teacher:
             _check_towers(self.student, self.teacher, self.align)
-        _check_mask("mask", self.mask, self.student, self.student.num_frames)
-        if self.images:
-            frames = self.student.grid[0]
-            require(
-                not self.student.position_grid or self.student.position_grid[0] <= frames,
-                f"student.position_grid is {self.student.position_grid}, of more frames than the {frames} of a clip: an image, "
-                "which takes the first frame's positions, would get those of several; leave it out or raise student.num_frames",
-            )
-            _check_mask("image_mask", self.image_mask, self.student, self.student.tubelet_size)
+        frames = self.student.grid[0]
+        require(
+            not (self.images and self.student.position_grid) or self.student.position_grid[0] <= frames,
+            f"student.position_grid is {self.student.position_grid}, of more frames than the {frames} of a clip: an image, "
+            "which takes the first frame's positions, would get those of several; leave it out or raise student.num_frames",
+        )
+        for name, mask, frames in (
+            ("mask", self.mask_of(image=False), self.student.num_frames),
+            ("image_mask", self.mask_of(image=True) if self.images else None, self.student.tubelet_size),
+        ):
+            if mask is not None:
+                _check_mask(name, mask, self.student, frames)
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether a loss reads CLIP's visual tower; where none does, it is neither built nor loaded."""
+        return self.losses.uta > 0 or self.losses.vision_projection > 0
+
+    def mask_of(self, *, image: bool) -> MaskConfig | None:
+        """The mask of clips or of images. None: all tokens are seen, as a `semantic` mask is drawn from a teacher and no loss
+        runs one; `random` and `tube` masks need none and are drawn all the same."""
+        mask = self.image_mask if image else self.mask
+        return mask if self.runs_teacher or mask.kind != "semantic" else None
+
+    @property
+    def pools_frames(self) -> bool:
+        """Whether each frame of a clip is pooled apart and similarities averaged over frames, which the official code does
+        where nothing is hidden, or only tubes are."""
+        return self.mask_of(image=False) is None or self.mask.kind == self.image_mask.kind == "tube"

@@ -41,7 +41,7 @@ class CaptionList:
     clips: Clips
     captions: Strings
     sample: Tensor
-    """int64: the first row with the same file; rows of one sample are each other's right answers."""
+    """int64: the first row with the same file. Under same_sample 'media' such rows are each other's right answers."""
 
 
 def read_captions(path: str | Path, root: str = "", *, workers: int = 4) -> CaptionList:

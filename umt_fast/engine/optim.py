@@ -21,19 +21,22 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups of trainable parameters with their weight_decay and lr_scale = layer_decay ** (num_layers - layer).
 
-    One-dimensional parameters, biases, position tables and class tokens are not decayed (official rule).
+    One-dimensional parameters, biases, position tables and class tokens are not decayed; scalars, as stage 2's
+    temperature, are (official rule).
     """
-    groups: dict[tuple[bool, int], dict] = {}
+    # 0: decayed, 1: decayed scalars, 2: not decayed. Earlier versions counted scalars among the last; between the two,
+    # every parameter keeps the number under which their checkpoints know it.
+    groups: dict[tuple[int, int], dict] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim <= 1 or name.endswith((".bias", *_NEVER_DECAYED))
+        kind = 2 if parameter.ndim == 1 or name.endswith((".bias", *_NEVER_DECAYED)) else 1 if parameter.ndim == 0 else 0
         layer = layer_of(name) if layer_of is not None and optim.layer_decay < 1 else num_layers
         group = groups.setdefault(
-            (plain, layer),
+            (kind, layer),
             {
                 "params": [],
-                "weight_decay": 0.0 if plain else optim.weight_decay,
+                "weight_decay": 0.0 if kind == 2 else optim.weight_decay,
                 "lr_scale": optim.layer_decay ** (num_layers - layer),
             },
         )

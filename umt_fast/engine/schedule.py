@@ -16,12 +16,19 @@ def scaled(rate: float, optim: OptimConfig, global_batch: int) -> float:
 def warmup_cosine(
     optim: OptimConfig, *, global_batch: int, steps_per_epoch: int, epochs: int, warmup_epochs: float
 ) -> Callable[[int], float]:
-    """The official schedule, as a function of the step counted from 0.
+    """The official schedules, as a function of the step counted from 0.
 
-    Linear from warmup_lr to lr over the warm-up steps, both ends included; then half a cosine,
+    linear_cosine: linear from warmup_lr to lr over the warm-up steps, both ends included; then half a cosine,
     min + (lr - min) / 2 * (1 + cos(pi * i / n)), i from 0 over the remaining n steps.
+
+    scaled_cosine: lr * max(min_factor, f) with f = step / warm-up steps, which may be a fraction; then
+    (1 + cos(pi * i / n)) / 2.
     """
     peak, low, start = (scaled(rate, optim, global_batch) for rate in (optim.lr, optim.min_lr, optim.warmup_lr))
+    if optim.schedule == "scaled_cosine":
+        return lambda step: peak * max(
+            optim.min_factor, _factor(step, epochs * steps_per_epoch, warmup_epochs * steps_per_epoch)
+        )
     warmup = int(warmup_epochs * steps_per_epoch)
     rest = max(1, epochs * steps_per_epoch - warmup)
 
@@ -31,3 +38,10 @@ def warmup_cosine(
         return low + (peak - low) / 2 * (1 + math.cos(math.pi * min(step - warmup, rest) / rest))
 
     return rate
+
+
+def _factor(step: int, total: int, warmup: float) -> float:
+    """Rising line, then half a cosine from 1 to 0; 0 from the last step on."""
+    if step < warmup:
+        return step / max(1.0, warmup)
+    return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup)))) / 2

@@ -133,4 +133,11 @@ def load_states(
         for index, values in state["state"].items()
         if index < len(parameters)
     }
-    optimizer.load_state_dict(state | {"state": moments})
+    groups = _split_scalars(state["param_groups"], optimizer.state_dict()["param_groups"])
+    optimizer.load_state_dict(state | {"state": moments, "param_groups": groups})
+
+
+def _split_scalars(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Saved groups, or the optimizer's own where an earlier version kept scalars at the front of the last group."""
+    sizes, expected = ([len(group["params"]) for group in groups] for groups in (saved, own))
+    return own if len(expected) == 3 and sizes == [expected[0], expected[1] + expected[2]] else saved

@@ -24,10 +24,10 @@ from umt_fast.tokens import TokenGrid, draw_uniform, flatten_frames, num_visible
 
 class TeacherOutput(NamedTuple):
     """visible: int32 (B, n) ascending flat indices. targets: (K, B, n, D) projected, not normalised. image: fp32 (B, D),
-    CLIP's own unit image embeddings averaged over frames, where they were asked for."""
+    CLIP's own unit image embeddings averaged over frames. The last two where they were asked for."""
 
     visible: Tensor
-    targets: Tensor
+    targets: Tensor | None
     image: Tensor | None = None
 
 
@@ -195,7 +195,9 @@ class ClipTeacher(nn.Module):
         return self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
 
     @torch.no_grad()
-    def forward(self, video: Tensor, mask: MaskConfig, seed: Tensor, *, with_image: bool = False) -> TeacherOutput:
+    def forward(
+        self, video: Tensor, mask: MaskConfig, seed: Tensor, *, with_image: bool = False, with_targets: bool = True
+    ) -> TeacherOutput:
         """Draws the mask and computes the targets at its visible tokens.
 
         Args:
@@ -204,6 +206,7 @@ class ClipTeacher(nn.Module):
             mask: which tokens stay visible.
             seed: int64 (1,) on the video's device.
             with_image: give the image embedding too.
+            with_targets: give the targets; without them only the mask is drawn.
         """
         batch = video.shape[0]
         x = self.embed(video)
@@ -224,7 +227,9 @@ class ClipTeacher(nn.Module):
             visible = flatten_frames(kept, frames, per_frame)
         else:
             visible = draw_uniform(mask.kind, batch, TokenGrid(frames, side, side), mask.ratio, seed)
-        targets = self.targets_at(visible, x, y, k, v, taps, rectangular=mask.kind != "random")
+        targets = None
+        if with_targets:
+            targets = self.targets_at(visible, x, y, k, v, taps, rectangular=mask.kind != "random")
         return TeacherOutput(visible, targets, self._image(x, y, k, v, frames) if with_image else None)
 
     def _image(self, x: Tensor, y: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:

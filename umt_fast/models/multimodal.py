@@ -17,6 +17,8 @@ from umt_fast.models.text import TextEncoder
 
 # The alignment heads' LayerNorm in stage 2; stage 1 has 1e-6.
 HEAD_EPS = 1e-5
+# Bounds of the learned temperature.
+TEMPERATURES = (0.001, 0.5)
 
 
 class VisionTower(Student):
@@ -86,10 +88,19 @@ class VideoText(nn.Module):
         text = self.text_encoder
         return [*self.vision_encoder.shard_units, *text.bert.encoder.layer[: text.config.fusion_layer]]
 
+    def bound_temperature(self) -> Tensor:
+        """Moves the learned temperature itself into its official bounds, as every training step begins, and returns a copy
+        for the losses. The official rule: of a value clamped in flight, one beyond the bounds would get no gradient any more.
+        """
+        with torch.no_grad():
+            self.temp.clamp_(*TEMPERATURES)
+        # Backward passes of earlier steps that are still to come do not see the next bounding.
+        return self.temp.clone()
+
     @property
     def temperature(self) -> Tensor:
-        """The learned temperature within its official bounds."""
-        return self.temp.clamp(0.001, 0.5)
+        """The learned temperature within its official bounds, for evaluation."""
+        return self.temp.clamp(*TEMPERATURES)
 
     def project_vision(self, pooled: Tensor) -> Tensor:
         """Pooled vision (B, T or 1, C) -> unit vectors averaged over time (B, E), fp32."""

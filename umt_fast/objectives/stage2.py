@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from umt_fast.config import Stage2Config, Stage2Losses
+from umt_fast.config import AlignConfig, Stage2Config, Stage2Losses
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.multimodal import HEAD_EPS, VideoText
 from umt_fast.models.weights import load_bert, load_teacher, load_teacher_text, load_tower
-from umt_fast.objectives import vision_text
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.objectives import flops, vision_text
+from umt_fast.tokens import draw_uniform
 
 
 def stage2_losses(
@@ -45,6 +45,8 @@ def stage2_losses(
     negatives: tuple[Tensor, Tensor] | None = None,
     rank: int = 0,
     capacity: int | None = None,
+    pooled: int = 1,
+    align: AlignConfig | None = None,
 ) -> dict[str, Tensor]:
     """The losses of one batch of clips (or of images, as clips of one frame).
 
@@ -59,12 +61,16 @@ def stage2_losses(
         negatives: (clip of each text, text of each clip), int64 (B,) each, rows of this rank.
         rank: this rank's place among the gathered rows.
         capacity: most positions of a batch that masked-language logits are computed for; None: all of them.
+        pooled: equal parts of the tokens that are pooled apart; similarities are their mean. 1: all tokens together.
+        align: normalisation and distance of the alignment loss; None: the official ones.
+
+    The model's temperature is first brought into its bounds, in place.
 
     Returns:
         fp32 scalars: `loss`, the weighted sum, and `vtc`, `vtm`, `mlm`, `uta` (detached) as far as their weights are not 0.
     """
     pairs = Pairs(video, visible, ids, mask, index, masked_ids, labels, seed, targets, negatives, capacity=capacity)
-    return joint_losses(model, losses, [pairs], rank)
+    return joint_losses(model, losses, [pairs._replace(pooled=pooled)], rank, align)
 
 
 class Pairs(NamedTuple):
@@ -87,10 +93,14 @@ class Pairs(NamedTuple):
     image: Tensor | None = None
     caption: Tensor | None = None
     capacity: int | None = None
+    pooled: int = 1
 
 
-def joint_losses(model: VideoText, losses: Stage2Losses, batches: Sequence[Pairs], rank: int = 0) -> dict[str, Tensor]:
+def joint_losses(
+    model: VideoText, losses: Stage2Losses, batches: Sequence[Pairs], rank: int = 0, align: AlignConfig | None = None
+) -> dict[str, Tensor]:
     """As stage2_losses, the mean of several batches: what the mean of their single steps would give, gradients too."""
+    align, temperature = align or AlignConfig(), model.bound_temperature()
     heads = losses.uta > 0 and all(pairs.targets is not None for pairs in batches)
     if len(batches) == 1:
         seen = [model.vision_encoder.embed(batches[0].video, batches[0].visible, heads=heads)]
@@ -99,7 +109,8 @@ def joint_losses(model: VideoText, losses: Stage2Losses, batches: Sequence[Pairs
     texts = _encode(model, batches)
     found: dict[str, Tensor] = {}
     for pairs, (tokens, outputs), (plain, masked) in zip(batches, seen, texts, strict=True):
-        for name, value in _losses_of(model, losses, pairs, tokens, outputs, plain, masked, rank).items():
+        parts = _losses_of(model, losses, align, temperature, pairs, tokens, outputs, plain, masked, rank)
+        for name, value in parts.items():
             found[name] = found.get(name, 0) + value / len(batches)
     total = sum(getattr(losses, name) * value for name, value in found.items())
     return {"loss": total} | {name: value.detach() for name, value in found.items()}
@@ -120,13 +131,13 @@ def _encode(model: VideoText, batches: Sequence[Pairs]) -> list[tuple[Tensor, Te
 
 
 def _losses_of(
-    model: VideoText, losses: Stage2Losses, pairs: Pairs, tokens: Tensor, heads: Tensor | None, plain: Tensor,
-    masked: Tensor, rank: int,
+    model: VideoText, losses: Stage2Losses, align: AlignConfig, temperature: Tensor, pairs: Pairs, tokens: Tensor,
+    heads: Tensor | None, plain: Tensor, masked: Tensor, rank: int,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The losses of one kind by name, from its vision tokens (B, n, C) and its plain and masked text (B, l, W)."""
     text, tower, found = model.text_encoder, model.vision_encoder, {}
-    vision, caption = model.project_vision(tower.pool(tokens)), model.project_text(plain)
-    sim = vision_text.similarity(vision, caption, pairs.index, model.temperature, losses.gather)
+    vision, caption = model.project_vision(tower.pool(tokens, pairs.pooled)), model.project_text(plain)
+    sim = vision_text.similarity(vision, caption, pairs.index, temperature, losses.gather)
     if losses.vtc:
         found["vtc"] = vision_text.contrastive_loss(sim)
     if losses.vtm or losses.mlm:
@@ -143,7 +154,9 @@ def _losses_of(
             logits = text.cls.predictions(filled.flatten(0, 1)[rows])
             found["mlm"] = vision_text.masked_language_loss(logits, asked)
     if heads is not None:
-        found["uta"] = kernels.align_loss(heads, pairs.targets, tower.norm_weight, tower.norm_bias, eps=HEAD_EPS)
+        found["uta"] = kernels.align_loss(
+            heads, pairs.targets, tower.norm_weight, tower.norm_bias, eps=HEAD_EPS, normalize=align.normalize, loss=align.loss
+        )
     if losses.vision_projection and pairs.image is not None:
         found["vision_projection"] = (1 - F.cosine_similarity(vision, pairs.image, dim=-1)).mean()
     if losses.text_projection and pairs.caption is not None:
@@ -152,7 +165,8 @@ def _losses_of(
 
 
 class VideoTextPretraining(nn.Module):
-    """batch of captioned clips -> loss. The model is trained and saved; the CLIP teacher is frozen."""
+    """batch of captioned clips -> loss. The model is trained and saved; the CLIP teacher, None where no loss reads it, is
+    frozen."""
 
     def __init__(self, config: Stage2Config, *, mask_id: int, special: tuple[int, ...]) -> None:
         """mask_id and special: the tokenizer's [MASK], and the ids that are never hidden."""
@@ -162,17 +176,19 @@ class VideoTextPretraining(nn.Module):
         self.model = VideoText(
             vit, config.text, num_layers=layers, output_dim=config.teacher.output_dim, embed_dim=config.embed_dim
         )
-        self.teacher = ClipTeacher(config.teacher, layers, vit.tubelet_size)
-        load_teacher(self.teacher, config.teacher)
+        self.teacher = None
+        if config.runs_teacher:
+            self.teacher = ClipTeacher(config.teacher, layers, vit.tubelet_size)
+            load_teacher(self.teacher, config.teacher)
         self.teacher_text = load_teacher_text(config.teacher) if config.losses.text_projection else None
         if config.init:
             load_tower(self.model.vision_encoder, config.init)
         if config.bert != "untrained":
             load_bert(self.model.text_encoder, config.bert)
         if config.run.dtype == "bf16":
-            self.teacher.compute_in(torch.bfloat16)
-            if self.teacher_text is not None:
-                self.teacher_text.compute_in(torch.bfloat16)
+            for frozen in (self.teacher, self.teacher_text):
+                if frozen is not None:
+                    frozen.compute_in(torch.bfloat16)
 
     @property
     def trainable(self) -> nn.Module:
@@ -204,25 +220,39 @@ class VideoTextPretraining(nn.Module):
         device = batches[0].video.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.config.run.dtype == "bf16"):
             rank = dist.get_rank() if dist.is_initialized() else 0
-            return joint_losses(self.model, self.config.losses, batches, rank)
+            return joint_losses(self.model, self.config.losses, batches, rank, self.config.align)
 
     def _pairs(self, batch: dict[str, Tensor], prefix: str, seed: Tensor) -> Pairs:
         config = self.config
         video, ids, mask, sample = (batch[prefix + name] for name in ("video", "ids", "mask", "sample"))
-        frames = video.shape[1] if video.dtype == torch.uint8 else video.shape[2]
-        image = frames == config.student.tubelet_size  # of one token frame, as officially
-        target = self.teacher(
-            video, config.image_mask if image else config.mask, seed, with_image=config.losses.vision_projection > 0
-        )
+        visible, targets, clip_image, frames = self._visible(video, seed)
         masked, labels = vision_text.mask_tokens(
             ids, mask, probability=config.mask_words, mask_id=self.mask_id, vocab_size=config.text.vocab_size,
             special=self.special,
         )  # fmt: skip
         caption = None if self.teacher_text is None else self.teacher_text(batch[prefix + "teacher_ids"])
         return Pairs(
-            video, target.visible, ids, mask, sample, masked, labels, seed, target.targets, image=target.image,
-            caption=caption, capacity=vision_text.masked_capacity(labels.numel(), config.mask_words),
+            video, visible, ids, mask, sample, masked, labels, seed, targets, image=clip_image, caption=caption,
+            capacity=vision_text.masked_capacity(labels.numel(), config.mask_words),
+            pooled=frames if config.pools_frames else 1,
         )  # fmt: skip
+
+    def _visible(self, video: Tensor, seed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+        """Visible tokens, the teacher's targets and image embedding where a loss reads them, and the token frames."""
+        config, grid = self.config, self.model.vision_encoder.encoder.grid
+        frames = (video.shape[1] if video.dtype == torch.uint8 else video.shape[2]) // config.student.tubelet_size
+        grid = dataclasses.replace(grid, frames=frames)
+        mask = config.mask_of(image=frames == 1)  # one token frame, as officially
+        if self.teacher is not None:
+            losses = config.losses
+            output = self.teacher(
+                video, mask, seed, with_image=losses.vision_projection > 0, with_targets=losses.uta > 0
+            )
+            return *output, frames
+        if mask is not None:
+            return draw_uniform(mask.kind, len(video), grid, mask.ratio, seed), None, None, frames
+        every = self.model.vision_encoder.encoder.every[: grid.size]
+        return every.expand(len(video), -1), None, None, frames
 
     def flops_per_clip(self) -> float:
         """Matrix-product FLOPs of a clip; where a step packs as many images, the mean of both."""
@@ -234,22 +264,22 @@ class VideoTextPretraining(nn.Module):
     def flops_of(config: Stage2Config, *, image: bool = False) -> float:
         """Matrix-product FLOPs of a clip or image: teacher, tower, text (forward and backward three times forward).
 
-        Not counted: CLIP's text tower, which only losses.text_projection runs.
+        What is not counted: see objectives/flops.py.
         """
+        vit, text, losses, layers = config.student, config.text, config.losses, config.align.num_layers
         if image:
-            frames = config.student.tubelet_size
-            config = dataclasses.replace(
-                config, student=dataclasses.replace(config.student, num_frames=frames), mask=config.image_mask
+            vit = dataclasses.replace(vit, num_frames=vit.tubelet_size)
+        mask = config.mask_of(image=image)
+        visible = flops.visible_of(vit, mask)
+        heads = layers if losses.uta else 0
+        total = flops.tower_flops(vit, visible, num_layers=heads, output_dim=config.teacher.output_dim)
+        if config.runs_teacher:
+            total += flops.teacher_flops(
+                config.teacher, vit, mask, num_layers=heads, with_image=losses.vision_projection > 0
             )
-        text, vit = config.text, config.student
-        tower = UnmaskedAlignment.flops_of(config)
-        n = vit.num_frames // vit.tubelet_size * (vit.image_size // vit.patch_size) ** 2
-        n = n - int(n * config.mask.ratio)
-        layer = 24 * config.max_length * text.width**2 + 4 * config.max_length**2 * text.width
-        cross = 4 * config.max_length * text.width**2 + 4 * config.max_length * n * text.width
-        keys = 4 * n * vit.width * text.width
-        fusion = text.depth - text.fusion_layer
-        # The last fusion layer: one group whole, of three the class token, which asks all keys and values.
-        one = layer + cross
-        last = one + 3 * (one / config.max_length + 4 * config.max_length * text.width**2)
-        return tower + 3 * (2 * text.fusion_layer * layer + (fusion - 1) * 4 * one + last + fusion * keys)
+        batch = config.run.batch_size
+        asked = vision_text.masked_capacity(batch * config.max_length, config.mask_words) / batch if losses.mlm else 0.0
+        return total + flops.text_flops(
+            text, length=config.max_length, visible=visible, pooled=flops.grid_of(vit).frames if config.pools_frames else 1,
+            vision_width=vit.width, embed_dim=config.embed_dim, asked=asked, fuses=losses.vtm > 0 or losses.mlm > 0,
+        )  # fmt: skip

@@ -10,7 +10,7 @@ from umt_fast.config import Stage1Config
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.student import Student
 from umt_fast.models.weights import load_student, load_teacher
-from umt_fast.tokens import TokenGrid, visible_per_clip
+from umt_fast.objectives import flops
 
 
 class UnmaskedAlignment(nn.Module):
@@ -65,26 +65,7 @@ class UnmaskedAlignment(nn.Module):
     @staticmethod
     def flops_of(config: Stage1Config) -> float:
         """Matrix-product FLOPs of a clip: teacher forward, student forward and backward (three times forward)."""
-        vit, clip = config.student, config.teacher
-        grid = TokenGrid.of(
-            num_frames=vit.num_frames,
-            tubelet_size=vit.tubelet_size,
-            image_size=vit.image_size,
-            patch_size=vit.patch_size,
-        )
-        n, width, layers = (
-            visible_per_clip(config.mask.kind, grid, config.mask.ratio),
-            vit.width,
-            config.align.num_layers,
-        )
-        span = n if vit.attention == "joint" else n // grid.frames
-        block = n * width * width * (8 + 4 * vit.mlp_ratio) + 4 * n * span * width
-        patch = n * width * 3 * vit.tubelet_size * vit.patch_size**2 * 2
-        # The patch rows take no gradient: forward and weight gradient only.
-        student = 3 * (vit.depth * block + layers * 2 * n * width * clip.output_dim) + 2 * patch
-        tokens, c = grid.per_frame + 1, clip.width
-        whole = tokens * c * c * 24 + 4 * tokens * tokens * c
-        kept = n / grid.frames
-        last = tokens * c * c * 4 + kept * c * c * 20 + 4 * kept * tokens * c
-        frame = (clip.depth - 1) * whole + last + grid.per_frame * c * 6 * vit.tubelet_size * clip.patch_size**2
-        return student + grid.frames * frame + layers * 2 * n * c * clip.output_dim
+        vit, layers = config.student, config.align.num_layers
+        visible = flops.visible_of(vit, config.mask)
+        student = flops.tower_flops(vit, visible, num_layers=layers, output_dim=config.teacher.output_dim)
+        return student + flops.teacher_flops(config.teacher, vit, config.mask, num_layers=layers)

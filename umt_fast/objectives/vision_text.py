@@ -48,7 +48,7 @@ def gathered(x: Tensor) -> Tensor:
 
 
 def similarity(
-    vision: Tensor, text: Tensor, index: Tensor, temperature: Tensor, gather: Literal["full", "official"] = "full"
+    vision: Tensor, text: Tensor, index: Tensor, temperature: Tensor, gather: Literal["official", "full"] = "official"
 ) -> Similarity:
     """Similarities of this rank's pairs with those of all ranks.
 
@@ -72,9 +72,9 @@ def similarity(
 def contrastive_loss(sim: Similarity) -> Tensor:
     """Mean soft-target cross-entropy of both directions over this rank's rows.
 
-    Averaged over ranks, as DDP averages gradients, this is the loss of the joint batch with its full gradient. The
-    official code's gathering keeps 1 / ranks of it at the encoders, though all of it at the temperature (its all_gather
-    returns the local slice alone); similarity(gather="official") gives that.
+    Averaged over ranks, as DDP averages gradients, this is the loss of the joint batch. With similarity(gather="full") its
+    gradient is the joint batch's too. The official code's gathering, the default, keeps 1 / ranks of that at the encoders,
+    though all of it at the temperature (its all_gather returns the local slice alone).
     """
     both = (F.cross_entropy(part, sim.targets) for part in (sim.v2t, sim.t2v))
     return sum(both) / 2
@@ -84,14 +84,18 @@ def contrastive_loss(sim: Similarity) -> Tensor:
 def draw_negatives(sim: Similarity, seed: Tensor, rank: int = 0) -> tuple[Tensor, Tensor]:
     """A hard negative of this rank for each row: (clip for each text, text for each clip), int64 (B,) each.
 
-    Drawn with probability proportional to softmax(similarity) + 1e-4; the row's own sample never is, unless all rows show it.
+    Drawn with probability proportional to exp(similarity), the row's own sample left out: the official weights, whose
+    constant of 1e-4 within the softmax cancels. The softmax is taken over the allowed rows alone. Where the model is so sure
+    of the right answer that every other weight underflows, the official draw fails; this one still follows the similarities.
+    Uniform over the allowed rows where similarities are not finite (official), over all rows where all show one sample.
     """
     batch = len(sim.targets)
     local = slice(rank * batch, (rank + 1) * batch)
     right = sim.targets[:, local] > 0
 
     def draw(scores: Tensor, salt: int) -> Tensor:
-        weights = (scores[:, local].float().softmax(1) + 1e-4).nan_to_num(0.01, 0.01, 0.01).masked_fill(right, 0.0)
+        weights = scores[:, local].float().masked_fill(right, -torch.inf).softmax(1)
+        weights = weights.nan_to_num(0.01, 0.01, 0.01).masked_fill(right, 0.0)
         return kernels.sample_visible(weights, 1, seed + salt)[:, 0].long()
 
     return draw(sim.t2v, 1), draw(sim.v2t, 2)
