@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from umt_fast.config import DataConfig
 from umt_fast.data.manifest import Clip, DataError, read_list
-from umt_fast.data.video import VideoError, iterate_frames, open_video, rotation_of
+from umt_fast.data.video import VideoError, iterate_frames, open_video, rate_of, rotation_of
 from umt_fast.data.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")
@@ -45,7 +45,7 @@ def probe(clip: Clip, frame_pattern: str) -> Clip:
         raise VideoError(f"{clip.path}: no such file")
     container, stream = open_video(clip.path)
     with container:
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        rate = rate_of(stream)
         codec = stream.codec_context.name
     frames = keys = 0
     sizes = set()

@@ -2,6 +2,9 @@
 
 The multi-scale crop follows the official stage-1 augmentation (facts of its implementation, not its code): a window of
 short side * {1, .875, .75, .66} per axis, the two axes at most one scale apart, at one of 13 fixed places.
+
+How a window is resized belongs to how it is cut. Stage 1 resizes as Pillow does (bilinear, the filter widened when shrinking).
+Stage 2 and retrieval resize as torchvision 0.13 does with uint8 tensors: bicubic, 4 x 4 pixels whatever the scale.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
 # A side this close to the wanted size is taken as that size, which saves a resize.
@@ -26,6 +31,8 @@ class Crop:
     width: int
     height: int
     flip: bool = False
+    bicubic: bool = False
+    """Resized by torchvision's bicubic filter for tensors, without antialiasing; else by Pillow's bilinear one."""
 
 
 def crop_sizes(width: int, height: int, size: int) -> list[tuple[int, int]]:
@@ -55,8 +62,10 @@ def multi_scale_crop(width: int, height: int, size: int, flip: bool, rng: np.ran
 
 
 def random_resized_crop(width: int, height: int, flip: bool, rng: np.random.Generator) -> Crop:
-    """A window of 50 to 100% of the area, aspect 3/4 to 4/3 (log-uniform), as stage 2 crops; the whole frame's centre if
-    ten draws do not fit."""
+    """A window of 50 to 100% of the area, aspect 3/4 to 4/3 (log-uniform), as stage 2 crops.
+
+    Where ten draws do not fit: the largest centred window of an allowed aspect.
+    """
     mirrored = bool(flip and rng.random() < 0.5)
     for _ in range(10):
         area = width * height * rng.uniform(0.5, 1.0)
@@ -64,9 +73,15 @@ def random_resized_crop(width: int, height: int, flip: bool, rng: np.random.Gene
         crop_width, crop_height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left, top = rng.integers(width - crop_width + 1), rng.integers(height - crop_height + 1)
-            return Crop(int(left), int(top), crop_width, crop_height, mirrored)
+            return Crop(int(left), int(top), crop_width, crop_height, mirrored, bicubic=True)
     crop_width, crop_height = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return Crop((width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height, mirrored)
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return Crop(left, top, crop_width, crop_height, mirrored, bicubic=True)
+
+
+def whole(width: int, height: int) -> Crop:
+    """The whole frame, pressed into a square: the official view of retrieval."""
+    return Crop(0, 0, width, height, bicubic=True)
 
 
 def center_crop(width: int, height: int) -> Crop:
@@ -76,16 +91,20 @@ def center_crop(width: int, height: int) -> Crop:
 
 
 def apply(frames: Sequence[np.ndarray] | Sequence[Image.Image], crop: Crop, size: int) -> np.ndarray:
-    """T pictures, uint8 (H, W, 3) or Pillow's -> uint8 (T, size, size, 3), bilinear, the filter widened when shrinking, as
-    PIL does."""
+    """T pictures of one size, uint8 (H, W, 3) or Pillow's -> uint8 (T, size, size, 3), resized as the crop says."""
     out = np.empty((len(frames), size, size, 3), np.uint8)
     right, bottom = crop.left + crop.width, crop.top + crop.height
-    for number, frame in enumerate(frames):
-        if isinstance(frame, Image.Image):
-            window = frame.crop((crop.left, crop.top, right, bottom))
-        else:
-            window = frame[crop.top : bottom, crop.left : right]
-        resized = (crop.height, crop.width) != (size, size)
+    resized = (crop.height, crop.width) != (size, size)
+    windows = [
+        frame.crop((crop.left, crop.top, right, bottom))
+        if isinstance(frame, Image.Image)
+        else frame[crop.top : bottom, crop.left : right]
+        for frame in frames
+    ]
+    if resized and crop.bicubic:
+        windows = _bicubic(windows, size)
+        resized = False
+    for number, window in enumerate(windows):
         if (resized or crop.flip) and not isinstance(window, Image.Image):
             window = Image.fromarray(window)
         if resized:
@@ -95,3 +114,17 @@ def apply(frames: Sequence[np.ndarray] | Sequence[Image.Image], crop: Crop, size
             window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         out[number] = window
     return out
+
+
+def _bicubic(windows: Sequence[np.ndarray] | Sequence[Image.Image], size: int) -> np.ndarray:
+    """T pictures, uint8 (h, w, 3) or Pillow's -> uint8 (T, size, size, 3): float32 convolution, clamped, rounded half to even.
+
+    Torch's own uint8 kernel is faster and another function: it rounds and clamps between rows and columns.
+    """
+    planes = np.empty((len(windows), 3, *np.shape(windows[0])[:2]), np.float32)
+    for number, window in enumerate(windows):
+        planes[number] = np.asarray(window).transpose(2, 0, 1)
+    sized = interpolate(torch.from_numpy(planes), (size, size), mode="bicubic", align_corners=False)
+    out = torch.empty((len(windows), size, size, 3), dtype=torch.uint8)
+    out.permute(0, 3, 1, 2).copy_(sized.clamp_(0, 255).round_())
+    return out.numpy()
