@@ -22,7 +22,7 @@ from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_c
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import Clip, DataError, read_list
 from umt_fast.data.prepare import prepare, verify
-from umt_fast.data.prepared import Settings, candidates, read_prepared
+from umt_fast.data.prepared import Settings, StoredChooser, candidates, read_prepared
 from umt_fast.data.sampling import sparse_train
 from umt_fast.data.scan import scan
 from umt_fast.data.video import VideoError
@@ -42,7 +42,7 @@ def grey_video(path: Path, count: int, first: int = 0) -> None:
         container.mux(stream.encode())
 
 
-def stored_frames(clip: Clip, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+def stored_frames(clip: Clip, choose: StoredChooser) -> np.ndarray:
     return np.stack([np.asarray(picture) for picture in read_prepared(clip, choose)])
 
 
@@ -84,7 +84,7 @@ def test_stored_frames_are_the_candidates(table: Path, tmp_path: Path) -> None:
         ("short.mp4", 3, 5),
     ]
     for clip, number, frames in zip(clips, (0, 2, 3), (60, 45, 5), strict=True):
-        pictures = stored_frames(clip, lambda count: np.arange(count))
+        pictures = stored_frames(clip, lambda stored, source: np.arange(stored))
         assert pictures.shape[1:] == (48, 60, 3)
         expected = candidates(frames, settings, np.random.default_rng((0, number)))
         np.testing.assert_allclose(pictures.mean((1, 2, 3)), 4 * expected, atol=2)
@@ -121,7 +121,7 @@ def test_bad_clips_are_tried_again(table: Path, tmp_path: Path) -> None:
     assert (counts["good"], counts["bad"], counts["resumed"]) == (4, 1, 3)
     clips = read_list(out, DataConfig())
     assert [clip.label for clip in clips] == [0, 1, 2, 3] and verify(out) == 4
-    assert len(stored_frames(clips[1], lambda count: np.arange(count))) == 24
+    assert len(stored_frames(clips[1], lambda stored, source: np.arange(stored))) == 24
     (bad,) = (out / "part-0-of-1.bad.jsonl").read_text().splitlines()
     assert json.loads(bad)["path"].endswith("broken.mp4")
 
@@ -161,7 +161,7 @@ def test_jpegs_are_close_to_the_frames(tmp_path: Path, shared: Path) -> None:
     (tmp_path / "list.csv").write_text(f"{name},0\n")
     prepare(tmp_path / "list.csv", tmp_path / "out", workers=0, settings=Settings(segments=8, per_segment=4))
     (clip,) = read_list(tmp_path / "out", DataConfig())
-    stored = stored_frames(clip, lambda count: np.array([0, 31])).astype(float)
+    stored = stored_frames(clip, lambda stored, source: np.array([0, 31])).astype(float)
     decoded = decode_frames(name, lambda count: np.array([0, 31]))
     assert 10 * np.log10(255**2 / ((stored - decoded) ** 2).mean()) > 35  # dB
 
@@ -262,7 +262,7 @@ def test_damage_is_found_and_made_good(table: Path, tmp_path: Path) -> None:
     content[-40] ^= 1
     shard.write_bytes(content)
     with pytest.raises(VideoError, match="b.mp4.*damaged"):
-        read_prepared(clips[1], lambda count: np.arange(count))
+        read_prepared(clips[1], lambda stored, source: np.arange(stored))
     with pytest.raises(DataError, match=rf"{shard.name} \(1 clips\)"):
         verify(out)
     with pytest.raises(DataError, match="holds prepared clips"):
@@ -344,5 +344,5 @@ def test_pictures_can_be_prepared(tmp_path: Path) -> None:
     prepare(tmp_path / "list.csv", tmp_path / "out", workers=0)
     (clip,) = read_list(tmp_path / "out", DataConfig())
     assert clip.num_frames == 1
-    pictures = stored_frames(clip, lambda count: np.zeros(1, int))
+    pictures = stored_frames(clip, lambda stored, source: np.zeros(1, int))
     assert pictures.shape == (1, 256, 341, 3) and abs(pictures.mean() - 77) < 2

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -90,20 +91,18 @@ def center_crop(width: int, height: int) -> Crop:
     return Crop((width - side) // 2, (height - side) // 2, side, side)
 
 
-def apply(frames: Sequence[np.ndarray] | Sequence[Image.Image], crop: Crop, size: int) -> np.ndarray:
-    """T pictures of one size, uint8 (H, W, 3) or Pillow's -> uint8 (T, size, size, 3), resized as the crop says."""
-    out = np.empty((len(frames), size, size, 3), np.uint8)
+def apply(frames: np.ndarray | Sequence[Image.Image], crop: Crop, size: int) -> np.ndarray:
+    """T pictures, uint8 (T, H, W, 3) or Pillow's of one size -> uint8 (T, size, size, 3), resized as the crop says."""
     right, bottom = crop.left + crop.width, crop.top + crop.height
+    if isinstance(frames, np.ndarray):
+        windows = frames[:, crop.top : bottom, crop.left : right]
+    else:
+        windows = [frame.crop((crop.left, crop.top, right, bottom)) for frame in frames]
     resized = (crop.height, crop.width) != (size, size)
-    windows = [
-        frame.crop((crop.left, crop.top, right, bottom))
-        if isinstance(frame, Image.Image)
-        else frame[crop.top : bottom, crop.left : right]
-        for frame in frames
-    ]
     if resized and crop.bicubic:
-        windows = _bicubic(windows, size)
-        resized = False
+        stacked = windows if isinstance(windows, np.ndarray) else np.stack([np.asarray(window) for window in windows])
+        windows, resized = bicubic(torch.from_numpy(stacked), size).numpy(), False
+    out = np.empty((len(frames), size, size, 3), np.uint8)
     for number, window in enumerate(windows):
         if (resized or crop.flip) and not isinstance(window, Image.Image):
             window = Image.fromarray(window)
@@ -116,15 +115,13 @@ def apply(frames: Sequence[np.ndarray] | Sequence[Image.Image], crop: Crop, size
     return out
 
 
-def _bicubic(windows: Sequence[np.ndarray] | Sequence[Image.Image], size: int) -> np.ndarray:
-    """T pictures, uint8 (h, w, 3) or Pillow's -> uint8 (T, size, size, 3): float32 convolution, clamped, rounded half to even.
+def bicubic(frames: Tensor, size: int) -> Tensor:
+    """uint8 (T, h, w, 3) -> uint8 (T, size, size, 3) on its device: convolved in float32, clamped, rounded half to even.
 
-    Torch's own uint8 kernel is faster and another function: it rounds and clamps between rows and columns.
+    Torch's kernel for uint8 is faster and another function: it rounds and clamps between the two axes.
     """
-    planes = np.empty((len(windows), 3, *np.shape(windows[0])[:2]), np.float32)
-    for number, window in enumerate(windows):
-        planes[number] = np.asarray(window).transpose(2, 0, 1)
-    sized = interpolate(torch.from_numpy(planes), (size, size), mode="bicubic", align_corners=False)
-    out = torch.empty((len(windows), size, size, 3), dtype=torch.uint8)
-    out.permute(0, 3, 1, 2).copy_(sized.clamp_(0, 255).round_())
-    return out.numpy()
+    planes = frames.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    sized = interpolate(planes, (size, size), mode="bicubic", align_corners=False).clamp_(0, 255).round_()
+    out = torch.empty((len(frames), size, size, 3), dtype=torch.uint8, device=frames.device)
+    out.permute(0, 3, 1, 2).copy_(sized)
+    return out

@@ -165,8 +165,6 @@ class Outline:
     codec: str
     rate: float
     """Frames per second; 0: not known."""
-    stream: int
-    """Which of the file's video streams it is."""
 
 
 def outline(path: str | Path) -> Outline:
@@ -174,9 +172,9 @@ def outline(path: str | Path) -> Outline:
     container, stream = open_video(path)
     with container:
         count, codec = _index(path, container, stream)[0].count, stream.codec_context.codec.canonical_name
-        rate, place = rate_of(stream), container.streams.video.index(stream)
+        rate = rate_of(stream)
     first = next(iterate_frames(path))
-    return Outline(count, first.width, first.height, rotation_of(first), codec, rate, place)
+    return Outline(count, first.width, first.height, rotation_of(first), codec, rate)
 
 
 def _pick_selectively(
