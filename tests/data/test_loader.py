@@ -137,20 +137,6 @@ def test_random_resized_crops_cover_half_to_all_of_the_area() -> None:
     assert (narrow.height, narrow.width, narrow.flip) == (20, 27, False)
 
 
-def test_whole_frames_are_pressed_into_the_square(clips: list[Clip]) -> None:
-    """Retrieval's view: nothing is cut off, where the centred square cuts the sides."""
-    from PIL import Image
-
-    from umt_fast.data.cpu import ClipReader
-
-    kind = {"num_frames": 2, "image_size": 32, "seed": 0, "train": False}
-    reader = ClipReader(clips, DataConfig(augment="whole"), **kind)
-    frames = np.random.default_rng(0).integers(0, 256, (1, 60, 80, 3), dtype=np.uint8)
-    expected = np.asarray(Image.fromarray(frames[0]).resize((32, 32), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(reader.crops(frames, (0,))[0, 0], expected)
-    assert (ClipReader(clips, DataConfig(), **kind).crops(frames, (0,))[0, 0] != expected).any()
-
-
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
