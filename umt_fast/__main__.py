@@ -162,30 +162,37 @@ def _plan(arguments: list[str]) -> None:
 
 def _scan(arguments: list[str]) -> None:
     from umt_fast.config import DataConfig
-    from umt_fast.data.scan import scan
+    from umt_fast.data.scan import scan, verify
 
     def command(
         list_path: Annotated[Path, tyro.conf.Positional],
         /,
-        out: Path,
+        out: Path | None = None,
+        check: Annotated[bool, tyro.conf.arg(name="verify")] = False,
         workers: int = 4,
         separator: str = ",",
         root: str = "",
         frame_pattern: str = "img_{:05d}.jpg",
     ) -> None:
-        """Decode every clip of a list once and write a manifest that training reads in its place.
+        """Decode every clip of a list once and write a manifest that training reads in its place; or verify a manifest.
 
         Args:
             list_path: The list: path and label per line, or frame folders (path, number of frames, label).
             out: Manifest to write; the bad files go beside it. An interrupted scan continues.
+            check: Take the list as a manifest and read its files against their checksums; then without --out.
             workers: Decoding processes; 0 decodes in this one.
             separator: Field separator of the list.
             root: Folder put before relative paths; empty: the list's own folder.
             frame_pattern: File name of frame i (from 1) in a list of frame folders.
         """
+        if (out is None) != check:
+            raise ConfigError("scan needs either --out MANIFEST, to write one, or --verify True, to check the one it is given")
+        data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
+        if out is None:
+            verify(list_path, workers=workers, data=data)
+            return
         if out.parent.exists():  # else it is made
             _output(out, list_path)
-        data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
         scan(list_path, out, workers=workers, data=data)
 
     _cli(command, arguments, "scan")
