@@ -95,7 +95,10 @@ def test_candidates_for_intervals_are_what_an_interval_may_give() -> None:
     assert candidates(15, settings, rng).tolist() == list(range(15))
     assert candidates(1, settings, rng).tolist() == [0]
     # What is kept whole is drawn from as from its file.
-    assert set(reader.stored_chooser((0,))(8, 8)) == {0, 2, 4, 6} and reader.stored_chooser((0,))(2, 2)[1:].tolist() == [1] * 3
+    assert (
+        set(reader.stored_chooser((0,))(8, 8)) == {0, 2, 4, 6}
+        and reader.stored_chooser((0,))(2, 2)[1:].tolist() == [1] * 3
+    )
 
 
 def test_first_seconds_of_prepared_clips(table: Path, tmp_path: Path) -> None:
@@ -107,7 +110,9 @@ def test_first_seconds_of_prepared_clips(table: Path, tmp_path: Path) -> None:
     read_prepared(clips[0], lambda stored, source: sources.append(source) or np.arange(stored))
     assert sources == [40]
     assert len(list(ClipLoader(clips, DataConfig(workers=0, max_seconds=4), **KIND))) == 1
-    with pytest.raises(DataError, match="candidates for data.max_seconds 4.0, and data.max_seconds is 0.0; `prepare` with"):
+    with pytest.raises(
+        DataError, match="candidates for data.max_seconds 4.0, and data.max_seconds is 0.0; `prepare` with"
+    ):
         ClipLoader(clips, DataConfig(), **KIND)
     for wrong, expected in (({"sampling": "dense"}, "sampling is 'dense'"), ({"max_seconds": -1}, "max_seconds is -1")):
         with pytest.raises(DataError, match=expected):

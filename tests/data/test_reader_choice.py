@@ -24,7 +24,10 @@ def test_dali_on_request_says_what_is_missing(tiny_list: Path, monkeypatch: pyte
 
 
 def test_checkpoints_of_earlier_versions_name_a_reader_that_was_cpu() -> None:
-    assert from_dict(DataConfig, to_dict(DataConfig()) | {"reader": "auto", "flip": True, "augment": "center"}).reader == "cpu"
+    assert (
+        from_dict(DataConfig, to_dict(DataConfig()) | {"reader": "auto", "flip": True, "augment": "center"}).reader
+        == "cpu"
+    )
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,10 @@ def test_checkpoints_of_earlier_versions_name_a_reader_that_was_cpu() -> None:
     [
         ({"sampling_rate": 8}, "data.sampling_rate is 8, but data.sampling sparse has no stride"),
         ({"sampling": "intervals", "sampling_rate": 2}, "data.sampling intervals has no stride"),
-        ({"augment": "center", "num_sample": 2}, "data.num_sample is 2, but data.augment center cuts a clip the same way"),
+        (
+            {"augment": "center", "num_sample": 2},
+            "data.num_sample is 2, but data.augment center cuts a clip the same way",
+        ),
         ({"augment": "whole", "num_sample": 3}, "data.augment whole cuts a clip the same way"),
         ({"augment": "center", "flip": True}, "data.flip is True, but data.augment center mirrors nothing"),
     ],

@@ -21,9 +21,7 @@ def manifest(tiny_list: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_one_changed_bit_is_found(
-    workers: int, manifest: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_changed_bit_is_found(workers: int, manifest: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert verify(manifest, workers=workers) == 2
     damaged = manifest.with_name("video1.mp4")
     state = damaged.stat()

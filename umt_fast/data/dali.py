@@ -226,7 +226,9 @@ class _Graph:
         if not self.pictures:
             self.pipe.feed_input("frames", [request.frames for request in requests])
         for repeat in range(self.repeats):
-            for name, values in (("window", "windows"),) if self.bicubic else (("window", "windows"), ("flip", "flips")):
+            for name, values in (
+                (("window", "windows"),) if self.bicubic else (("window", "windows"), ("flip", "flips"))
+            ):
                 arrays = [np.array(getattr(request, values)[repeat], np.int32) for request in requests]
                 self.pipe.feed_input(f"{name}{repeat}", [array for array in arrays for _ in range(each)])
         self.fed += 1
@@ -258,7 +260,6 @@ class _Graph:
                 if request.turns:
                     crop[number] = torch.rot90(crop[number], request.turns, (1, 2))
         return torch.stack(crops, 1).flatten(0, 1), []
-
 
     def _shape(self, request: Request) -> list[int]:
         """What the first crop of a request must come out as."""

@@ -63,7 +63,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.sampling not in ("sparse", "intervals"):
             raise DataError(
-                f"prepare: sampling is {self.sampling!r}; it must be sparse or intervals (train on the files for dense sampling)"
+                f"prepare: sampling is {self.sampling!r}; it must be sparse or intervals (dense: train on the files)"
             )
         if not 0 <= self.max_seconds < float("inf"):
             raise DataError(f"prepare: max_seconds is {self.max_seconds}; it must be finite and not negative")

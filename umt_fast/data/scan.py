@@ -196,7 +196,9 @@ def _differs(work: tuple[Clip, str]) -> str:
     """Why the files of a clip are not those that were scanned; empty: they are."""
     clip, frame_pattern = work
     try:
-        return "" if checksum(_files(clip, frame_pattern)) == clip.checksum else f"{clip.path}: other bytes than scanned"
+        return (
+            "" if checksum(_files(clip, frame_pattern)) == clip.checksum else f"{clip.path}: other bytes than scanned"
+        )
     except OSError as error:
         return f"{error.filename or clip.path}: {error.strerror}"
 
@@ -225,7 +227,9 @@ def verify(manifest: str | Path, *, workers: int = 4, data: DataConfig | None = 
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(worker_pool(workers, __name__)) if workers else None
         try:
-            found = [reason for reason in (pool.map(_differs, work, chunksize=16) if pool else map(_differs, work)) if reason]
+            found = [
+                reason for reason in (pool.map(_differs, work, chunksize=16) if pool else map(_differs, work)) if reason
+            ]
         except BrokenProcessPool as error:
             raise DataError("a reading process was killed; run the same command again") from error
     for reason in found:
