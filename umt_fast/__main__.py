@@ -186,9 +186,7 @@ def _scan(arguments: list[str]) -> None:
             frame_pattern: File name of frame i (from 1) in a list of frame folders.
         """
         if (out is None) != check:
-            raise ConfigError(
-                "scan needs either --out MANIFEST, to write one, or --verify True, to check the one it is given"
-            )
+            raise ConfigError("scan needs either --out MANIFEST, to write one, or --verify True, to check one")
         data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
         if out is None:
             verify(list_path, workers=workers, data=data)

@@ -1,5 +1,7 @@
 """The DALI road: files are decoded, cropped, resized and mirrored on the GPU (NVDEC, nvJPEG) and never leave it.
 
+Stage 2's bicubic crops are cut by DALI and resized there by torch: DALI's cubic filter is another one (Keys' with -1/2).
+
 It gives what `ClipLoader` gives: the same order, frame numbers, crops, stand-ins for bad clips and state, since all of
 these are drawn by the same code; pixels are equal up to the rounding of decoder, colour conversion and resize. Worker
 processes only read bytes, count pictures and draw numbers. Two graphs: whole videos (`decoders.video` picks the frames), and
@@ -191,6 +193,7 @@ class _Graph:
     ) -> None:  # fmt: skip
         self.pictures, self.frames, self.repeats, self.size, self.device = pictures, frames, repeats, size, device
         self.bicubic, self.depth, self.fed = bicubic, depth, 0
+        self.inputs = {"window": "windows"} if bicubic else {"window": "windows", "flip": "flips"}
         gpu = device.type == "cuda"
         self.pipe = Pipeline(
             batch_size=batch * (frames if pictures else 1),
@@ -211,7 +214,7 @@ class _Graph:
         self.pipe.build()
 
     def _crop(self, video: Any, repeat: int) -> Any:
-        """The finished crop; where it is bicubic the window alone: DALI's cubic filter is another than torch's."""
+        """The finished crop; where it is bicubic, the window alone."""
         window = fn.external_source(name=f"window{repeat}", ndim=1, dtype=types.INT32)
         cut = fn.slice(video, start=window[:2], shape=window[2:], axis_names="HW")
         if self.bicubic:
@@ -226,9 +229,7 @@ class _Graph:
         if not self.pictures:
             self.pipe.feed_input("frames", [request.frames for request in requests])
         for repeat in range(self.repeats):
-            for name, values in (
-                (("window", "windows"),) if self.bicubic else (("window", "windows"), ("flip", "flips"))
-            ):
+            for name, values in self.inputs.items():
                 arrays = [np.array(getattr(request, values)[repeat], np.int32) for request in requests]
                 self.pipe.feed_input(f"{name}{repeat}", [array for array in arrays for _ in range(each)])
         self.fed += 1
