@@ -77,7 +77,7 @@ def stage2() -> Stage2Config:
     pretraining = stage1()
     return Stage2Config(
         run=RunConfig(batch_size=32, epochs=10, warmup_epochs=1, dtype="fp32", log_every=25, tensorboard=False),
-        data=DataConfig(workers=2, flip=False, augment="random_resized_crop"),
+        data=DataConfig(workers=2, flip=False, sampling="intervals", augment="random_resized_crop"),
         student=pretraining.student,
         teacher=pretraining.teacher,
         text=TextConfig(width=96, depth=4, fusion_layer=2, num_heads=3, vocab_size=64, max_positions=16, init_std=0.08),

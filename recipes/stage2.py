@@ -44,7 +44,7 @@ def b16() -> Stage2Config:
             save_every=1000,
             keep=2,
         ),
-        data=DataConfig(sampling="sparse", num_sample=1, augment="random_resized_crop", flip=True, workers=12),
+        data=DataConfig(sampling="intervals", num_sample=1, augment="random_resized_crop", flip=True, workers=12),
         student=student_size("b16", image_size=224, num_frames=4, tubelet_size=1, drop_path=0.1),
         teacher=teacher_size("clip_b16", weights="ViT-B-16:openai"),
         text=TextConfig(width=768, depth=12, fusion_layer=9, num_heads=12),

@@ -63,7 +63,7 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
         (["scan", "list.csv", "--out", "x", "--frame_pattern", "{0.name}.jpg"], "frame_pattern is '{0.name}.jpg'"),
         (["scan", "list.csv", "--out", "x", "--frame_pattern", "{0[1]}.jpg"], "frame_pattern is '{0[1]}.jpg'"),
         (["plan", "stage1_k710", "--run.batchsize", "7"], "did you mean --run.batch_size?"),
-        (["scan", "list.csv"], "Missing from python -m umt_fast scan: --out PATH"),
+        (["scan", "list.csv"], "scan needs either --out MANIFEST, to write one, or --verify True"),
         (["scan", "list.csv", "--out", "x", "--wokers", f"{LONG},2"], f"--wokers, {LONG},2; did you mean --workers?"),
         (["scan", "list.csv", "--out", "tests"], "tests cannot be written: it is a folder"),
         (["prepare", "list.csv", "--out", "pyproject.toml"], "pyproject.toml is a file"),

@@ -162,30 +162,37 @@ def _plan(arguments: list[str]) -> None:
 
 def _scan(arguments: list[str]) -> None:
     from umt_fast.config import DataConfig
-    from umt_fast.data.scan import scan
+    from umt_fast.data.scan import scan, verify
 
     def command(
         list_path: Annotated[Path, tyro.conf.Positional],
         /,
-        out: Path,
+        out: Path | None = None,
+        check: Annotated[bool, tyro.conf.arg(name="verify")] = False,
         workers: int = 4,
         separator: str = ",",
         root: str = "",
         frame_pattern: str = "img_{:05d}.jpg",
     ) -> None:
-        """Decode every clip of a list once and write a manifest that training reads in its place.
+        """Decode every clip of a list once and write a manifest that training reads in its place; or verify a manifest.
 
         Args:
             list_path: The list: path and label per line, or frame folders (path, number of frames, label).
             out: Manifest to write; the bad files go beside it. An interrupted scan continues.
+            check: Take the list as a manifest and read its files against their checksums; then without --out.
             workers: Decoding processes; 0 decodes in this one.
             separator: Field separator of the list.
             root: Folder put before relative paths; empty: the list's own folder.
             frame_pattern: File name of frame i (from 1) in a list of frame folders.
         """
+        if (out is None) != check:
+            raise ConfigError("scan needs either --out MANIFEST, to write one, or --verify True, to check one")
+        data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
+        if out is None:
+            verify(list_path, workers=workers, data=data)
+            return
         if out.parent.exists():  # else it is made
             _output(out, list_path)
-        data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
         scan(list_path, out, workers=workers, data=data)
 
     _cli(command, arguments, "scan")
@@ -206,6 +213,8 @@ def _prepare(arguments: list[str]) -> None:
         short_side: int = 256,
         quality: int = 90,
         seed: int = 0,
+        sampling: Literal["sparse", "intervals"] = "sparse",
+        max_seconds: float = 0.0,
         shard_mib: int = 1024,
         workers: int = 4,
         separator: str = ",",
@@ -213,7 +222,7 @@ def _prepare(arguments: list[str]) -> None:
         frame_pattern: str = "img_{:05d}.jpg",
         check: Annotated[bool, tyro.conf.arg(name="verify")] = False,
     ) -> None:
-        """Pack candidate frames of every clip as JPEGs, for sparse sampling: train with --data.train DIR.
+        """Pack candidate frames of every clip as JPEGs, for one kind of sampling: train with --data.train DIR.
 
         Args:
             list_path: A list with labels, a manifest, or a caption list (then train with --data.prepared DIR).
@@ -224,6 +233,8 @@ def _prepare(arguments: list[str]) -> None:
             short_side: Larger frames are shrunk to this short side, in pixels.
             quality: JPEG quality, 1 to 100.
             seed: Seed of the candidates.
+            sampling: data.sampling of the training: sparse (stage 1) or intervals (stage 2).
+            max_seconds: data.max_seconds of the training: candidates of the first so many seconds; 0: of the whole clip.
             shard_mib: Size of a shard file in MiB.
             workers: Decoding processes; 0 decodes in this one.
             separator: Field separator of the list.
@@ -235,7 +246,8 @@ def _prepare(arguments: list[str]) -> None:
         if len(parts) != 2 or not all(part.isdecimal() for part in parts):
             raise ConfigError(f"--shard is {shard!r}; give i/n, as 0/4")
         settings = Settings(
-            segments=segments, per_segment=per_segment, short_side=short_side, quality=quality, seed=seed
+            segments=segments, per_segment=per_segment, short_side=short_side, quality=quality, seed=seed,
+            sampling=sampling, max_seconds=max_seconds,
         )  # fmt: skip
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{out} is a file; prepare writes a folder: give another --out")
@@ -277,6 +289,7 @@ def _eval(arguments: list[str]) -> None:
         top_k: int = 128,
         captions: Literal["each", "paragraph"] = "each",
         max_length: int = 0,
+        max_seconds: float = 0.0,
         memory_gib: float = 8.0,
         workers: int = 4,
         separator: str = ",",
@@ -299,6 +312,7 @@ def _eval(arguments: list[str]) -> None:
             top_k: Candidates that the matching head re-ranks (retrieval); 0: none; more than there is: all.
             captions: A list of captions in one entry is a query each (MSVD), or one paragraph (DiDeMo, ActivityNet).
             max_length: Tokens of a caption (DiDeMo 64, ActivityNet 150, LSMDC 96); 0: as in training (retrieval).
+            max_seconds: Only the first so many seconds of a clip are looked at (DiDeMo 30); 0: all of it.
             memory_gib: Main memory of a rank for kept vision tokens and text outputs; beyond it a file in TMPDIR (retrieval).
             workers: Decoding processes.
             separator: Field separator of a list of labelled clips.
@@ -311,7 +325,9 @@ def _eval(arguments: list[str]) -> None:
             _output(path, checkpoint, list_path)
         if out is not None and scores is not None and out.resolve() == scores.resolve():
             raise ConfigError(f"--out and --scores are both {out}; give two files")
-        data = DataConfig(workers=workers, separator=separator, root=root, frame_pattern=frame_pattern)
+        data = DataConfig(
+            workers=workers, separator=separator, root=root, frame_pattern=frame_pattern, max_seconds=max_seconds
+        )  # fmt: skip
         with distributed_run(RunConfig(device=device)) as ranks:
             figures = evaluate_checkpoint(
                 checkpoint, list_path, data, batch_size=batch_size, top_k=top_k, ranks=ranks, joining=captions,

@@ -63,6 +63,8 @@ def build_loader(
 ) -> ClipLoader | AlternatingLoader | PackedLoader:
     """The training clips of a configuration; for stage 2 captioned clips and images, in turn or packed."""
 
+    config.data.require_used()
+
     def clips_of(clips: Sequence[Clip], num_frames: int, data: DataConfig = config.data) -> ClipLoader:
         return open_loader(
             clips, data, device=device, num_frames=num_frames, image_size=config.student.image_size,

@@ -75,6 +75,52 @@ def test_evaluation_and_dense_sampling(clips: list[Clip]) -> None:
     assert_close(*both(clips, {"sampling": "dense"}, train=False, batch_size=4))
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_intervals_of_the_first_seconds_and_whole_frames(train: bool, clips: list[Clip]) -> None:
+    """As retrieval sees them; 21 frames at 10 a second, of which the first 12 are sampled."""
+    augment = "random_resized_crop" if train else "whole"
+    data = {"sampling": "intervals", "augment": augment, "max_seconds": 1.2}
+    assert_close(*both(clips, data, train=train, num_frames=3))
+
+
+def test_bicubic_pixels_are_those_of_the_cpu_road(tmp_path: Path) -> None:
+    """MJPEG of grey pictures decodes almost alike everywhere, so that the resizing alone remains."""
+    rng = np.random.default_rng(0)
+    with av.open(str(tmp_path / "grey.avi"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10, options={"q:v": "2"})
+        stream.width, stream.height, stream.pix_fmt = 80, 64, "yuvj420p"
+        for _ in range(12):
+            picture = np.repeat(rng.integers(0, 256, (64, 80, 1), dtype=np.uint8), 3, 2)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    clips = [Clip(path=str(tmp_path / "grey.avi"))] * 4
+    for data in ({"augment": "random_resized_crop", "num_sample": 2}, {"augment": "whole"}):
+        for one, other in zip(*both(clips, data), strict=True):
+            apart = (one["video"].int() - other["video"].int()).abs()
+            # Colour conversion rounds differently. DALI's own cubic filter would be 16 and 2 away.
+            assert apart.max() <= 3 and apart.float().mean() < 1, (apart.max(), apart.float().mean())
+
+
+def test_the_best_of_several_streams(tmp_path: Path) -> None:
+    """Dark and small first, bright and large second and the default."""
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as container:
+        streams = []
+        for number, side in enumerate((32, 64)):
+            streams.append(container.add_stream("libvpx-vp9", rate=10, options={"crf": "10", "b:v": "2M"}))
+            streams[-1].width, streams[-1].height, streams[-1].pix_fmt = side, side * 3 // 4, "yuv420p"
+            streams[-1].disposition = number  # AV_DISPOSITION_DEFAULT is 1
+        for number in range(12):
+            for stream, level in zip(streams, (3, 120), strict=True):
+                picture = np.full((stream.height, stream.width, 3), level + 10 * number, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    expected, found = both([Clip(path=str(path))] * 2, {})
+    assert_close(expected, found)
+    assert found[0]["video"].float().mean() > 120
+
+
 def test_prepared_clips(clips: list[Clip], tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("".join(f"{clip.path},{clip.label}\n" for clip in clips[:3]))
     prepare(tmp_path / "list.csv", tmp_path / "out", settings=Settings(segments=4), workers=0)

@@ -92,9 +92,7 @@ def test_sparse_draws_are_uniform_within_their_segment() -> None:
 
 def test_short_clips_follow_the_official_rule() -> None:
     rng = np.random.default_rng(0)
-    short = sampling.sparse_train(3, 8, rng)
-    assert (np.diff(short) >= 0).all() and short.min() >= 0 and short.max() < 3
-    assert sampling.sparse_train(1, 8, rng).tolist() == [0] * 8
+    assert sampling.sparse_train(7, 8, rng).tolist() == sampling.sparse_train(1, 8, rng).tolist() == [0] * 8
     assert sampling.dense_train(5, 4, 4, rng).tolist() == [0, 4, 4, 4]
     assert sampling.sparse_center(8, 4).tolist() == [1, 3, 5, 7]
 
@@ -137,20 +135,6 @@ def test_random_resized_crops_cover_half_to_all_of_the_area() -> None:
     assert 0.4 < np.mean([crop.flip for crop in crops]) < 0.6
     narrow = transforms.random_resized_crop(400, 20, False, rng)  # no such window fits: the widest allowed, centred
     assert (narrow.height, narrow.width, narrow.flip) == (20, 27, False)
-
-
-def test_whole_frames_are_pressed_into_the_square(clips: list[Clip]) -> None:
-    """Retrieval's view: nothing is cut off, where the centred square cuts the sides."""
-    from PIL import Image
-
-    from umt_fast.data.cpu import ClipReader
-
-    kind = {"num_frames": 2, "image_size": 32, "seed": 0, "train": False}
-    reader = ClipReader(clips, DataConfig(augment="whole"), **kind)
-    frames = np.random.default_rng(0).integers(0, 256, (1, 60, 80, 3), dtype=np.uint8)
-    expected = np.asarray(Image.fromarray(frames[0]).resize((32, 32), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(reader.crops(frames, (0,))[0, 0], expected)
-    assert (ClipReader(clips, DataConfig(), **kind).crops(frames, (0,))[0, 0] != expected).any()
 
 
 def alive(pid: int) -> bool:

@@ -19,10 +19,11 @@ from PIL import Image
 from umt_fast.config import DataConfig
 from umt_fast.data import prepared
 from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_captions
+from umt_fast.data.cpu import ClipReader
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import Clip, DataError, read_list
 from umt_fast.data.prepare import prepare, verify
-from umt_fast.data.prepared import Settings, candidates, read_prepared
+from umt_fast.data.prepared import Settings, StoredChooser, candidates, read_prepared
 from umt_fast.data.sampling import sparse_train
 from umt_fast.data.scan import scan
 from umt_fast.data.video import VideoError
@@ -42,7 +43,7 @@ def grey_video(path: Path, count: int, first: int = 0) -> None:
         container.mux(stream.encode())
 
 
-def stored_frames(clip: Clip, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+def stored_frames(clip: Clip, choose: StoredChooser) -> np.ndarray:
     return np.stack([np.asarray(picture) for picture in read_prepared(clip, choose)])
 
 
@@ -73,6 +74,51 @@ def test_candidates_make_every_frame_of_a_segment_equally_likely() -> None:
     assert candidates(12, settings, rng).tolist() == list(range(12))
 
 
+def test_candidates_for_intervals_are_what_an_interval_may_give() -> None:
+    """41 frames in 4 intervals of 10 or 11, of each all but the last; draws over preparations and epochs are equally likely."""
+    settings, rng = Settings(segments=4, per_segment=3, sampling="intervals"), np.random.default_rng(0)
+    data = DataConfig(sampling="intervals")
+    reader = ClipReader([Clip(path="x")], data, num_frames=4, image_size=32, seed=0, train=True)
+    drawn = []
+    for number in range(2000):
+        kept = candidates(41, settings, rng)
+        assert len(kept) == 12 and (np.diff(kept) > 0).all()
+        drawn.append(kept[reader.stored_chooser((number,))(12, 41)])
+    for column, first, last in zip(np.stack(drawn).T, (0, 10, 20, 30), (8, 18, 28, 39), strict=True):
+        values, counts = np.unique(column, return_counts=True)
+        assert values.tolist() == list(range(first, last + 1))
+        # Stretches of 9 frames are equal thirds; chi-square with 8 degrees of freedom. The last has stretches of 3, 3 and 4.
+        if last < 39:
+            assert ((counts - 2000 / 9) ** 2 / (2000 / 9)).sum() < 26.1
+    # Of 16 frames an interval of 4 gives one of 3: no choice would be left out. Of 15 some interval has too few.
+    assert candidates(16, settings, rng).tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14]
+    assert candidates(15, settings, rng).tolist() == list(range(15))
+    assert candidates(1, settings, rng).tolist() == [0]
+    # What is kept whole is drawn from as from its file.
+    assert (
+        set(reader.stored_chooser((0,))(8, 8)) == {0, 2, 4, 6}
+        and reader.stored_chooser((0,))(2, 2)[1:].tolist() == [1] * 3
+    )
+
+
+def test_first_seconds_of_prepared_clips(table: Path, tmp_path: Path) -> None:
+    """a.mp4 has 60 frames at 10 a second: the first four seconds are 40."""
+    settings = Settings(segments=4, max_seconds=4.0)
+    prepare(table, tmp_path / "out", settings=settings, workers=0)
+    clips = read_list(tmp_path / "out", DataConfig())
+    sources = []
+    read_prepared(clips[0], lambda stored, source: sources.append(source) or np.arange(stored))
+    assert sources == [40]
+    assert len(list(ClipLoader(clips, DataConfig(workers=0, max_seconds=4), **KIND))) == 1
+    with pytest.raises(
+        DataError, match="candidates for data.max_seconds 4.0, and data.max_seconds is 0.0; `prepare` with"
+    ):
+        ClipLoader(clips, DataConfig(), **KIND)
+    for wrong, expected in (({"sampling": "dense"}, "sampling is 'dense'"), ({"max_seconds": -1}, "max_seconds is -1")):
+        with pytest.raises(DataError, match=expected):
+            Settings(**wrong)
+
+
 def test_stored_frames_are_the_candidates(table: Path, tmp_path: Path) -> None:
     settings = Settings(segments=4, per_segment=2, short_side=48)
     counts = prepare(table, tmp_path / "out", settings=settings, workers=0)
@@ -84,7 +130,7 @@ def test_stored_frames_are_the_candidates(table: Path, tmp_path: Path) -> None:
         ("short.mp4", 3, 5),
     ]
     for clip, number, frames in zip(clips, (0, 2, 3), (60, 45, 5), strict=True):
-        pictures = stored_frames(clip, lambda count: np.arange(count))
+        pictures = stored_frames(clip, lambda stored, source: np.arange(stored))
         assert pictures.shape[1:] == (48, 60, 3)
         expected = candidates(frames, settings, np.random.default_rng((0, number)))
         np.testing.assert_allclose(pictures.mean((1, 2, 3)), 4 * expected, atol=2)
@@ -121,7 +167,7 @@ def test_bad_clips_are_tried_again(table: Path, tmp_path: Path) -> None:
     assert (counts["good"], counts["bad"], counts["resumed"]) == (4, 1, 3)
     clips = read_list(out, DataConfig())
     assert [clip.label for clip in clips] == [0, 1, 2, 3] and verify(out) == 4
-    assert len(stored_frames(clips[1], lambda count: np.arange(count))) == 24
+    assert len(stored_frames(clips[1], lambda stored, source: np.arange(stored))) == 24
     (bad,) = (out / "part-0-of-1.bad.jsonl").read_text().splitlines()
     assert json.loads(bad)["path"].endswith("broken.mp4")
 
@@ -161,7 +207,7 @@ def test_jpegs_are_close_to_the_frames(tmp_path: Path, shared: Path) -> None:
     (tmp_path / "list.csv").write_text(f"{name},0\n")
     prepare(tmp_path / "list.csv", tmp_path / "out", workers=0, settings=Settings(segments=8, per_segment=4))
     (clip,) = read_list(tmp_path / "out", DataConfig())
-    stored = stored_frames(clip, lambda count: np.array([0, 31])).astype(float)
+    stored = stored_frames(clip, lambda stored, source: np.array([0, 31])).astype(float)
     decoded = decode_frames(name, lambda count: np.array([0, 31]))
     assert 10 * np.log10(255**2 / ((stored - decoded) ** 2).mean()) > 35  # dB
 
@@ -248,8 +294,11 @@ def test_what_shards_cannot_give_is_refused(table: Path, tmp_path: Path) -> None
     clips = read_list(tmp_path / "out", DataConfig())
     with pytest.raises(DataError, match="--segments 8"):
         ClipLoader(clips, DataConfig(), **(KIND | {"num_frames": 8}))
-    with pytest.raises(DataError, match="sparse"):
+    with pytest.raises(DataError, match="sparse sampling; train on the files with data.sampling dense"):
         ClipLoader(clips, DataConfig(sampling="dense"), **KIND)
+    with pytest.raises(DataError, match="candidates for data.sampling sparse, and data.sampling is intervals"):
+        ClipLoader(clips, DataConfig(sampling="intervals"), **KIND)
+    ClipLoader(clips, DataConfig(sampling="intervals"), **(KIND | {"num_frames": 1}))  # images
 
 
 def test_damage_is_found_and_made_good(table: Path, tmp_path: Path) -> None:
@@ -262,7 +311,7 @@ def test_damage_is_found_and_made_good(table: Path, tmp_path: Path) -> None:
     content[-40] ^= 1
     shard.write_bytes(content)
     with pytest.raises(VideoError, match="b.mp4.*damaged"):
-        read_prepared(clips[1], lambda count: np.arange(count))
+        read_prepared(clips[1], lambda stored, source: np.arange(stored))
     with pytest.raises(DataError, match=rf"{shard.name} \(1 clips\)"):
         verify(out)
     with pytest.raises(DataError, match="holds prepared clips"):
@@ -344,5 +393,5 @@ def test_pictures_can_be_prepared(tmp_path: Path) -> None:
     prepare(tmp_path / "list.csv", tmp_path / "out", workers=0)
     (clip,) = read_list(tmp_path / "out", DataConfig())
     assert clip.num_frames == 1
-    pictures = stored_frames(clip, lambda count: np.zeros(1, int))
+    pictures = stored_frames(clip, lambda stored, source: np.zeros(1, int))
     assert pictures.shape == (1, 256, 341, 3) and abs(pictures.mean() - 77) < 2

@@ -1,5 +1,6 @@
 """Decoding of real files: equal to a plain sequential decode, or reported in one line."""
 
+import io
 import os
 import signal
 import subprocess
@@ -11,14 +12,17 @@ import av
 import numpy as np
 import pytest
 from av.error import FFmpegError
+from PIL import Image
 
 from umt_fast.config import DataConfig
 from umt_fast.data.cpu import ClipReader
 from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import Clip, read_list
+from umt_fast.data.manifest import Clip, DataError, read_list
+from umt_fast.data.prepare import record_of
+from umt_fast.data.prepared import Settings
 from umt_fast.data.sampling import sparse_train
 from umt_fast.data.scan import scan
-from umt_fast.data.video import VideoError, decode_frames
+from umt_fast.data.video import VideoError, decode_frames, limited, outline
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("UMT_SHARED", REPOSITORY.parent / "shared"))
@@ -26,11 +30,11 @@ VIDEOS = sorted(path for path in (SHARED / "videos").glob("*") if path.suffix no
 
 
 def plain_decode(path: Path) -> list[np.ndarray]:
-    """Every decodable picture, turned as its own metadata says, by the shortest PyAV program."""
+    """Every decodable picture of the largest stream, turned as its own metadata says, by the shortest PyAV program."""
     pictures = []
     with av.open(str(path)) as container:
         try:
-            for frame in container.decode(video=0):
+            for frame in container.decode(max(container.streams.video, key=lambda stream: stream.width)):
                 picture = frame.to_ndarray(format="rgb24")
                 pictures.append(np.rot90(picture, round(frame.rotation / 90) % 4))
         except FFmpegError:
@@ -96,6 +100,85 @@ def test_frames_are_the_ones_asked_for(tmp_path: Path) -> None:
     grey_clip(tmp_path / "a.mp4")
     frames = decode_frames(tmp_path / "a.mp4", lambda count: np.array([0, 7, 7, count - 1]))
     np.testing.assert_allclose(frames.mean((1, 2, 3)), [0, 70, 70, 190], atol=4)
+
+
+def two_streams(path: Path, second_is_default: bool) -> None:
+    """A dark stream of 32 x 24 pixels and a bright one of 64 x 48, one of them the file's default."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for number, side in enumerate((32, 64)):
+            streams.append(container.add_stream("libx264", rate=10))
+            streams[-1].width, streams[-1].height, streams[-1].pix_fmt = side, side * 3 // 4, "yuv420p"
+            streams[-1].disposition = int(number == second_is_default)  # AV_DISPOSITION_DEFAULT is 1
+        for number in range(12):
+            for stream, level in zip(streams, (3, 120), strict=True):
+                picture = np.full((stream.height, stream.width, 3), level + 10 * number, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_of_several_streams_the_default_one_is_read(second: bool, tmp_path: Path) -> None:
+    """By training, with and without a manifest, by `scan` and by `prepare`."""
+    path, wide, level = tmp_path / "two.mkv", 64 if second else 32, 120 if second else 3
+    two_streams(path, second)
+    assert decode_frames(path, lambda count: np.array([0, 5, count - 1])).shape == (3, wide * 3 // 4, wide, 3)
+    (tmp_path / "list.csv").write_text(f"{path},0\n")
+    scan(tmp_path / "list.csv", tmp_path / "list.jsonl", workers=0)
+    (clip,) = read_list(tmp_path / "list.jsonl", DataConfig())
+    assert (clip.width, clip.height, clip.num_frames) == (wide, wide * 3 // 4, 12)
+    frames = decode_frames(path, lambda count: np.array([0, 5, count - 1]), clip.num_frames)
+    np.testing.assert_allclose(frames.mean((1, 2, 3)), [level, level + 50, level + 110], atol=4)
+    assert outline(path).width == wide
+    record, _ = record_of(0, clip, Settings(), "")
+    jpeg = record[record.index(b"\xff\xd8") :]
+    assert Image.open(io.BytesIO(jpeg)).size == (wide, wide * 3 // 4)
+
+
+def test_the_best_stream_of_a_real_file(shared: Path) -> None:
+    """Its first video stream has 320 x 180 pixels; FFmpeg, and with it decord and torchcodec, shows the one of 480 x 270."""
+    path = shared / "videos" / "nasa_13013.mp4"
+    with av.open(str(path)) as container:
+        expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams[3])]
+    frames = decode_frames(path, lambda count: np.array([0, 7, count - 1]))
+    assert frames.shape == (3, 270, 480, 3)
+    for frame, number in zip(frames, (0, 7, len(expected) - 1), strict=True):
+        np.testing.assert_array_equal(frame, expected[number])
+
+
+@pytest.mark.parametrize("manifest", [False, True])
+def test_first_seconds_alone_are_sampled(manifest: bool, tmp_path: Path) -> None:
+    """20 grey frames at 10 a second; the rate comes from the container."""
+    grey_clip(tmp_path / "a.mp4")
+    clip = Clip(path=str(tmp_path / "a.mp4"), num_frames=20 if manifest else 0)
+    kind = {"num_frames": 2, "image_size": 32, "seed": 0}
+
+    def levels(train: bool, seconds: float) -> np.ndarray:
+        data = DataConfig(sampling="intervals", augment="whole", max_seconds=seconds)
+        reader = ClipReader([clip], data, **kind, train=train)
+        samples = [reader.read(epoch, 0).video[0].mean((1, 2, 3)) for epoch in range(30 if train else 1)]
+        return np.stack(samples) / 10
+
+    # The intervals of 8 frames are 0 to 3 and 4 to 7, without their last ones in training.
+    np.testing.assert_allclose(levels(False, 0.8)[0], [1, 5], atol=0.4)
+    np.testing.assert_allclose(levels(False, 2.0)[0], levels(False, 0)[0], atol=0)
+    drawn = levels(True, 0.8).round()
+    assert set(drawn[:, 0]) == {0, 1, 2} and set(drawn[:, 1]) == {4, 5, 6}
+    np.testing.assert_allclose(levels(False, 0.01)[0], [0, 0], atol=0.4)
+
+
+def test_a_file_without_a_rate_has_no_first_seconds() -> None:
+    choose = limited("a.mp4", lambda count: np.arange(count), 0.0, 30.0)
+    with pytest.raises(VideoError, match="a.mp4: the file tells no frame rate.*data.max_seconds 30.0"):
+        choose(20)
+    assert choose(1).tolist() == [0]  # a picture
+
+
+def test_first_seconds_of_folders_of_pictures_are_refused() -> None:
+    clips = [Clip(path="x", num_frames=9, frame_folder=True)]
+    with pytest.raises(DataError, match="data.max_seconds is 30, but folders of pictures have no frame rate"):
+        ClipLoader(clips, DataConfig(max_seconds=30), num_frames=2, image_size=32, batch_size=1)
 
 
 def test_truncated_file_is_chosen_from_what_decodes(tmp_path: Path) -> None:

@@ -31,18 +31,23 @@ class DataConfig:
     """Folder put before relative paths of the list; empty: the list's own folder."""
     separator: str = ","
     """Field separator of the list."""
-    reader: Literal["auto", "cpu", "dali"] = "auto"
-    """`cpu`: decoding processes; `dali`: NVIDIA DALI decodes on the GPU. `auto` is cpu: dali was not yet measured on one."""
-    sampling: Literal["sparse", "dense"] = "sparse"
-    """`sparse`: one random frame in each of T equal segments; `dense`: T frames `sampling_rate` apart."""
+    reader: Literal["cpu", "dali"] = "cpu"
+    """`cpu`: decoding processes; `dali`: NVIDIA DALI decodes on the GPU."""
+    sampling: Literal["sparse", "intervals", "dense"] = "sparse"
+    """`sparse`: one random frame in each of T equal segments, as in stage 1; `intervals`: one in each of T intervals that tile
+    the clip, as in stage 2 and retrieval (data.sampling has both rules); `dense`: T frames `sampling_rate` apart."""
     sampling_rate: int = 4
     """Frame stride of dense sampling."""
+    max_seconds: float = 0.0
+    """Frames are drawn from the first so many seconds of a clip (DiDeMo: 30); 0: from all of it."""
     num_sample: int = 1
-    """Augmented crops per decoded clip (repeated augmentation)."""
+    """Augmented crops per decoded clip (repeated augmentation); for the random crops alone."""
     augment: Literal["multi_scale_crop", "random_resized_crop", "center", "whole"] = "multi_scale_crop"
     """`multi_scale_crop` as in stage 1, `random_resized_crop` (50 to 100% of the area) as in stage 2; `center`: the largest
-    centred square, `whole`: the frame pressed into a square, as retrieval is judged officially."""
-    flip: bool = True
+    centred square, `whole`: the frame pressed into a square, as retrieval is judged officially. Frames are resized bilinearly
+    as Pillow does; for `random_resized_crop` and `whole` bicubically without antialiasing, as the official stage 2 does."""
+    flip: bool | None = None
+    """Mirror every second crop, for the random crops alone; None: the random crops are mirrored, the others are not."""
     workers: int = 4
     """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 2
@@ -54,9 +59,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "data")
+        if self.reader == "auto":  # checkpoints of earlier versions name it so
+            self.reader = "cpu"
         require(len(self.separator) > 0, "data.separator is empty; give the character between the list's fields")
         require(self.num_sample >= 1, f"data.num_sample is {self.num_sample}; it must be at least 1")
         require(self.sampling_rate >= 1, f"data.sampling_rate is {self.sampling_rate}; it must be at least 1")
+        require(self.max_seconds >= 0, f"data.max_seconds is {self.max_seconds}; it must not be negative")
         require(self.workers >= 0, f"data.workers is {self.workers}; it must not be negative")
         require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be at least 1")
         require(
@@ -64,6 +72,25 @@ class DataConfig:
             f"data.frame_pattern is {self.frame_pattern!r}; it must hold the frame's number in braces, as img_{{:05d}}.jpg",
         )
         require(0 <= self.max_bad_share <= 1, f"data.max_bad_share is {self.max_bad_share}; it must lie in [0, 1]")
+
+    def require_used(self) -> None:
+        """Raises ConfigError where an option is set that changes nothing in training with this sampling and augment."""
+        rate = DataConfig.__dataclass_fields__["sampling_rate"].default
+        require(
+            self.sampling == "dense" or self.sampling_rate == rate,
+            f"data.sampling_rate is {self.sampling_rate}, but data.sampling {self.sampling} has no stride; take "
+            "data.sampling dense or leave it out",
+        )
+        drawn = self.augment in ("multi_scale_crop", "random_resized_crop")
+        require(
+            drawn or self.num_sample == 1,
+            f"data.num_sample is {self.num_sample}, but data.augment {self.augment} cuts a clip the same way each time; set "
+            "data.num_sample 1 or take a random crop",
+        )
+        require(
+            drawn or not self.flip,
+            f"data.flip is True, but data.augment {self.augment} mirrors nothing; leave it out or take a random crop",
+        )
 
 
 @dataclass(kw_only=True, slots=True)

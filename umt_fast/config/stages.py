@@ -114,7 +114,7 @@ class Stage2Config:
     """Pre-training on captioned clips: contrastive, matching, masked-language and alignment losses (paper section 3.2)."""
 
     run: RunConfig = field(default_factory=lambda: RunConfig(batch_size=128, epochs=10, warmup_epochs=1))
-    data: DataConfig = field(default_factory=lambda: DataConfig(augment="random_resized_crop"))
+    data: DataConfig = field(default_factory=lambda: DataConfig(sampling="intervals", augment="random_resized_crop"))
     """How clips and images are cut; the lists are `videos` and `images`, data.train is not used."""
     videos: tuple[str, ...] = ()
     """Caption lists of clips (.json, SQLite, or tars as `cc12m/{00000..01242}.tar`), each as LIST or LIST=FOLDER, the folder

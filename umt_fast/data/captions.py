@@ -24,14 +24,18 @@ log = logging.getLogger("umt_fast.data")
 
 _DROPPED = re.compile(r"[,.'!?\"()*#:;~]")
 _SPACED = re.compile(r"[-/]")
+_BLANKS = re.compile(r"\s{2,}")
 
 
 def clean_caption(text: str) -> str:
-    """Lower case, without punctuation, single blanks: the official pre-processing of captions."""
+    """Lower case, without punctuation, single blanks: the official pre-processing of captions.
+
+    A single tab or line break inside stays as it is, as officially; tokenizers take each for a blank.
+    """
     # Half of a surrogate pair, which JSON may hold, is no text that a tokenizer takes.
     text = text.encode("utf-8", "ignore").decode()
-    text = _SPACED.sub(" ", _DROPPED.sub("", text.lower()))
-    return " ".join(text.replace("<person>", "person").split())
+    text = _SPACED.sub(" ", _DROPPED.sub("", text.lower())).replace("<person>", "person")
+    return _BLANKS.sub(" ", text).rstrip("\n").strip(" ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ def _join(sources: list[tuple[str, str]], workers: int) -> CaptionList:
     for source, root in sources:
         own, empty = array("q"), 0
         for entry in read_entries(source, root, workers):
-            texts = [text for text in map(clean_caption, entry.captions) if text]
+            texts = [text for text in map(clean_caption, entry.captions) if text.strip()]
             empty += len(entry.captions) - len(texts)
             for text in texts:
                 for clip in entry.clips:

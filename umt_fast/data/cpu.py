@@ -14,7 +14,7 @@ from PIL import Image
 from umt_fast.config import DataConfig
 from umt_fast.data import sampling, transforms
 from umt_fast.data.manifest import Clip
-from umt_fast.data.prepared import read_prepared
+from umt_fast.data.prepared import StoredChooser, read_prepared
 from umt_fast.data.tars import extracted
 from umt_fast.data.video import Chooser, VideoError, decode_frames, read_frame_folder
 
@@ -54,37 +54,56 @@ class ClipReader:
                 if self.train:
                     return sampling.dense_train(count, self.num_frames, rate, rng)
                 return sampling.dense_center(count, self.num_frames, rate)
-            if self.train:
-                return sampling.sparse_train(count, self.num_frames, rng)
-            return sampling.sparse_center(count, self.num_frames)
+            if self.data.sampling == "intervals":
+                if self.train:
+                    return sampling.interval_train(count, self.num_frames, rng)
+                return sampling.interval_middle(count, self.num_frames)
+            return self._sparse(count, rng)
+
+        return choose
+
+    def _sparse(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        if self.train:
+            return sampling.sparse_train(count, self.num_frames, rng)
+        return sampling.sparse_center(count, self.num_frames)
+
+    def stored_chooser(self, random_key: tuple[int, ...]) -> StoredChooser:
+        """(stored frames, frames of the source) -> T numbers of stored frames of the prepared clip with that key."""
+
+        def choose(stored: int, source: int) -> np.ndarray:
+            if stored == source:
+                return self.chooser(random_key)(stored)
+            # Candidates were drawn by the rule of data.sampling; of each T-th part of them any is as good.
+            return self._sparse(stored, np.random.default_rng((*random_key, 0)))
 
         return choose
 
     def frames(self, clip: Clip, random_key: tuple[int, ...]) -> np.ndarray | list[Image.Image]:
         """The T chosen frames of a clip, uint8 (T, H, W, 3), or Pillow's pictures of a prepared one. Raises VideoError."""
-        choose = self.chooser(random_key)
         if clip.shard:
-            return read_prepared(clip, choose)
+            return read_prepared(clip, self.stored_chooser(random_key))
+        choose, seconds = self.chooser(random_key), self.data.max_seconds
         if clip.frame_folder:
             return read_frame_folder(clip.path, choose, clip.num_frames, self.data.frame_pattern)
         if not Path(clip.path).exists():
             raise VideoError(f"{clip.path}: no such file")
         if clip.member:
             with extracted(clip) as path:
-                return decode_frames(path, choose, clip.num_frames or None)
-        return decode_frames(clip.path, choose, clip.num_frames or None)
+                return decode_frames(path, choose, clip.num_frames or None, seconds)
+        return decode_frames(clip.path, choose, clip.num_frames or None, seconds)
 
     def windows(self, width: int, height: int, random_key: tuple[int, ...]) -> list[transforms.Crop]:
         """The num_sample crops of a clip of width x height pixels."""
+        flip = self.data.flip is not False
         crops = []
         for repeat in range(self.data.num_sample if self.train else 1):
             rng = np.random.default_rng((*random_key, 1, repeat))
             if self.train and self.data.augment == "random_resized_crop":
-                crop = transforms.random_resized_crop(width, height, self.data.flip, rng)
+                crop = transforms.random_resized_crop(width, height, flip, rng)
             elif self.train and self.data.augment == "multi_scale_crop":
-                crop = transforms.multi_scale_crop(width, height, self.image_size, self.data.flip, rng)
+                crop = transforms.multi_scale_crop(width, height, self.image_size, flip, rng)
             elif self.data.augment == "whole":
-                crop = transforms.Crop(0, 0, width, height)
+                crop = transforms.whole(width, height)
             else:
                 crop = transforms.center_crop(width, height)
             crops.append(crop)

@@ -1,5 +1,7 @@
 """The DALI road: files are decoded, cropped, resized and mirrored on the GPU (NVDEC, nvJPEG) and never leave it.
 
+Stage 2's bicubic crops are cut by DALI and resized there by torch: DALI's cubic filter is another one (Keys' with -1/2).
+
 It gives what `ClipLoader` gives: the same order, frame numbers, crops, stand-ins for bad clips and state, since all of
 these are drawn by the same code; pixels are equal up to the rounding of decoder, colour conversion and resize. Worker
 processes only read bytes, count pictures and draw numbers. Two graphs: whole videos (`decoders.video` picks the frames), and
@@ -38,8 +40,8 @@ from umt_fast.data.cpu import ClipReader
 from umt_fast.data.loader import ClipLoader, _Read
 from umt_fast.data.manifest import Clip, DataError
 from umt_fast.data.prepared import jpegs_of
-from umt_fast.data.transforms import Crop
-from umt_fast.data.video import VideoError, outline
+from umt_fast.data.transforms import Crop, bicubic
+from umt_fast.data.video import Chooser, Outline, VideoError, limited, outline
 
 log = logging.getLogger("umt_fast.data")
 
@@ -102,13 +104,12 @@ class Requester(Dataset):
 
     def _one(self, place: tuple[int, int], chosen: int) -> Request:
         clip, key = self.reader.clips[chosen], (self.reader.seed, place[0], chosen)
-        choose = self.reader.chooser(key)
         turns = 0
         if self.pictures:
-            encoded, frames = self._pictures(clip, choose)
+            encoded, frames = self._pictures(clip, key)
             width, height = _size_of(clip, encoded[0])
         else:
-            encoded, frames, found = self._video(clip, choose)
+            encoded, frames, found = self._video(clip, self.reader.chooser(key))
             width, height, turns = found.width, found.height, found.rotation // 90
         sides = (height, width) if turns % 2 else (width, height)
         placed = [stored_window(crop, width, height, turns) for crop in self.reader.windows(*sides, key)]
@@ -116,7 +117,7 @@ class Requester(Dataset):
         content = [np.frombuffer(part, np.uint8) for part in encoded]
         return Request(place, chosen, clip.label, content, frames.astype(np.int32), windows, flips, turns)
 
-    def _video(self, clip: Clip, choose: Any) -> tuple[list[bytes], np.ndarray, Any]:
+    def _video(self, clip: Clip, choose: Chooser) -> tuple[list[bytes], np.ndarray, Outline]:
         if not Path(clip.path).exists():
             raise VideoError(f"{clip.path}: no such file")
         found = outline(clip.path)
@@ -125,19 +126,21 @@ class Requester(Dataset):
         count = clip.num_frames or found.count
         if not 0 < count <= found.count:
             raise VideoError(f"{clip.path}: holds {found.count} pictures, {count} are expected; `scan` the list")
+        choose = limited(clip.path, choose, found.rate, self.reader.data.max_seconds)
         return [Path(clip.path).read_bytes()], choose(count), found
 
-    def _pictures(self, clip: Clip, choose: Any) -> tuple[list[bytes], np.ndarray]:
+    def _pictures(self, clip: Clip, key: tuple[int, ...]) -> tuple[list[bytes], np.ndarray]:
         if clip.shard:
             chosen: list[np.ndarray] = []
+            choose = self.reader.stored_chooser(key)
 
-            def remember(count: int) -> np.ndarray:
-                chosen.append(choose(count))
+            def remember(stored: int, source: int) -> np.ndarray:
+                chosen.append(choose(stored, source))
                 return chosen[-1]
 
             jpegs = jpegs_of(clip, remember)
             return [jpegs[number] for number in chosen[-1].tolist()], chosen[-1]
-        frames = choose(clip.num_frames)
+        frames = self.reader.chooser(key)(clip.num_frames)
         paths = [Path(clip.path) / self.reader.data.frame_pattern.format(number + 1) for number in frames.tolist()]
         try:
             return [path.read_bytes() for path in paths], frames
@@ -185,10 +188,12 @@ class _Graph:
     """One DALI pipeline with `depth` batches under way: it starts at the `depth`-th that is fed."""
 
     def __init__(
-        self, *, pictures: bool, batch: int, frames: int, repeats: int, size: int, device: torch.device, depth: int
-    ) -> None:
+        self, *, pictures: bool, batch: int, frames: int, repeats: int, size: int, bicubic: bool,
+        device: torch.device, depth: int,
+    ) -> None:  # fmt: skip
         self.pictures, self.frames, self.repeats, self.size, self.device = pictures, frames, repeats, size, device
-        self.depth, self.fed = depth, 0
+        self.bicubic, self.depth, self.fed = bicubic, depth, 0
+        self.inputs = {"window": "windows"} if bicubic else {"window": "windows", "flip": "flips"}
         gpu = device.type == "cuda"
         self.pipe = Pipeline(
             batch_size=batch * (frames if pictures else 1),
@@ -209,9 +214,12 @@ class _Graph:
         self.pipe.build()
 
     def _crop(self, video: Any, repeat: int) -> Any:
+        """The finished crop; where it is bicubic, the window alone."""
         window = fn.external_source(name=f"window{repeat}", ndim=1, dtype=types.INT32)
-        flip = fn.external_source(name=f"flip{repeat}", ndim=1, dtype=types.INT32)
         cut = fn.slice(video, start=window[:2], shape=window[2:], axis_names="HW")
+        if self.bicubic:
+            return cut
+        flip = fn.external_source(name=f"flip{repeat}", ndim=1, dtype=types.INT32)
         sized = fn.resize(cut, resize_x=self.size, resize_y=self.size, interp_type=types.INTERP_LINEAR, antialias=True)
         return fn.flip(sized, horizontal=flip[0], vertical=flip[1])
 
@@ -221,7 +229,7 @@ class _Graph:
         if not self.pictures:
             self.pipe.feed_input("frames", [request.frames for request in requests])
         for repeat in range(self.repeats):
-            for name, values in (("window", "windows"), ("flip", "flips")):
+            for name, values in self.inputs.items():
                 arrays = [np.array(getattr(request, values)[repeat], np.int32) for request in requests]
                 self.pipe.feed_input(f"{name}{repeat}", [array for array in arrays for _ in range(each)])
         self.fed += 1
@@ -236,17 +244,16 @@ class _Graph:
         """
         outputs = self.pipe.share_outputs()
         try:
-            shape = [self.size, self.size, 3] if self.pictures else [self.frames, self.size, self.size, 3]
-            short = [number for number, found in enumerate(outputs[0].shape()) if list(found) != shape]
+            each = self.frames if self.pictures else 1
+            wanted = [self._shape(request) for request in requests for _ in range(each)]
+            short = [number for number, found in enumerate(outputs[0].shape()) if list(found) != wanted[number]]
             if short:
                 return torch.empty(0), short
-            crops = []
-            for output in outputs:
-                tensor = output.as_tensor()
-                crop = torch.empty(tensor.shape(), dtype=torch.uint8, device=self.device)
-                stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-                feed_ndarray(tensor, crop, cuda_stream=stream)
-                crops.append(crop.view(len(requests), self.frames, self.size, self.size, 3))
+            if self.bicubic:
+                crops = [self._bicubic(output, requests, repeat) for repeat, output in enumerate(outputs)]
+            else:
+                shape = (len(requests), self.frames, self.size, self.size, 3)
+                crops = [self._copy(output.as_tensor()).view(shape) for output in outputs]
         finally:
             self.pipe.release_outputs()
         for crop in crops:
@@ -254,6 +261,27 @@ class _Graph:
                 if request.turns:
                     crop[number] = torch.rot90(crop[number], request.turns, (1, 2))
         return torch.stack(crops, 1).flatten(0, 1), []
+
+    def _shape(self, request: Request) -> list[int]:
+        """What the first crop of a request must come out as."""
+        height, width = request.windows[0][2:] if self.bicubic else (self.size, self.size)
+        return [height, width, 3] if self.pictures else [self.frames, height, width, 3]
+
+    def _copy(self, tensor: Any) -> Tensor:
+        copy = torch.empty(tensor.shape(), dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        feed_ndarray(tensor, copy, cuda_stream=stream)
+        return copy
+
+    def _bicubic(self, windows: Any, requests: list[Request], repeat: int) -> Tensor:
+        """Cut windows of several sizes -> uint8 (B, T, S, S, 3), resized and mirrored."""
+        crops, each = [], self.frames if self.pictures else 1
+        for number, request in enumerate(requests):
+            parts = [self._copy(windows[number * each + part]) for part in range(each)]
+            crop = bicubic(torch.stack(parts) if self.pictures else parts[0], self.size)
+            mirrored = [axis for axis, on in zip((2, 1), request.flips[repeat], strict=True) if on]
+            crops.append(crop.flip(mirrored) if mirrored else crop)
+        return torch.stack(crops)
 
 
 class DaliLoader(ClipLoader):
@@ -291,6 +319,7 @@ class DaliLoader(ClipLoader):
             frames=reader.num_frames,
             repeats=self.data.num_sample if self.train else 1,
             size=reader.image_size,
+            bicubic=reader.windows(reader.image_size, reader.image_size, (0,))[0].bicubic,
             device=self.device,
             depth=min(self.data.prefetch, left),
         )

@@ -122,6 +122,11 @@ class ClipLoader:
             )
         clips = locate(clips if isinstance(clips, Clips) else Clips.of(clips), data.prepared)
         check_use(clips, data, num_frames, train)
+        if data.max_seconds and 1 in clips.values("frame_folder"):
+            raise DataError(
+                f"data.max_seconds is {data.max_seconds}, but folders of pictures have no frame rate; list the first pictures "
+                "alone (path, how many, label) and leave it out"
+            )
         self.clips, self.data, self.batch_size, self.train = clips, data, batch_size, train
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch, self.position = 0, 0

@@ -85,11 +85,13 @@ def record_of(number: int, clip: Clip, settings: Settings, frame_pattern: str) -
         return asked[-1][1]
 
     if clip.frame_folder:
+        if settings.max_seconds:
+            raise VideoError(f"{clip.path}: a folder of pictures has no frame rate, which --max_seconds needs")
         frames = read_frame_folder(clip.path, choose, clip.num_frames, frame_pattern)
     elif not Path(clip.path).exists():
         raise VideoError(f"{clip.path}: no such file")
     else:
-        frames = decode_frames(clip.path, choose, clip.num_frames or None)
+        frames = decode_frames(clip.path, choose, clip.num_frames or None, settings.max_seconds)
     count, numbers = asked[-1]
     return pack(frames, numbers, count, settings), len(numbers)
 

@@ -31,9 +31,13 @@ from PIL import Image, UnidentifiedImageError
 from umt_fast.config import DataConfig
 from umt_fast.data.clip import Clip, DataError
 from umt_fast.data.packed import Clips, ClipsBuilder
+from umt_fast.data.sampling import intervals
 from umt_fast.data.video import VideoError
 
 log = logging.getLogger("umt_fast.data")
+
+StoredChooser = Callable[[int, int], np.ndarray]
+"""(stored frames, frames of the source) -> T numbers of stored frames."""
 
 _HEAD = 12
 _ENTRY = 12
@@ -51,8 +55,18 @@ class Settings:
     quality: int = 90
     """Of the JPEGs, as Pillow counts, 4:2:0."""
     seed: int = 0
+    sampling: str = "sparse"
+    """The data.sampling that candidates are for, `sparse` or `intervals`."""
+    max_seconds: float = 0.0
+    """Candidates of the first so many seconds of a clip; 0: of all of it. As data.max_seconds."""
 
     def __post_init__(self) -> None:
+        if self.sampling not in ("sparse", "intervals"):
+            raise DataError(
+                f"prepare: sampling is {self.sampling!r}; it must be sparse or intervals (dense: train on the files)"
+            )
+        if not 0 <= self.max_seconds < float("inf"):
+            raise DataError(f"prepare: max_seconds is {self.max_seconds}; it must be finite and not negative")
         for name in ("segments", "per_segment", "short_side"):
             if getattr(self, name) < 1:
                 raise DataError(f"prepare: {name} is {getattr(self, name)}; it must be at least 1")
@@ -63,13 +77,20 @@ class Settings:
 
 
 def candidates(num_frames: int, settings: Settings, rng: np.random.Generator) -> np.ndarray:
-    """Frame numbers to keep, ascending: in each official segment one random frame of each of `per_segment` equal stretches.
+    """Frame numbers to keep, ascending: in each official segment (for `intervals`: in what an interval may give) one random
+    frame of each of `per_segment` equal stretches.
 
     Training then draws one of `per_segment` candidates per segment. Over preparations and draws together every frame of a
     segment is as likely as with the file (up to stretches that differ by one frame); for one preparation a clip has
     per_segment ** segments selections instead of length ** segments. A clip of at most segments * per_segment frames is
-    kept whole and sampled as from its file.
+    kept whole and sampled as from its file; for `intervals` a few more, since an interval never gives its last frame.
     """
+    if settings.sampling == "intervals":
+        first, last = intervals(num_frames, settings.segments)
+        if len(first) < settings.segments or (last - first < settings.per_segment).any():
+            return np.arange(num_frames)
+        edges = first[:, None] + np.arange(settings.per_segment + 1) * (last - first)[:, None] // settings.per_segment
+        return rng.integers(edges[:, :-1], edges[:, 1:]).ravel()
     if num_frames <= settings.segments * settings.per_segment:
         return np.arange(num_frames)
     length = num_frames // settings.segments
@@ -113,7 +134,7 @@ def read_record(clip: Clip) -> bytes:
     return record
 
 
-def jpegs_of(clip: Clip, choose: Callable[[int], np.ndarray]) -> dict[int, bytes]:
+def jpegs_of(clip: Clip, choose: StoredChooser) -> dict[int, bytes]:
     """The chosen stored frames by number, still encoded, each checked. Raises VideoError."""
     record = read_record(clip)
     count = int.from_bytes(record[:4], "little")
@@ -123,7 +144,7 @@ def jpegs_of(clip: Clip, choose: Callable[[int], np.ndarray]) -> dict[int, bytes
     table = np.frombuffer(record, "<u4", 3 * count, _HEAD).reshape(count, 3).astype(np.int64)
     ends = first + np.cumsum(table[:, 1])
     found = {}
-    for number in choose(count).tolist():
+    for number in choose(count, int.from_bytes(record[4:8], "little")).tolist():
         jpeg = record[ends[number] - table[number, 1] : ends[number]]
         if zlib.crc32(jpeg) != table[number, 2]:
             raise VideoError(f"{clip.path}: damaged in {clip.shard}; run `prepare` with --verify True")
@@ -131,12 +152,12 @@ def jpegs_of(clip: Clip, choose: Callable[[int], np.ndarray]) -> dict[int, bytes
     return found
 
 
-def read_prepared(clip: Clip, choose: Callable[[int], np.ndarray]) -> list[Image.Image]:
+def read_prepared(clip: Clip, choose: StoredChooser) -> list[Image.Image]:
     """The T chosen stored frames, decoded, as RGB. Raises VideoError."""
     chosen: list[int] = []
 
-    def remember(count: int) -> np.ndarray:
-        chosen[:] = choose(count).tolist()
+    def remember(stored: int, source: int) -> np.ndarray:
+        chosen[:] = choose(stored, source).tolist()
         return np.array(chosen)
 
     pictures = {}
@@ -259,10 +280,18 @@ def check_use(clips: Clips, data: DataConfig, num_frames: int, train: bool) -> N
             raise DataError(f"{folder} has shards but no part-*-of-*.json beside them; copy the whole folder")
         settings = read_part(parts[0])["settings"]
         stored = settings.segments * settings.per_segment
-        if data.sampling != "sparse":
+        if data.sampling == "dense":
             raise DataError(
-                f"{folder} holds candidates for sparse sampling; train on the files with data.sampling dense"
+                f"{folder} holds candidates for {settings.sampling} sampling; train on the files with data.sampling dense"
             )
+        # One frame, as of images, is drawn alike by all rules.
+        for name in ("sampling", "max_seconds") if num_frames > 1 else ():
+            held, asked = getattr(settings, name), getattr(data, name)
+            if held != asked:
+                raise DataError(
+                    f"{folder} holds candidates for data.{name} {held}, and data.{name} is {asked}; `prepare` with "
+                    f"--{name} {asked}, or take --data.{name} {held}"
+                )
         if train and stored % num_frames:
             raise DataError(
                 f"{folder} holds {settings.segments} segments x {settings.per_segment} frames of a clip, which "

@@ -53,7 +53,7 @@ def read_queries(source: str | Path, root: str = "", *, joining: Joining = "each
                     missing.append(clip.path)
         for text in [" ".join(entry.captions)] if joining == "paragraph" else entry.captions:
             cleaned = clean_caption(text)
-            if not cleaned:
+            if not cleaned.strip():
                 raise DataError(f"{entry.place}: the caption {text!r} has no word; correct the entry or take it out")
             right.update((numbers[clip.name], len(captions)) for clip in entry.clips)
             captions.add(cleaned)

@@ -2,6 +2,9 @@
 
 The manifest is one JSON line per good clip in the list's order. Bad files go to `<manifest>.bad.jsonl` with reasons.
 While it runs, results are appended to `<manifest>.partial`; a scan started again goes on from there.
+
+A manifest holds the checksum of every clip. Training does not look at it, which would read each file as a whole; `verify`
+does, for instance after files were copied to another machine.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from umt_fast.config import DataConfig
 from umt_fast.data.manifest import Clip, DataError, read_list
-from umt_fast.data.video import VideoError, iterate_frames, open_video, rotation_of
+from umt_fast.data.video import VideoError, iterate_frames, open_video, rate_of, rotation_of
 from umt_fast.data.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")
@@ -28,13 +32,20 @@ log = logging.getLogger("umt_fast.data")
 _PROGRESS = 1000
 
 
-def checksum(path: str | Path) -> str:
-    """BLAKE2b-128 of a file, in hexadecimal."""
+def checksum(paths: Iterable[str | Path]) -> str:
+    """BLAKE2b-128 of the bytes of some files, one after another, in hexadecimal. Raises OSError."""
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def _files(clip: Clip, frame_pattern: str) -> list[Path]:
+    if not clip.frame_folder:
+        return [Path(clip.path)]
+    return [Path(clip.path) / frame_pattern.format(number) for number in range(1, clip.num_frames + 1)]
 
 
 def probe(clip: Clip, frame_pattern: str) -> Clip:
@@ -45,7 +56,7 @@ def probe(clip: Clip, frame_pattern: str) -> Clip:
         raise VideoError(f"{clip.path}: no such file")
     container, stream = open_video(clip.path)
     with container:
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        rate = rate_of(stream)
         codec = stream.codec_context.name
     frames = keys = 0
     sizes = set()
@@ -67,14 +78,14 @@ def probe(clip: Clip, frame_pattern: str) -> Clip:
         rotation=rotation,
         codec=codec,
         key_frame_spacing=round(frames / max(1, keys), 2),
-        checksum=checksum(clip.path),
+        checksum=checksum([clip.path]),
     )
 
 
 def _probe_folder(clip: Clip, frame_pattern: str) -> Clip:
     sizes = set()
-    for number in range(1, clip.num_frames + 1):
-        path = Path(clip.path) / frame_pattern.format(number)
+    files = _files(clip, frame_pattern)
+    for path in files:
         try:
             with Image.open(path) as picture:
                 picture.load()
@@ -84,7 +95,9 @@ def _probe_folder(clip: Clip, frame_pattern: str) -> Clip:
     if len(sizes) > 1:
         raise VideoError(f"{clip.path}: frames change size: {sorted(sizes)}")
     ((width, height),) = sizes
-    return replace(clip, width=width, height=height, codec="pictures", key_frame_spacing=1.0)
+    return replace(
+        clip, width=width, height=height, codec="pictures", key_frame_spacing=1.0, checksum=checksum(files)
+    )  # fmt: skip
 
 
 def _probe_one(work: tuple[int, Clip, str]) -> tuple[int, dict | None, str]:
@@ -177,3 +190,54 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
     partial.unlink()
     log.info("scan: %d good clips in %s, %d bad ones in %s.bad.jsonl", len(good), out, len(bad), out)
     return {"good": len(good), "bad": len(bad), "resumed": resumed}
+
+
+def _differs(work: tuple[Clip, str]) -> str:
+    """Why the files of a clip are not those that were scanned; empty: they are."""
+    clip, frame_pattern = work
+    try:
+        return (
+            "" if checksum(_files(clip, frame_pattern)) == clip.checksum else f"{clip.path}: other bytes than scanned"
+        )
+    except OSError as error:
+        return f"{error.filename or clip.path}: {error.strerror}"
+
+
+def verify(manifest: str | Path, *, workers: int = 4, data: DataConfig | None = None) -> int:
+    """Reads every file of a manifest against its checksum; how many clips are good. Each other one is logged.
+
+    Args:
+        manifest: written by `scan`.
+        workers: reading processes; 0 reads in this one.
+        data: root and frame pattern.
+
+    Raises:
+        DataError: files that are missing or not as they were scanned (counted), no manifest, or entries without a checksum.
+    """
+    data = data or DataConfig()
+    clips = read_list(manifest, data)
+    if any(clip.shard for clip in clips):
+        raise DataError(f"{manifest} holds prepared clips; check them with `prepare` and --verify True")
+    bare = sum(not clip.checksum for clip in clips)
+    if bare:
+        raise DataError(
+            f"{manifest} has no checksum for {bare} of {len(clips)} clips; write a manifest of it: `scan {manifest} --out FILE`"
+        )
+    work = [(clip, data.frame_pattern) for clip in clips]
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(worker_pool(workers, __name__)) if workers else None
+        try:
+            found = [
+                reason for reason in (pool.map(_differs, work, chunksize=16) if pool else map(_differs, work)) if reason
+            ]
+        except BrokenProcessPool as error:
+            raise DataError("a reading process was killed; run the same command again") from error
+    for reason in found:
+        log.warning("bad clip: %s", reason)
+    if found:
+        raise DataError(
+            f"{len(found)} of the {len(clips)} clips of {manifest} are not as they were scanned, the first: {found[0]}; fetch "
+            "them again, or `scan` the list again"
+        )
+    log.info("scan: %d clips verified", len(clips))
+    return len(clips)

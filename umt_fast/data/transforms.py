@@ -2,6 +2,9 @@
 
 The multi-scale crop follows the official stage-1 augmentation (facts of its implementation, not its code): a window of
 short side * {1, .875, .75, .66} per axis, the two axes at most one scale apart, at one of 13 fixed places.
+
+How a window is resized belongs to how it is cut. Stage 1 resizes as Pillow does (bilinear, the filter widened when shrinking).
+Stage 2 and retrieval resize as torchvision 0.13 does with uint8 tensors: bicubic, 4 x 4 pixels whatever the scale.
 """
 
 from __future__ import annotations
@@ -10,7 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
 # A side this close to the wanted size is taken as that size, which saves a resize.
@@ -26,6 +32,8 @@ class Crop:
     width: int
     height: int
     flip: bool = False
+    bicubic: bool = False
+    """Resized by torchvision's bicubic filter for tensors, without antialiasing; else by Pillow's bilinear one."""
 
 
 def crop_sizes(width: int, height: int, size: int) -> list[tuple[int, int]]:
@@ -55,8 +63,10 @@ def multi_scale_crop(width: int, height: int, size: int, flip: bool, rng: np.ran
 
 
 def random_resized_crop(width: int, height: int, flip: bool, rng: np.random.Generator) -> Crop:
-    """A window of 50 to 100% of the area, aspect 3/4 to 4/3 (log-uniform), as stage 2 crops; the whole frame's centre if
-    ten draws do not fit."""
+    """A window of 50 to 100% of the area, aspect 3/4 to 4/3 (log-uniform), as stage 2 crops.
+
+    Where ten draws do not fit: the largest centred window of an allowed aspect.
+    """
     mirrored = bool(flip and rng.random() < 0.5)
     for _ in range(10):
         area = width * height * rng.uniform(0.5, 1.0)
@@ -64,9 +74,15 @@ def random_resized_crop(width: int, height: int, flip: bool, rng: np.random.Gene
         crop_width, crop_height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left, top = rng.integers(width - crop_width + 1), rng.integers(height - crop_height + 1)
-            return Crop(int(left), int(top), crop_width, crop_height, mirrored)
+            return Crop(int(left), int(top), crop_width, crop_height, mirrored, bicubic=True)
     crop_width, crop_height = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    return Crop((width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height, mirrored)
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return Crop(left, top, crop_width, crop_height, mirrored, bicubic=True)
+
+
+def whole(width: int, height: int) -> Crop:
+    """The whole frame, pressed into a square: the official view of retrieval."""
+    return Crop(0, 0, width, height, bicubic=True)
 
 
 def center_crop(width: int, height: int) -> Crop:
@@ -75,17 +91,19 @@ def center_crop(width: int, height: int) -> Crop:
     return Crop((width - side) // 2, (height - side) // 2, side, side)
 
 
-def apply(frames: Sequence[np.ndarray] | Sequence[Image.Image], crop: Crop, size: int) -> np.ndarray:
-    """T pictures, uint8 (H, W, 3) or Pillow's -> uint8 (T, size, size, 3), bilinear, the filter widened when shrinking, as
-    PIL does."""
-    out = np.empty((len(frames), size, size, 3), np.uint8)
+def apply(frames: np.ndarray | Sequence[Image.Image], crop: Crop, size: int) -> np.ndarray:
+    """T pictures, uint8 (T, H, W, 3) or Pillow's of one size -> uint8 (T, size, size, 3), resized as the crop says."""
     right, bottom = crop.left + crop.width, crop.top + crop.height
-    for number, frame in enumerate(frames):
-        if isinstance(frame, Image.Image):
-            window = frame.crop((crop.left, crop.top, right, bottom))
-        else:
-            window = frame[crop.top : bottom, crop.left : right]
-        resized = (crop.height, crop.width) != (size, size)
+    if isinstance(frames, np.ndarray):
+        windows = frames[:, crop.top : bottom, crop.left : right]
+    else:
+        windows = [frame.crop((crop.left, crop.top, right, bottom)) for frame in frames]
+    resized = (crop.height, crop.width) != (size, size)
+    if resized and crop.bicubic:
+        stacked = windows if isinstance(windows, np.ndarray) else np.stack([np.asarray(window) for window in windows])
+        windows, resized = bicubic(torch.from_numpy(stacked), size).numpy(), False
+    out = np.empty((len(frames), size, size, 3), np.uint8)
+    for number, window in enumerate(windows):
         if (resized or crop.flip) and not isinstance(window, Image.Image):
             window = Image.fromarray(window)
         if resized:
@@ -94,4 +112,16 @@ def apply(frames: Sequence[np.ndarray] | Sequence[Image.Image], crop: Crop, size
             # Three times as fast as numpy copies backwards.
             window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         out[number] = window
+    return out
+
+
+def bicubic(frames: Tensor, size: int) -> Tensor:
+    """uint8 (T, h, w, 3) -> uint8 (T, size, size, 3) on its device: convolved in float32, clamped, rounded half to even.
+
+    Torch's kernel for uint8 is faster and another function: it rounds and clamps between the two axes.
+    """
+    planes = frames.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    sized = interpolate(planes, (size, size), mode="bicubic", align_corners=False).clamp_(0, 255).round_()
+    out = torch.empty((len(frames), size, size, 3), dtype=torch.uint8, device=frames.device)
+    out.permute(0, 3, 1, 2).copy_(sized)
     return out

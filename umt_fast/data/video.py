@@ -17,6 +17,7 @@ from av.error import FFmpegError
 from PIL import Image, UnidentifiedImageError
 
 from umt_fast.data import selective
+from umt_fast.data.sampling import within_seconds
 
 # Packets of a larger file are read twice rather than held.
 _HELD_BYTES = 64 << 20
@@ -34,14 +35,15 @@ def _reason(error: Exception) -> str:
 
 
 def open_video(path: str | Path) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
+    """A file and, of its video streams, the one that FFmpeg's own tools show. Raises VideoError."""
     try:
         container = av.open(str(path))
     except (FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"{path}: {_reason(error)}") from error
-    if not container.streams.video:
+    stream = container.streams.best("video")
+    if stream is None:
         container.close()
         raise VideoError(f"{path}: no video stream")
-    stream = container.streams.video[0]
     # Parallelism is over clips; frame threads would also hold extra pictures back.
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
@@ -55,6 +57,22 @@ def _rotated(picture: np.ndarray, degrees: int) -> np.ndarray:
 
 def rotation_of(frame: av.VideoFrame) -> int:
     return round(frame.rotation / 90) * 90 % 360
+
+
+def rate_of(stream: av.VideoStream) -> float:
+    """Frames per second, by the container; 0: it does not tell."""
+    return float(stream.average_rate or stream.guessed_rate or 0)
+
+
+def limited(path: str | Path, choose: Chooser, rate: float, max_seconds: float) -> Chooser:
+    """`choose` on the first `max_seconds` of a video alone; 0: on all of it. It raises VideoError where the rate is 0."""
+
+    def choose_within(count: int) -> np.ndarray:
+        if count > 1 and rate <= 0:
+            raise VideoError(f"{path}: the file tells no frame rate, which data.max_seconds {max_seconds} needs")
+        return choose(within_seconds(count, rate, max_seconds) if count > 1 else count)
+
+    return choose_within if max_seconds else choose
 
 
 def iterate_frames(path: str | Path) -> Iterator[av.VideoFrame]:
@@ -145,6 +163,8 @@ class Outline:
     rotation: int
     """Degrees counter-clockwise."""
     codec: str
+    rate: float
+    """Frames per second; 0: not known."""
 
 
 def outline(path: str | Path) -> Outline:
@@ -152,8 +172,9 @@ def outline(path: str | Path) -> Outline:
     container, stream = open_video(path)
     with container:
         count, codec = _index(path, container, stream)[0].count, stream.codec_context.codec.canonical_name
+        rate = rate_of(stream)
     first = next(iterate_frames(path))
-    return Outline(count, first.width, first.height, rotation_of(first), codec)
+    return Outline(count, first.width, first.height, rotation_of(first), codec, rate)
 
 
 def _pick_selectively(
@@ -179,7 +200,9 @@ def _pick_selectively(
         return None
 
 
-def decode_frames(path: str | Path, choose: Chooser, num_frames: int | None = None) -> np.ndarray:
+def decode_frames(
+    path: str | Path, choose: Chooser, num_frames: int | None = None, max_seconds: float = 0.0
+) -> np.ndarray:
     """Chosen frames of a video, uint8 (T, H, W, 3), rotation applied.
 
     Args:
@@ -187,12 +210,14 @@ def decode_frames(path: str | Path, choose: Chooser, num_frames: int | None = No
         choose: frame count -> T frame numbers; must give the same answer when asked again with the same count. When
             fewer frames decode than were announced it is asked again with the true count.
         num_frames: the decodable count, if known; else the packets are counted.
+        max_seconds: `choose` gets the count of the first so many seconds, by the container's frame rate; 0: of the whole.
 
     Raises:
-        VideoError: the file cannot be read, or its pictures change size.
+        VideoError: the file cannot be read, its pictures change size, or it has no rate and max_seconds asks for one.
     """
     container, stream = open_video(path)
     with container:
+        choose = limited(path, choose, rate_of(stream), max_seconds)
         index, held = _index(path, container, stream)
         count = num_frames or index.count
         if index.packets is not None and count == index.count:

@@ -107,7 +107,7 @@ def evaluate_checkpoint(
     )  # fmt: skip
     fit(model, weights, str(checkpoint))
     tokens = Tokens(queries.captions, words, max_length=max_length or config.max_length, sep=config.sep_token)
-    whole = replace(data, augment="whole")
+    whole = replace(data, sampling="intervals", augment="whole")
     figures, v2t, t2v = retrieval.evaluate(
         model.to(ranks.device), queries, tokens, whole, ranks, top_k=top_k, batch_size=batch_size,
         memory=int(memory_gib * 2**30),
