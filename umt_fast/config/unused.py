@@ -63,7 +63,9 @@ def _check_stage2(config: Stage2Config, unread: Callable[..., None], world_size:
         unread("mask.ratio", "videos is empty, and images have image_mask", config.image_mask.ratio)
     elif config.student.num_frames == config.student.tubelet_size:
         unread("mask.kind", "clips of one token frame are masked as images are, by image_mask", config.image_mask.kind)
-        unread("mask.ratio", "clips of one token frame are masked as images are, by image_mask", config.image_mask.ratio)
+        unread(
+            "mask.ratio", "clips of one token frame are masked as images are, by image_mask", config.image_mask.ratio
+        )
     require(
         not losses.vtc or config.run.batch_size * world_size >= 2,
         f"run.batch_size is {config.run.batch_size} on {world_size} rank, and losses.vtc compares pairs with each other; "

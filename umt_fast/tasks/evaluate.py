@@ -93,11 +93,14 @@ def evaluate_checkpoint(
     usual = DataConfig()
     for name in ("separator", "frame_pattern"):
         value, default = getattr(data, name), getattr(usual, name)
-        require(value == default, f"--{name} is for lists of labelled clips, and retrieval reads captions; leave it out")
+        require(
+            value == default, f"--{name} is for lists of labelled clips, and retrieval reads captions; leave it out"
+        )
     least, limit = 3 if config.sep_token else 2, config.text.max_positions
     require(
         max_length == 0 or least <= max_length <= limit,
-        f"max_length is {max_length}; it must lie in [{least}, {limit}], the positions this model's text encoder has (0: as trained)",
+        f"max_length is {max_length}; it must lie in [{least}, {limit}], the positions of this model's text encoder "
+        "(0: as trained)",
     )
     words = _tokenizer(tokenizer, config, checkpoint)
     queries = read_queries(list_path, data.root, joining=joining, workers=data.workers)
