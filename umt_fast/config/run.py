@@ -47,7 +47,7 @@ class DataConfig:
     centred square, `whole`: the frame pressed into a square, as retrieval is judged officially. Frames are resized bilinearly
     as Pillow does; for `random_resized_crop` and `whole` bicubically without antialiasing, as the official stage 2 does."""
     flip: bool | None = None
-    """Mirror every second crop, for the random crops alone; None: the random crops are mirrored, the others are not."""
+    """Mirror each crop with probability one half; None: yes for the random crops, no for `center` and `whole`."""
     workers: int = 4
     """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 2
