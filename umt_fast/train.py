@@ -18,6 +18,7 @@ from umt_fast.engine.checkpoint import own_folder
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.trainer import Trainer
+from umt_fast.models.description import describe
 from umt_fast.models.quantized import require_precision
 from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.supervised import Supervised
@@ -118,6 +119,7 @@ def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], t
                 layer_of=getattr(objective, "layer_id", None),
                 num_layers=config.student.depth + 1,
                 config_record=to_dict(config),
+                model_config=describe(config),
             )
         trainer.train()
     return Path(config.run.out)
