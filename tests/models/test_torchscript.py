@@ -42,7 +42,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_traced_clip_gives_its_state_dict(archive: Path) -> None:
     expected, found = torch.jit.load(archive).state_dict(), load_state(archive)
-    assert found.keys() == expected.keys() == clip().state_dict().keys()
+    # TorchScript keeps buffers that are not persistent, too.
+    assert found.keys() == expected.keys() == clip().state_dict().keys() | {"attn_mask"}
     assert all(found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in expected.items())
     assert found["visual.conv1.weight"].dtype == torch.float16 and found["vocab_size"] == 49408
 
@@ -167,7 +168,7 @@ def test_pickles_that_ask_for_more_than_tensors(archive: Path, tmp_path: Path) -
         (lambda name, content: content[:-9] if name == "data.pkl" else content, "it is damaged|cannot be read"),
         (lambda name, content: b"big" if name == "byteorder" else content, "big-endian"),
         (lambda name, content: pickle.dumps([1], 2) if name == "data.pkl" else content, "holds no module"),
-        (lambda name, content: content.replace(b"K \x85", b"K!\x85") if name == "data.pkl" else content, "outside its storage"),
+        (lambda name, content: content.replace(b"(K t", b"(K!t") if name == "data.pkl" else content, "outside its storage"),
     ],
     ids=["short storage", "no storage", "short pickle", "byte order", "no module", "size"],
 )  # fmt: skip
