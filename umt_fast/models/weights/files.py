@@ -111,7 +111,7 @@ def _content(path: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # what is no weights file fails in many ways
-        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        refused = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
         if refused and zipfile.is_zipfile(path):
             raise WeightsError(
                 f"{path} holds an object of {refused[1]}; only tensors and plain values are read, as others can run code. "
