@@ -45,6 +45,8 @@ def test_records_of_older_checkpoints_mean_the_same(name: str) -> None:
 def test_what_describes_nothing() -> None:
     for rest in ({}, {"config": {"model": {"vit": "b16"}, "lr": 1e-4}}, {"config": [1]}, {"epoch": 3}):
         assert found_in(rest, "x.pt") is None
+    with pytest.raises(ConfigError, match="x.pt: model_config is damaged: vit must have exactly width"):
+        found_in({"model_config": {"task": "video_text", "version": 1, "vit": {"width": 3}}}, "x.pt")
     with pytest.raises(ConfigError, match="x.pt describes its model in version 2, and this umt_fast reads version 1"):
         found_in({"model_config": {"task": "video_text", "version": 2}}, "x.pt")
 

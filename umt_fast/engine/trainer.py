@@ -80,7 +80,7 @@ class Trainer:
         config_record: dict[str, Any] | None = None,
         model_config: dict[str, Any] | None = None,
     ) -> None:
-        """config_record and model_config go into every checkpoint as they are: the run's settings, and what rebuilds the model."""
+        """config_record and model_config go into checkpoints as they are: the run's settings, and what rebuilds the model."""
         self.run, self.loader = run, loader
         self.config_record, self.model_config = config_record or {}, model_config or {}
         self.ranks = current_ranks(run)

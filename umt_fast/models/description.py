@@ -67,6 +67,9 @@ def found_in(rest: dict[str, Any], source: object) -> dict[str, Any] | None:
             raise ConfigError(
                 f"{source} describes its model in version {version!r}, and this umt_fast reads version {VERSION}; update it"
             )
+        vit = described.get("vit")
+        if not isinstance(vit, dict) or vit.keys() != set(_VIT):
+            raise ConfigError(f"{source}: model_config is damaged: vit must have exactly {', '.join(_VIT)}")
         return described
     try:
         return from_record(rest["config"])
@@ -129,7 +132,8 @@ def complete(description: dict[str, Any], state: dict[str, Tensor], source: obje
 
     def rows(key: str, dim: int = 0) -> int:
         if key not in state or state[key].ndim <= dim:
-            raise ConfigError(f"{source} has no {key}, so it is no file of this --model; its keys start with {next(iter(state))}")
+            first = next(iter(state))
+            raise ConfigError(f"{source} has no {key}, so it is no file of this --model; its first key is {first}")
         return state[key].shape[dim]
 
     found = {key: dict(value) if isinstance(value, dict) else value for key, value in description.items()}

@@ -10,7 +10,6 @@ from umt_fast.models.weights.files import (
     WeightsError,
     WeightsFile,
     load_state,
-    quiet,
     read_weights,
     save_state,
 )
@@ -42,7 +41,6 @@ __all__ = [
     "load_teacher",
     "load_teacher_text",
     "load_video_text",
-    "quiet",
     "read_weights",
     "save_state",
     "start_video_text",

@@ -53,7 +53,7 @@ class WeightsFile(NamedTuple):
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without torch's remarks on the kind of file that is loaded: our own message says what is wrong with it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit.load|Detected pickle protocol")
@@ -105,7 +105,7 @@ def _content(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return _safetensors(path)
-        with torch.serialization.safe_globals(_SETTINGS), quiet():
+        with torch.serialization.safe_globals(_SETTINGS), _quiet():
             # Only zips can be mapped; a training file is three times what its parameters are.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
