@@ -119,7 +119,9 @@ def start_video_text(model: VideoText, path: str | Path) -> bool:
         fit_video_text(model, state, str(path))
         return True
     fit(model.vision_encoder, state, str(path), fresh=("pool_norm.",))
-    log.info("%s: starting fresh beside the tower: vision_proj, text_proj, itm_head, temp", path)
+    log.info(
+        "%s: starting fresh beside the tower: vision_proj, text_proj, itm_head, temp; the text encoder is as bert says", path
+    )
     return False
 
 
@@ -147,9 +149,10 @@ def fit_video_text(model: VideoText, state: dict[str, Tensor], source: str) -> N
 def fit_classifier(classifier: Classifier, state: dict[str, Tensor], source: str) -> None:
     """Copies classifier tensors as they are. A stored position table of this clip's size is used, another is not."""
     table = state.get("pos_embed")
-    fit(classifier, state, source, dropped=("pos_embed",))
     if table is not None and table.shape == (1, *classifier.position.shape):
         classifier.position.copy_(table[0])
+        state = {key: value for key, value in state.items() if key != "pos_embed"}
+    fit(classifier, state, source, dropped=("pos_embed",))
 
 
 def load_bert(text_encoder: nn.Module, name: str) -> None:
