@@ -7,7 +7,7 @@ Commands:
   prepare LIST --out DIR [--shard i/n]      pack candidate frames of every clip, for training that is not bound by decoding
   bench stage1|stage2 [...]                time a whole training step on random clips, one JSON line
   bench fidelity [...]                     how far an 8-bit teacher is from the exact one
-  eval CHECKPOINT LIST [--key value ...]    accuracy of a classifier, or retrieval with a stage-2 model
+  eval FILE LIST [--model NAME] [...]       accuracy of a classifier, or retrieval with a stage-2 model
   convert FILE OUT                         the weights of a checkpoint, in the official layout, as safetensors or .pth
   report RUN                               write RUN/report.html from a run's metrics and results
   quickstart [--out DIR] [--seed N] [--stage2 True]   the sample world from nothing to report
@@ -27,19 +27,18 @@ import difflib
 import functools
 import inspect
 import io
-import json
 import logging
 import os
 import re
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
+from umt_fast.cli.outputs import check_output
 from umt_fast.config import ConfigError, check_number, require
 
 
@@ -105,23 +104,6 @@ def _in_one_line(box: str) -> str:
     near = re.search(r"(?:Perhaps you meant|Arguments similar to \S+):\s+(--[\w.]+)", plain)
     message = next(filter(None, parts), box).removesuffix(".")
     return f"{message}; did you mean {near[1]}?" if near else message
-
-
-def _output(out: Path | None, *inputs: Path) -> None:
-    """Refuses, before any work, an output that would replace what it is made from or that cannot be written."""
-    if out is None:
-        return
-    if any(out.resolve() == given.resolve() for given in inputs):
-        raise ConfigError(f"{out} is an input of this command and would be replaced; give another output")
-    if out.is_dir():
-        raise ConfigError(f"{out} cannot be written: it is a folder; give the name of a file")
-    if not out.parent.is_dir():
-        raise ConfigError(f"{out} cannot be written: {out.parent} is not a folder")
-    try:
-        # Files are written beside their place and renamed, so the folder is what counts.
-        tempfile.NamedTemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error.strerror}") from error
 
 
 def _train(arguments: list[str]) -> None:
@@ -192,7 +174,7 @@ def _scan(arguments: list[str]) -> None:
             verify(list_path, workers=workers, data=data)
             return
         if out.parent.exists():  # else it is made
-            _output(out, list_path)
+            check_output(out, list_path)
         scan(list_path, out, workers=workers, data=data)
 
     _cli(command, arguments, "scan")
@@ -275,88 +257,13 @@ def _bench(arguments: list[str]) -> None:
 
 
 def _eval(arguments: list[str]) -> None:
-    from umt_fast.config import DataConfig, RunConfig
-    from umt_fast.engine.distributed import distributed_run
-    from umt_fast.tasks.evaluate import evaluate_checkpoint, write_json
-
-    def command(
-        checkpoint: Annotated[Path, tyro.conf.Positional],
-        list_path: Annotated[Path, tyro.conf.Positional],
-        /,
-        out: Path | None = None,
-        scores: Path | None = None,
-        batch_size: int = 16,
-        top_k: int = 128,
-        captions: Literal["each", "paragraph"] = "each",
-        max_length: int = 0,
-        max_seconds: float = 0.0,
-        memory_gib: float = 8.0,
-        workers: int = 4,
-        separator: str = ",",
-        root: str = "",
-        frame_pattern: str = "img_{:05d}.jpg",
-        tokenizer: str = "",
-        device: Literal["auto", "cpu", "cuda"] = "auto",
-    ) -> None:
-        """Judge a run's checkpoint on unseen clips; it says by itself what it holds.
-
-        One view of each clip: the centred square for accuracy, the whole frame for retrieval. Under torchrun the ranks share
-        the clips and the first one reports.
-
-        Args:
-            checkpoint: checkpoint-*.pt of a fine-tuning run (top-1 and top-5), or of stage 2 (zero-shot retrieval).
-            list_path: Labelled clips, or captions (.json, SQLite or tar files).
-            out: JSON file to write the figures to, besides printing them.
-            scores: JSON file for the ten best of every query, or the five best classes of every clip, with scores.
-            batch_size: Clips per rank and step.
-            top_k: Candidates that the matching head re-ranks (retrieval); 0: none; more than there is: all.
-            captions: A list of captions in one entry is a query each (MSVD), or one paragraph (DiDeMo, ActivityNet).
-            max_length: Tokens of a caption (DiDeMo 64, ActivityNet 150, LSMDC 96); 0: as in training (retrieval).
-            max_seconds: Only the first so many seconds of a clip are looked at (DiDeMo 30); 0: all of it.
-            memory_gib: Main memory of a rank for kept vision tokens and text outputs; beyond it a file in TMPDIR (retrieval).
-            workers: Decoding processes.
-            separator: Field separator of a list of labelled clips.
-            root: Folder put before relative paths; empty: the list's own folder.
-            frame_pattern: File name of frame i (from 1) in a list of frame folders.
-            tokenizer: Tokenizer of a stage-2 model, by name or a folder with a vocab.txt; empty: as the run was given it.
-            device: auto, cpu or cuda.
-        """
-        for path in (out, scores):
-            _output(path, checkpoint, list_path)
-        if out is not None and scores is not None and out.resolve() == scores.resolve():
-            raise ConfigError(f"--out and --scores are both {out}; give two files")
-        data = DataConfig(
-            workers=workers, separator=separator, root=root, frame_pattern=frame_pattern, max_seconds=max_seconds
-        )  # fmt: skip
-        with distributed_run(RunConfig(device=device)) as ranks:
-            figures = evaluate_checkpoint(
-                checkpoint, list_path, data, batch_size=batch_size, top_k=top_k, ranks=ranks, joining=captions,
-                max_length=max_length, memory_gib=memory_gib, scores=scores, tokenizer=tokenizer,
-            )  # fmt: skip
-            if ranks.first:
-                print(json.dumps(figures))
-                if out is not None:
-                    write_json(out, figures)
+    from umt_fast.cli.evaluate import command
 
     _cli(command, arguments, "eval")
 
 
 def _convert(arguments: list[str]) -> None:
-    from umt_fast.engine.sharded_checkpoint import read_weights
-    from umt_fast.models.weights import load_state, save_state
-
-    def command(file: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional], /) -> None:
-        """Write the weights of a file alone, flat, under the official names.
-
-        Args:
-            file: A checkpoint of a run (.pt or .sharded), or any weights file umt_fast reads (wrappers and prefixes are
-                taken off).
-            out: .safetensors, or any other suffix for a PyTorch file.
-        """
-        _output(out, file)
-        state = read_weights(file)["model"] if file.is_dir() else load_state(file)
-        save_state(state, out)
-        print(f"{out}: {len(state)} tensors, {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} M values")
+    from umt_fast.cli.convert import command
 
     _cli(command, arguments, "convert")
 
@@ -372,7 +279,7 @@ def _report(arguments: list[str]) -> None:
         """
         if not run.is_dir():
             raise ConfigError(f"no run folder at {run}")
-        _output(run / "report.html")
+        check_output(run / "report.html")
         print(write_report(run))
 
     _cli(command, arguments, "report")

@@ -16,7 +16,6 @@ from umt_fast.config import (
     FinetuneConfig,
     Stage1Config,
     Stage2Config,
-    VitConfig,
     check_used,
     from_dict,
     to_dict,
@@ -31,7 +30,9 @@ from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.sharded_checkpoint import REST
 from umt_fast.engine.trainer import Trainer
 from umt_fast.models.classifier import pretraining_grid
+from umt_fast.models.description import describe, found_in, vit_config
 from umt_fast.models.quantized import require_precision
+from umt_fast.models.weights import read_weights
 from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.supervised import Supervised
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
@@ -102,14 +103,19 @@ def build_loader(
 
 
 def trained_grid(checkpoint: Path) -> tuple[int, ...] | None:
-    """The grid that the position table of a run's checkpoint was made for; None for any other file, which does not say."""
-    path = checkpoint / REST if checkpoint.is_dir() else checkpoint
+    """The grid that the position table of a file was made for; None where the file does not describe its model."""
     try:
-        record = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["config"]
-        vit: VitConfig = from_dict(VitConfig, record["student"])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, EOFError, pickle.UnpicklingError):
+        if checkpoint.is_dir():
+            rest = torch.load(checkpoint / REST, map_location="cpu", weights_only=True)
+        else:
+            rest = read_weights(checkpoint).rest
+        described = found_in(rest, checkpoint)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        return None  # who loads the weights says what is wrong with them
+    if described is None:
         return None
-    return vit.position_grid or (pretraining_grid(vit.patch_size) if "num_classes" in record else vit.grid)
+    vit = vit_config(described)
+    return vit.position_grid or (pretraining_grid(vit.patch_size) if described["task"] == "classification" else vit.grid)
 
 
 def with_position_grid(config: FinetuneConfig) -> FinetuneConfig:
@@ -171,6 +177,7 @@ def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], t
                 layer_of=getattr(objective, "layer_id", None),
                 num_layers=config.student.depth + 1,
                 config_record=to_dict(config),
+                model_config=describe(config),
             )
         trainer.train()
     return Path(config.run.out)

@@ -147,9 +147,9 @@ class Stage2Config:
     embed_dim: int = 512
     """Width of the common space of clips and captions."""
     init: str = ""
-    """Stage-1 weights of the tower; empty: from scratch."""
+    """Stage-1 weights of the tower, or stage-2 weights of everything (ours or official); empty: from scratch."""
     bert: str = "bert-base-uncased"
-    """Text weights by name or local folder; `untrained`: random."""
+    """Text weights by name or local folder; `untrained`: random. Not read where `init` has the text encoder."""
     tokenizer: str = "bert-base-uncased"
     """By name, or a local folder with a vocab.txt."""
     max_length: int = 32

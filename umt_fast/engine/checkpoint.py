@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, found again newest first, kept by policy.
 
 A file is `checkpoint-<step>.pt`, a dictionary of plain values and tensors that torch reads with weights_only=True:
-`model` in the official layout, `optimizer`, `trainer`, `loader` (one state per rank), `config`. The form of many files,
+`model` in the official layout, `optimizer`, `trainer`, `loader` (one state per rank), `config`, the run's settings, and
+`model_config`, which alone rebuilds the model (models/description.py). The form of many files,
 `checkpoint-<step>.sharded`, is sharded_checkpoint.py's.
 """
 

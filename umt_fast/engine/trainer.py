@@ -78,8 +78,11 @@ class Trainer:
         layer_of: LayerOf | None = None,
         num_layers: int = 0,
         config_record: dict[str, Any] | None = None,
+        model_config: dict[str, Any] | None = None,
     ) -> None:
-        self.run, self.loader, self.config_record = run, loader, config_record or {}
+        """config_record and model_config go into checkpoints as they are: the run's settings, and what rebuilds the model."""
+        self.run, self.loader = run, loader
+        self.config_record, self.model_config = config_record or {}, model_config or {}
         self.ranks = current_ranks(run)
         self.device = self.ranks.device
         if run.cuda_graph:
@@ -278,6 +281,7 @@ class Trainer:
             },
             "loader": gather(self.loader.state_dict()),
             "config": self.config_record,
+            "model_config": self.model_config,
         }
         module, optimizer, first = self.objective.trainable, self.optimizer, self.ranks.first
         if self.run.checkpoint == "sharded":

@@ -24,7 +24,7 @@ import kernels
 from umt_fast.config import AlignConfig, Stage2Config, Stage2Losses
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.multimodal import HEAD_EPS, VideoText
-from umt_fast.models.weights import load_bert, load_teacher, load_teacher_text, load_tower
+from umt_fast.models.weights import load_bert, load_teacher, load_teacher_text, start_video_text
 from umt_fast.objectives import flops, vision_text
 from umt_fast.tokens import draw_uniform
 
@@ -181,9 +181,8 @@ class VideoTextPretraining(nn.Module):
             self.teacher = ClipTeacher(config.teacher, layers, vit.tubelet_size)
             load_teacher(self.teacher, config.teacher)
         self.teacher_text = load_teacher_text(config.teacher) if config.losses.text_projection else None
-        if config.init:
-            load_tower(self.model.vision_encoder, config.init)
-        if config.bert != "untrained":
+        with_text = bool(config.init) and start_video_text(self.model, config.init)
+        if config.bert != "untrained" and not with_text:
             load_bert(self.model.text_encoder, config.bert)
         if config.run.dtype == "bf16":
             for frozen in (self.teacher, self.teacher_text):

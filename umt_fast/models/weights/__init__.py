@@ -1,0 +1,47 @@
+"""Weights in and out in the official layouts.
+
+`files` reads and writes them, `torchscript` reads OpenAI's archives without running them, `layouts` puts them into our
+models, `teacher` fills the CLIP teacher. Nothing is left random in silence: each key that finds no partner is listed, and
+unless it is one that is expected to be absent (a fresh classification head, say) loading fails.
+"""
+
+from umt_fast.models.weights.files import (
+    UnreadableError,
+    WeightsError,
+    WeightsFile,
+    load_state,
+    read_weights,
+    save_state,
+)
+from umt_fast.models.weights.layouts import (
+    fit,
+    fit_classifier,
+    fit_video_text,
+    kind_of,
+    load_bert,
+    load_encoder,
+    load_student,
+    load_video_text,
+    start_video_text,
+)
+from umt_fast.models.weights.teacher import load_teacher, load_teacher_text
+
+__all__ = [
+    "UnreadableError",
+    "WeightsError",
+    "WeightsFile",
+    "fit",
+    "fit_classifier",
+    "fit_video_text",
+    "kind_of",
+    "load_bert",
+    "load_encoder",
+    "load_state",
+    "load_student",
+    "load_teacher",
+    "load_teacher_text",
+    "load_video_text",
+    "read_weights",
+    "save_state",
+    "start_video_text",
+]

@@ -1,0 +1,153 @@
+"""Weights files in and out, of whatever model: safetensors, PyTorch files, TorchScript archives.
+
+Nothing of a file is run: PyTorch files are read with weights_only=True, archives as torchscript.py says. Official training
+files keep their settings beside the tensors as objects of classes of their own; those are read as plain ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from umt_fast.models.weights import torchscript
+
+_WRAPPERS = ("model", "module", "state_dict")
+_PREFIXES = ("module.", "_orig_mod.")
+# Settings in official training files. An OrderedDict is the one dictionary with attributes that weights_only fills.
+_SETTINGS = [
+    argparse.Namespace,
+    (OrderedDict, "utils.easydict.EasyDict"),
+    (OrderedDict, "easydict.EasyDict"),
+]
+# Where our safetensors files say which model they are of.
+_METADATA = "umt_fast.model_config"
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read or do not fit; the message names the keys."""
+
+
+class UnreadableError(WeightsError):
+    """A file that is truncated, or no weights file."""
+
+
+class WeightsFile(NamedTuple):
+    """state: the tensors by name, unwrapped, on the CPU. rest: what the file holds beside them, by name."""
+
+    state: dict[str, Tensor]
+    rest: dict[str, Any]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remarks on the kind of file that is loaded: our own message says what is wrong with it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit.load|Detected pickle protocol")
+        yield
+
+
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, unwrapped, on the CPU; see read_weights."""
+    return read_weights(path).state
+
+
+def read_weights(path: str | Path) -> WeightsFile:
+    """A weights file: flat, or the parameters under `model`, `module` or `state_dict`, with or without DDP's prefix.
+
+    The tensors of a PyTorch file are mapped: what is not used is not read. Raises WeightsError: no such file, a truncated or
+    foreign file, a file without tensors, objects that are neither tensors nor plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"no weights file at {path}")
+    content = _content(path)
+    rest = content if isinstance(content, dict) else {}
+    for wrapper in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(
+            f"{path} holds no tensors by name; expected a state dict, or one under {', '.join(_WRAPPERS)}"
+        )
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    nameless = next((key for key in state if not isinstance(key, str)), None)
+    if nameless is not None:
+        raise WeightsError(
+            f"{path} has a tensor under {nameless!r}, which is no name; expected a state dict, as a module's state_dict() is"
+        )
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return WeightsFile(state, {key: value for key, value in rest.items() if value is not content and key not in state})
+
+
+def _content(path: Path) -> Any:
+    unreadable = f"{path} is not a readable weights file (truncated, or of another kind)"
+    if torchscript.is_archive(path):
+        try:
+            return torchscript.read_archive(path)
+        except torchscript.UnsupportedArchive as error:
+            raise WeightsError(f"{path} is a TorchScript archive that cannot be read: {error}") from error
+    try:
+        if path.suffix == ".safetensors":
+            return _safetensors(path)
+        with torch.serialization.safe_globals(_SETTINGS), _quiet():
+            # Only zips can be mapped; a training file is three times what its parameters are.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # what is no weights file fails in many ways
+        refused = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
+        if refused and zipfile.is_zipfile(path):
+            raise WeightsError(
+                f"{path} holds an object of {refused[1]}; only tensors and plain values are read, as others can run code. "
+                "Save the module's state_dict() alone where you trust the file"
+            ) from error
+        raise UnreadableError(unreadable) from error
+
+
+def _safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dictionary
+        described = (file.metadata() or {}).get(_METADATA)
+    # Beside the tensors, as in a checkpoint.
+    return content if described is None else {"model": content, "model_config": json.loads(described)}
+
+
+def save_state(state: dict[str, Tensor], path: str | Path, model_config: dict[str, Any] | None = None) -> None:
+    """Writes tensors by name as safetensors or, for any other suffix, as a flat PyTorch file; whole or not at all.
+
+    model_config: the description of their model (models.description), kept in the head of a safetensors file; a flat PyTorch
+    file has no place for it.
+    """
+    path = Path(path)
+    # Copies: safetensors takes no two names for the same memory, as tied weights have.
+    state = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        if path.suffix == ".safetensors":
+            partial.touch()
+            mode = partial.stat().st_mode
+            save_file(state, partial, {_METADATA: json.dumps(model_config)} if model_config else None)
+            partial.chmod(mode)  # it writes a private temporary file; others read weights as they read any file
+        else:
+            torch.save(state, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise WeightsError(f"{path} cannot be written: {reason}") from error
