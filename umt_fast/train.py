@@ -18,6 +18,7 @@ from umt_fast.engine.checkpoint import own_folder
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.trainer import Trainer
+from umt_fast.models.attention import require_attention
 from umt_fast.models.quantized import require_precision
 from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.supervised import Supervised
@@ -94,6 +95,7 @@ def train(config: AnyConfig) -> Path:
     config.run.dtype = usable_dtype(config.run.dtype, device)
     if not isinstance(config, FinetuneConfig):
         require_precision(config.teacher, device)
+    require_attention(config, device)
     # Seeded by the run alone: every rank starts from the same weights.
     torch.manual_seed(config.run.seed)
     return fit_objective(config, lambda: build_objective(config))

@@ -8,6 +8,7 @@ from typing import Literal
 from umt_fast.config.core import check_numbers, require
 
 Dtype = Literal["bf16", "fp32"]
+AttentionBackend = Literal["auto", "flash", "efficient", "cudnn", "math", "flash_attn", "xformers"]
 
 
 def _numbers(pattern: str) -> bool:
@@ -121,6 +122,14 @@ class RunConfig:
     """torch.compile the whole objective (teacher, mask, student, loss and their backward) as one graph, or fail."""
     cuda_graph: bool = False
     """Record forward and backward as a CUDA graph and replay it (one GPU; also with compile). Fails where it cannot."""
+    attention: AttentionBackend = "auto"
+    """What computes attention, in student, teacher and text. `flash`, `efficient`, `cudnn`, `math`: PyTorch's kernels;
+    `flash_attn`, `xformers`: those packages. `auto`: flash_attn where it is installed and fits, else flash, else efficient;
+    never cudnn, which gives NaN gradients with masks and with one query in some releases, and is not given those if named.
+    Calls that a backend does not take (masks, dropout) go by `auto`; the log says which kernel computes what."""
+    deterministic: bool = False
+    """Only algorithms that add in a fixed order, so that a run on a GPU also continues bit for bit; slower. On CPUs it does
+    so without."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several ranks: `ddp` keeps the model whole on each; `fsdp` cuts trained parameters, their gradients and optimizer
     state over the ranks and gathers them block by block, for models that do not fit. The losses are the same."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import kernels
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, TeacherConfig, TeacherPrecision
+from umt_fast.models.attention import Attends
 from umt_fast.models.quantized import QuantizedLinear
 from umt_fast.tokens import TokenGrid, draw_uniform, flatten_frames, num_visible
 
@@ -42,7 +43,7 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(Attends):
     """The parameters of CLIP's multi-head attention, by their names."""
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -114,7 +115,7 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The block's output for the tokens x (R, m, C) whose queries are q (R, m, H, d), given all keys and values."""
-        x = x + self.attn.out_proj(kernels.attention(q, k, v).flatten(2))
+        x = x + self.attn.out_proj(kernels.attention(q, k, v, prefer=self.attn.attention_backend).flatten(2))
         return x + self.mlp(self.ln_2(x))
 
 

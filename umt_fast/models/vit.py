@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, VitConfig
+from umt_fast.models.attention import Attends
 from umt_fast.tokens import TokenGrid
 
 
@@ -114,7 +115,7 @@ class PatchEmbed(nn.Module):
         return F.linear(rows, weight.flatten(1), self.proj.bias)
 
 
-class Attention(nn.Module):
+class Attention(Attends):
     """Multi-head self-attention whose key bias is always zero: it would not change the softmax."""
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -130,10 +131,11 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         if packing is None:
-            out = kernels.attention(q, k, v)
+            out = kernels.attention(q, k, v, prefer=self.attention_backend)
         else:
             totals, longest = packing.totals, packing.longest
-            out = kernels.attention_varlen(q, k, v, totals, totals, longest, longest)
+            places = (totals, totals, longest, longest)
+            out = kernels.attention_varlen(q, k, v, *places, prefer=self.attention_backend)
         return self.proj(out.flatten(-2))
 
 

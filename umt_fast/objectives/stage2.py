@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import kernels
 from umt_fast.config import Stage2Config, Stage2Losses
+from umt_fast.models.attention import use_attention
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.multimodal import HEAD_EPS, VideoText
 from umt_fast.models.weights import load_bert, load_teacher, load_teacher_text, load_tower
@@ -173,6 +174,7 @@ class VideoTextPretraining(nn.Module):
             self.teacher.compute_in(torch.bfloat16)
             if self.teacher_text is not None:
                 self.teacher_text.compute_in(torch.bfloat16)
+        use_attention(self, config.run.attention)
 
     @property
     def trainable(self) -> nn.Module:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import FinetuneConfig
+from umt_fast.models.attention import use_attention
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.weights import load_encoder
 
@@ -23,6 +24,7 @@ class Supervised(nn.Module):
         if config.freeze:
             for name, parameter in self.classifier.named_parameters():
                 parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
+        use_attention(self, config.run.attention)
 
     @property
     def trainable(self) -> nn.Module:

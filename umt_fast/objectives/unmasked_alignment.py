@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import kernels
 from umt_fast.config import ConfigError, Stage1Config
+from umt_fast.models.attention import use_attention
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.student import Student
 from umt_fast.models.weights import load_student, load_teacher
@@ -32,6 +33,7 @@ class UnmaskedAlignment(nn.Module):
             load_student(self.student, config.init)
         if config.run.dtype == "bf16":
             self.teacher.compute_in(torch.bfloat16)
+        use_attention(self, config.run.attention)
 
     @property
     def trainable(self) -> nn.Module:
