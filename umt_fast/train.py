@@ -15,7 +15,7 @@ from umt_fast.data.cotraining import AlternatingLoader, PackedLoader
 from umt_fast.data.loader import ClipLoader, open_loader
 from umt_fast.data.manifest import Clip, check_labels, read_list
 from umt_fast.engine.checkpoint import own_folder
-from umt_fast.engine.distributed import distributed_run
+from umt_fast.engine.distributed import current_ranks, distributed_run
 from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.trainer import Trainer
 from umt_fast.models.attention import require_attention
@@ -95,7 +95,7 @@ def train(config: AnyConfig) -> Path:
     config.run.dtype = usable_dtype(config.run.dtype, device)
     if not isinstance(config, FinetuneConfig):
         require_precision(config.teacher, device)
-    require_attention(config, device)
+    require_attention(config, current_ranks(config.run).device)
     # Seeded by the run alone: every rank starts from the same weights.
     torch.manual_seed(config.run.seed)
     return fit_objective(config, lambda: build_objective(config))

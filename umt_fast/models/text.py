@@ -187,6 +187,12 @@ class TextEncoder(nn.Module):
         self.cls = _Head(config, self.bert.embeddings.word_embeddings)
         self.apply(functools.partial(_initialise, std=config.init_std))
 
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods whose gradients are ready together: text layers, fusion layers, the vocabulary head."""
+        layers, below = self.bert.encoder.layer, self.config.fusion_layer
+        parts = [(layer, "forward" if depth < below else "fuse") for depth, layer in enumerate(layers)]
+        return [*parts, (self.cls.predictions, "forward")]
+
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text layers alone: int64 (B, l) and bool (B, l) -> (B, l, W)."""
         x = self.bert.embeddings(ids)

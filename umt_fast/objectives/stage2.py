@@ -187,6 +187,12 @@ class VideoTextPretraining(nn.Module):
         losses = self.config.losses
         return min(losses.vtc, losses.vtm, losses.mlm, losses.uta) == 0
 
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods that are compiled apart where gradients cross the network: teachers, tower, text."""
+        teachers = [module for module in (self.teacher, self.teacher_text) if module is not None]
+        parts = [*self.model.vision_encoder.pieces(), *self.model.text_encoder.pieces()]
+        return [(module, "forward") for module in teachers] + parts
+
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
         """batch: `video` as in stage 1, `ids`, `mask` and `sample` (with text_projection `teacher_ids` too) as CaptionLoader
         gives them, and the same of images with `image_` before their names where clips and images are packed. Returns

@@ -44,6 +44,10 @@ class Supervised(nn.Module):
         with torch.autocast(video.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bf16"):
             return self.classifier(video).float()
 
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods that are compiled apart where gradients cross the network."""
+        return self.classifier.pieces()
+
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
         """batch: `video` as in pre-training, `label` int64 (B,). Returns fp32 scalars `loss` and `top1` (a share)."""
         logits, label = self.logits(batch["video"]), batch["label"]

@@ -40,6 +40,10 @@ class UnmaskedAlignment(nn.Module):
         """The module that checkpoints hold, in the official stage-1 layout."""
         return self.student
 
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods that are compiled apart where gradients cross the network: the teacher, student parts."""
+        return [(self.teacher, "forward"), *self.student.pieces()]
+
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
         """One step's loss.
 
