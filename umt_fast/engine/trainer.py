@@ -201,7 +201,7 @@ class Trainer:
         # The fused optimizer leaves everything as it is where this is 1; the host learns of it at the next log step.
         self.optimizer.found_inf = torch.isfinite(norm).logical_not().float()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not isinstance(run_step, GraphedStep))
+        self.optimizer.zero_grad(set_to_none=not (isinstance(run_step, GraphedStep) and run_step.adds_up))
         self.step += 1
         if self.step < self.last_step and self.step % self.steps_per_epoch:
             batches.stage()  # while the device computes what was launched
