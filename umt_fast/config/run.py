@@ -128,8 +128,8 @@ class RunConfig:
     never cudnn, which gives NaN gradients with masks and with one query in some releases, and is not given those if named.
     Calls that a backend does not take (masks, dropout) go by `auto`; the log says which kernel computes what."""
     deterministic: bool = False
-    """Only algorithms that add in a fixed order, so that a run on a GPU also continues bit for bit; slower. On CPUs it does
-    so without."""
+    """Only algorithms that add in a fixed order, so that on a GPU too a stopped run continues bit for bit; slower, and an
+    operation that has no such algorithm raises. On CPUs a run continues bit for bit without it."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several ranks: `ddp` keeps the model whole on each; `fsdp` cuts trained parameters, their gradients and optimizer
     state over the ranks and gathers them block by block, for models that do not fit. The losses are the same."""

@@ -7,8 +7,9 @@ with set_epoch, state_dict and load_state_dict; optionally with `identity`, a te
 checkpoint is continued with the same alone.
 
 Randomness: before each micro-step the generators are seeded from (run.seed, rank, step, micro-step), and the objective
-gets the same number as a device tensor. A run continued from a checkpoint therefore needs no generator state to repeat
-the uninterrupted run bit for bit.
+gets the same number as a device tensor. A run continued from a checkpoint therefore needs no generator state to draw what
+the uninterrupted run would have drawn. On a CPU, and on a GPU with run.deterministic, it repeats that run bit for bit; on
+a GPU without, up to the order in which sums are added (see numerics.py).
 
 The host waits for the device on log steps only: until then losses, gradient norms and metrics stay there.
 """
