@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import logging
 import os
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("kernels")
 
 Road = Literal["auto", "reference", "triton"]
 ROADS = ("auto", "reference", "triton")
@@ -45,6 +49,15 @@ def force_road(road: Road) -> Iterator[None]:
         _forced.reset(token)
 
 
+@functools.cache
+def _say_slow_once(device: str) -> None:
+    log.warning(
+        "WARNING: there are no Triton kernels of umt_fast for %s tensors: every operation takes its plain PyTorch reference, "
+        "which is correct and slow",
+        device,
+    )
+
+
 def use_triton(road: str, tensor: Tensor) -> bool:
     """Whether the Triton kernel runs for this tensor.
 
@@ -53,6 +66,8 @@ def use_triton(road: str, tensor: Tensor) -> bool:
     if road == "auto" and not torch.compiler.is_compiling():
         road = _forced.get()
     if road == "auto":
+        if tensor.device.type not in ("cuda", "cpu", "meta") and not torch.compiler.is_compiling():
+            _say_slow_once(tensor.device.type)
         return tensor.device.type == "cuda"
     if road == "reference":
         return False

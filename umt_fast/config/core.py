@@ -60,6 +60,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
     """The inverse of to_dict. Raises ConfigError: an entry this version's configuration does not have."""
+    if hasattr(kind, "upgraded"):  # a kind whose fields had other names once
+        values = kind.upgraded(values)
     fields = {entry.name: entry for entry in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     require(not unknown, f"{kind.__name__} has no {', '.join(unknown)}; it was written by another version")

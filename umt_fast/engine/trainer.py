@@ -36,7 +36,7 @@ from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
 from umt_fast.engine.feeding import CudaLane, Feed, PinnedRing
 from umt_fast.engine.graphed import GraphedStep, require_graphs
 from umt_fast.engine.logging import MetricsLog, progress_line
-from umt_fast.engine.optim import LayerOf, build_optimizer
+from umt_fast.engine.optim import LayerOf, build_optimizer, upgraded_state
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
 from umt_fast.engine.schedule import warmup_cosine
 
@@ -90,10 +90,6 @@ class Trainer:
         # One rank has nothing to share out.
         self.sharded = run.parallel == "fsdp" and self.ranks.world_size > 1
         if self.sharded:
-            if optim.fused == "apex":
-                raise ConfigError(
-                    "optim.fused apex takes no sharded parameters (run.parallel fsdp); use --optim.fused torch"
-                )
             sharding.shard(objective, run, self.device)
         self.objective = objective.to(self.device).train()
         self.steps_per_epoch = len(loader) // run.accumulate
@@ -340,7 +336,8 @@ class Trainer:
                 "folder of the same name), or start a new run.out from these weights (--init)"
             )
         try:
-            sharding.load_states(self.objective.trainable, self.optimizer, content["model"], content["optimizer"])
+            state = upgraded_state(content["optimizer"], self.optimizer)
+            sharding.load_states(self.objective.trainable, self.optimizer, content["model"], state)
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} does not fit the configured model: {' '.join(str(error).split())[:1000]}"
