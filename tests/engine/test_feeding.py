@@ -182,3 +182,49 @@ def test_pinned_buffers_really_are() -> None:
     packed = own.pack({"x": torch.arange(7), "y": torch.ones(3, dtype=torch.bool)})
     assert all(value.is_pinned() for value in packed.values())
     assert packed["x"].tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("kind", ["clips", "alternating", "packed"])
+def test_every_loader_of_ours_continues_where_training_was(kind: str, tmp_path: Path, tiny_list: Path) -> None:
+    """Fetched one ahead, stopped after each number of batches, over two epochs: no clip twice, none left out."""
+    from tests.data.test_cotraining import WORDS, both_kinds
+    from umt_fast.data.cotraining import AlternatingLoader, PackedLoader
+
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+
+    def make():
+        parts = both_kinds(tiny_list, tmp_path)
+        return {"clips": lambda: parts[0], "alternating": lambda: AlternatingLoader(parts, seed=1),
+                "packed": lambda: PackedLoader(*parts)}[kind]()  # fmt: skip
+
+    def run(loader, state: dict | None, first: int, count: int) -> tuple[list, dict]:
+        """`count` batches from number `first` on, as Trainer goes through epochs."""
+        if state is not None:
+            loader.load_state_dict(state)
+        found, own = [], ring()
+        while len(found) < count:
+            loader.set_epoch((first + len(found)) // len(loader))
+            feed = Feed(loader, LateLane(), own)
+            while len(found) < count:
+                fed = feed.take()
+                found.append((fed.index.tolist(), {name: value.clone() for name, value in fed.batch.items()}))
+                if (first + len(found)) % len(loader) == 0:
+                    break
+                feed.stage()
+            state = feed.state
+            feed.close()
+        return found, state
+
+    length = len(make())
+    whole, _ = run(make(), None, 0, 2 * length)
+    plain = []
+    for epoch in range(2):
+        loader = make() if epoch == 0 else loader
+        loader.set_epoch(epoch)
+        plain += [batch["index"].tolist() for batch in loader]
+    assert [index for index, _ in whole] == plain
+    for stop in range(1, 2 * length):
+        before, state = run(make(), None, 0, stop)
+        after, _ = run(make(), state, stop, 2 * length - stop)
+        for (index, batch), (expected, other) in zip(before + after, whole, strict=True):
+            assert index == expected and all(torch.equal(batch[name], other[name]) for name in other)

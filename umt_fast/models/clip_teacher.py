@@ -20,6 +20,7 @@ import kernels
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, TeacherConfig, TeacherPrecision
 from umt_fast.models.attention import Attends
 from umt_fast.models.quantized import QuantizedLinear
+from umt_fast.models.resize import bicubic
 from umt_fast.tokens import TokenGrid, draw_uniform, flatten_frames, num_visible
 
 
@@ -177,7 +178,11 @@ class ClipTeacher(nn.Module):
             batch = video.shape[0]
             frames = video.transpose(1, 2).flatten(0, 1)
         # The official resize: fp32, bicubic, no antialiasing.
-        frames = F.interpolate(frames.float(), (size, size), mode="bicubic", align_corners=False)
+        frames = frames.float()
+        if frames.is_cuda and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            frames = bicubic(frames, (size, size))
+        else:
+            frames = F.interpolate(frames, (size, size), mode="bicubic", align_corners=False)
         return frames.unflatten(0, (batch, -1)).transpose(1, 2)
 
     def embed(self, video: Tensor) -> Tensor:
