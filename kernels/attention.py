@@ -150,7 +150,8 @@ def _choose(road: str, q: Tensor, packed: bool = False) -> str:
             raise ValueError(f"road={road!r} is not possible: {why}; use road='auto'")
     if road in ("flash_attn", "xformers"):
         module = "flash_attn" if road == "flash_attn" else "xformers.ops"
-        if not (_FLASH_ATTN if road == "flash_attn" else _imports(module)):
+        # xformers is looked for in eager calls alone, for the same reason.
+        if not (_FLASH_ATTN if road == "flash_attn" else torch.compiler.is_compiling() or _imports(module)):
             raise ValueError(f"road={road!r}, but {module} does not import here; install it or use road='auto'")
         if q.device.type != "cuda":
             raise ValueError(f"road={road!r} needs CUDA tensors, these are on {q.device}")

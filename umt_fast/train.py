@@ -15,7 +15,7 @@ from umt_fast.data.cotraining import AlternatingLoader, PackedLoader
 from umt_fast.data.loader import ClipLoader, open_loader
 from umt_fast.data.manifest import Clip, check_labels, read_list
 from umt_fast.engine.checkpoint import own_folder
-from umt_fast.engine.distributed import current_ranks, distributed_run
+from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.numerics import numerics
 from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.trainer import Trainer
@@ -96,8 +96,6 @@ def train(config: AnyConfig) -> Path:
     config.run.dtype = usable_dtype(config.run.dtype, device)
     if not isinstance(config, FinetuneConfig):
         require_precision(config.teacher, device)
-    with numerics(config.run):
-        require_attention(config, current_ranks(config.run).device)
     # Seeded by the run alone: every rank starts from the same weights.
     torch.manual_seed(config.run.seed)
     return fit_objective(config, lambda: build_objective(config))
@@ -108,6 +106,7 @@ def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], t
     with (
         numerics(config.run), distributed_run(config.run) as ranks, own_folder(Path(config.run.out), first=ranks.first)
     ):  # fmt: skip
+        require_attention(config, ranks.device)
         loader = build_loader(config, ranks.rank, ranks.world_size, ranks.device)
         # A packed step has as many images as clips besides.
         kinds = len(loader.parts) if isinstance(loader, PackedLoader) else 1

@@ -271,7 +271,7 @@ def test_only_the_first_rank_lists_what_does_not_fit(
             with distributed_run(RunConfig(device="cpu")), pytest.raises(WeightsError, match=r"other size: weight"):
                 fit(nn.Linear(4, 1, bias=False), {"weight": torch.ones(1, 5)}, "x.pt")
         finally:
-            for name in ("umt_fast", "umt_fast.weights"):
+            for name in ("umt_fast", "umt_fast.weights", "kernels"):
                 logging.getLogger(name).setLevel(logging.NOTSET)
         assert len(caplog.records) == expected
 

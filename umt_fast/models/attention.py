@@ -39,8 +39,9 @@ def require_attention(config: Any, device: torch.device) -> None:
     dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
     try:
         if config.run.deterministic and config.run.attention in ("cudnn", "xformers"):
-            raise ValueError("its backward pass adds in any order, which run.deterministic rules out; use auto")
+            raise ValueError("its backward pass adds in any order, which run.deterministic rules out")
         for width in sorted(head_widths(config)):
             kernels.require_attention(config.run.attention, device, dtype, width)
     except ValueError as error:
-        raise ConfigError(f"run.attention is {config.run.attention!r}: {error}") from error
+        why = str(error).partition("; use ")[0]  # the kernel's own remedy is an argument of it
+        raise ConfigError(f"run.attention is {config.run.attention!r}: {why}; use --run.attention auto") from error
