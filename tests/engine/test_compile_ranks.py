@@ -11,12 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.assets import tiny
 from tests.engine.test_sharding import TEACHER, VIT, Loader
 from umt_fast.config import AlignConfig, OptimConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
+from umt_fast.engine import compiling
 from umt_fast.engine import trainer as trainer_module
 from umt_fast.engine.compiling import compiled_graphs
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.trainer import Trainer
+from umt_fast.objectives.stage2 import VideoTextPretraining
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -104,3 +107,44 @@ def test_losses_and_gradients_are_those_of_the_eager_run(name: str, found: tuple
     assert len(eager["losses"]) == 3
     assert compiled["losses"] == pytest.approx(eager["losses"], rel=1e-5)
     assert compiled["norms"] == pytest.approx(eager["norms"], rel=1e-4)
+
+
+def test_the_pieces_of_stage_2_are_whole_for_clips_and_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process and without Inductor: what is traced, and that turns of clips and images fit the recompile limit."""
+    settings = tiny.captions()
+    settings.student.drop_path, settings.student.depth = 0.3, 3
+    settings.text.hidden_dropout = settings.text.attention_dropout = 0.0
+    settings.text.depth, settings.text.fusion_layer = 4, 2
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(
+        compiling, "_whole", lambda function: torch.compile(function, fullgraph=True, dynamic=False, backend=keep)
+    )
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    objective = VideoTextPretraining(settings, mask_id=3, special=(0, 1, 2)).train()
+    texts = {"ids": torch.randint(4, 16, (2, 6)), "mask": torch.ones(2, 6, dtype=torch.bool), "sample": torch.arange(2)}
+    turns = [
+        {"video": torch.randint(256, (2, frames, 32, 32, 3), dtype=torch.uint8)} | texts for frames in (4, 1, 4, 1)
+    ]
+
+    def losses() -> list[float]:
+        found = []
+        for number, batch in enumerate(turns):
+            torch.manual_seed(number)
+            loss = objective(batch, torch.tensor([number]))["loss"]
+            loss.backward()
+            found += [loss.item(), torch.nn.utils.get_total_norm([p.grad for p in objective.model.parameters()]).item()]
+            objective.zero_grad()
+        return found
+
+    expected = losses()
+    compiling.compile_pieces(objective.pieces())
+    assert losses() == pytest.approx(expected, rel=1e-4)
+    # Of clips and of images each: teacher, patches, heads, blocks that drop and that do not, a fusion layer below the last
+    # and the last one's two calls. Text is equally long for both: text layers and the vocabulary head are compiled once.
+    assert len(graphs) == 2 * (1 + 1 + 1 + 2 + 3) + 2
