@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 
@@ -207,17 +206,9 @@ def _plain(call: Call) -> object:
 def _attention_roads(qkv: Tensor) -> Iterator[tuple[str, Call]]:
     q, k, v = qkv.unbind(0)
     yield "ours", lambda: kernels.attention(q, k, v)
-    for road in ("math", "flash_attn", "xformers", "sdpa"):
+    for road in ("math", "flash_attn", "xformers", "flash", "efficient", "cudnn"):
         try:
             kernels.attention(q[:1], k[:1], v[:1], road=road)
         except ValueError:
             continue  # not installed, or not for this device: the table shows what is there
         yield "plain" if road == "math" else road, lambda road=road: kernels.attention(q, k, v, road=road)
-    if DEVICE.type == "cuda":
-        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-
-            def one(backend: SDPBackend = backend) -> Tensor:
-                with sdpa_kernel(backend):
-                    return kernels.attention(q, k, v, road="sdpa")
-
-            yield f"sdpa {backend.name.split('_')[0].lower()}", one

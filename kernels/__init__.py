@@ -6,7 +6,7 @@ function's docstring for shapes, formula and bytes moved.
 
 from kernels._launch import checked, force_road
 from kernels.align_loss import align_features, align_loss
-from kernels.attention import attention, attention_road, attention_varlen
+from kernels.attention import AttentionRoad, attention, attention_road, attention_varlen, require_attention
 from kernels.patch_gather import patch_gather
 from kernels.quantize import dequantize_product, quantize_rows
 from kernels.quantized_linear import quantize_weight, quantized_linear, quantized_road
@@ -14,6 +14,7 @@ from kernels.semantic_mask import class_attention, sample_visible, semantic_mask
 from kernels.token_gather import gather_norm, token_gather
 
 __all__ = [
+    "AttentionRoad",
     "align_features",
     "align_loss",
     "attention",
@@ -29,6 +30,7 @@ __all__ = [
     "quantize_weight",
     "quantized_linear",
     "quantized_road",
+    "require_attention",
     "sample_visible",
     "semantic_mask",
     "token_gather",

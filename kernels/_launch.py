@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import logging
 import os
 from collections.abc import Iterator
 from typing import Literal
@@ -15,11 +17,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+log = logging.getLogger("kernels")
+
 Road = Literal["auto", "reference", "triton"]
 ROADS = ("auto", "reference", "triton")
 # Of operators that take tensors of any strides. Without it a compiler copies what it has not stored yet, to be sure of the
 # strides it traced, and stores it again for its other users.
 ANY_STRIDES = (torch.Tag.flexible_layout,)
+# Of every launch, because the default is the triton release's: on up to 3.8, off since 3.9. Off, a product is rounded before
+# it is added to something, as PyTorch's own operators round it; these kernels wait for memory, not for arithmetic.
+COMPILER_OPTIONS = {"enable_fp_fusion": False}
 
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("kernels_road", default="auto")
 _checked: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels_checked", default=False)
@@ -42,6 +49,15 @@ def force_road(road: Road) -> Iterator[None]:
         _forced.reset(token)
 
 
+@functools.cache
+def _say_slow_once(device: str) -> None:
+    log.warning(
+        "WARNING: there are no Triton kernels of umt_fast for %s tensors: every operation takes its plain PyTorch reference, "
+        "which is correct and slow",
+        device,
+    )
+
+
 def use_triton(road: str, tensor: Tensor) -> bool:
     """Whether the Triton kernel runs for this tensor.
 
@@ -50,6 +66,8 @@ def use_triton(road: str, tensor: Tensor) -> bool:
     if road == "auto" and not torch.compiler.is_compiling():
         road = _forced.get()
     if road == "auto":
+        if tensor.device.type not in ("cuda", "cpu", "meta") and not torch.compiler.is_compiling():
+            _say_slow_once(tensor.device.type)
         return tensor.device.type == "cuda"
     if road == "reference":
         return False

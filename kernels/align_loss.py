@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels._launch import (
     ANY_STRIDES,
+    COMPILER_OPTIONS,
     Road,
     check_visible,
     no_second_gradient,
@@ -162,7 +163,7 @@ def _align_loss(
             align_loss_fwd_kernel[(out.numel(),)](
                 out, *_arguments(student, target, visible, weight, bias), eps,
                 D=width, BLOCK=power_of_two(width), NORMALIZE=normalize, LOSS=loss, GATHER=visible is not None,
-                num_warps=warps_for(width),
+                num_warps=warps_for(width), **COMPILER_OPTIONS,
             )  # fmt: skip
     return out
 
@@ -187,7 +188,7 @@ def _align_loss_backward(
             align_loss_bwd_kernel[(parts, layers)](
                 dstudent, partial[0], partial[1], dout.contiguous(), *_arguments(student, target, visible, weight, bias), eps,
                 D=width, BLOCK=power_of_two(width), NORMALIZE=normalize, LOSS=loss, GATHER=visible is not None,
-                ROWS=per_program, num_warps=warps_for(width),
+                ROWS=per_program, num_warps=warps_for(width), **COMPILER_OPTIONS,
             )  # fmt: skip
     # Summed apart: an operator's results must not share memory.
     return dstudent, partial[0].sum(1).to(weight.dtype), partial[1].sum(1).to(bias.dtype)

@@ -3,28 +3,52 @@
     out = softmax(q k^T * scale) v, per batch entry and head
 
 4 * B*H*Nq*Nk*D FLOPs; no road keeps the (Nq, Nk) map but "math", the definition. Roads: "flash_attn" (the flash-attn
-package: CUDA, fp16 or bf16), "xformers", "sdpa" (PyTorch's fused kernels, any device), for packed sequences "varlen"
-(torch.nn.attention.varlen: CUDA, fp16 or bf16), and "math". "auto" takes flash_attn where it is installed and fits, else
-varlen for packed sequences where that fits, else sdpa; `attention_road` says which one that is, and so does one log line
-at first use.
+package: CUDA, fp16 or bf16), "xformers", "sdpa" (PyTorch's fused kernels, any device) or one of those by name ("flash",
+"efficient", "cudnn"), for packed sequences "varlen" (torch.nn.attention.varlen: CUDA, fp16 or bf16), and "math". "auto"
+takes flash_attn where it is installed and fits, else varlen for packed sequences where that fits, else sdpa;
+`attention_road` says which one that is, and so does one log line at first use, with the kernel that sdpa chose.
+
+On a GPU sdpa asks for flash, then efficient (masks, fp32, GPUs before Ampere), then math. cuDNN is not asked on any
+architecture, though on Hopper it may well be the fastest: releases that we support give NaN gradients with masks and with
+one query (pytorch issue 196678, cudnn-frontend issue 1072). Where it is named, it gets neither.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 log = logging.getLogger("kernels")
 
-AttentionRoad = Literal["auto", "flash_attn", "xformers", "varlen", "sdpa", "math"]
-_ROADS = ("auto", "flash_attn", "xformers", "varlen", "sdpa", "math")
+AttentionRoad = Literal["auto", "flash", "efficient", "cudnn", "flash_attn", "xformers", "varlen", "sdpa", "math"]
+_ROADS = ("auto", "flash", "efficient", "cudnn", "flash_attn", "xformers", "varlen", "sdpa", "math")
+# PyTorch's kernels in the order in which they are asked on a GPU, for each road that ends there.
+_ORDER = {
+    "sdpa": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "efficient": [SDPBackend.EFFICIENT_ATTENTION],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+}
+# What keeps a road from some calls, by what is special about them; `prefer` then takes auto.
+_NEVER_WITH = {
+    "flash": {"mask"},
+    "cudnn": {"mask", "dropout", "single query"},
+    "flash_attn": {"mask", "dropout"},
+    "xformers": {"mask", "dropout"},
+    "varlen": {"mask", "dropout"},
+    "math": {"dropout"},
+}
+_PACKED = {"flash": "varlen", "efficient": "sdpa", "sdpa": "sdpa", "math": "math", "flash_attn": "flash_attn"}
 
 
 @functools.cache
@@ -47,14 +71,14 @@ def _imports(name: str) -> bool:
 _FLASH_ATTN = _imports("flash_attn")
 
 
-def _why_not_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What keeps torch's packed attention from these tensors, or None."""
+def _why_not_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, largest: int = 256) -> str | None:
+    """What keeps torch's packed attention, or another kernel for half precision, from these tensors, or None."""
     if device.type != "cuda":
         return f"it needs CUDA tensors, these are on {device}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it needs float16 or bfloat16, these are {str(dtype).removeprefix('torch.')}"
-    if head_dim > 256 or head_dim % 8:
-        return f"it needs a head width that is a multiple of 8, at most 256; this is {head_dim}"
+    if head_dim > largest or head_dim % 8:
+        return f"it needs a head width that is a multiple of 8, at most {largest}; this is {head_dim}"
     # Not asked while torch.compile traces, which cannot follow it: there an older GPU fails when the kernel runs.
     if not torch.compiler.is_compiling() and torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs an Ampere GPU or newer; {torch.cuda.get_device_name(device)} is older"
@@ -69,25 +93,65 @@ def attention_road(device: torch.device, dtype: torch.dtype, head_dim: int, *, p
     return "varlen" if packed and _why_not_varlen(device, dtype, head_dim) is None else "sdpa"
 
 
-@functools.cache
-def _say_once(device: str, dtype: torch.dtype, road: str, packed: bool) -> None:
-    kind = "packed attention" if packed else "attention"
-    log.info("%s on %s in %s takes the road %s", kind, device, str(dtype).removeprefix("torch."), road)
+def _why_not_kernel(road: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What keeps one of PyTorch's kernels, named as a road, from these tensors, or None."""
+    if road == "flash" and device.type == "cpu":
+        return None
+    if road == "efficient":
+        kinds = (torch.float16, torch.bfloat16, torch.float32)
+        if device.type == "cuda" and dtype not in kinds:
+            return f"it needs float16, bfloat16 or float32, these are {str(dtype).removeprefix('torch.')}"
+        return None if device.type == "cuda" else f"it needs CUDA tensors, these are on {device}"
+    return _why_not_varlen(device, dtype, head_dim, 128 if road == "cudnn" else 256)
+
+
+_said: set[tuple[str, torch.dtype, str, str]] = set()
+
+
+def _say_once(q: Tensor, road: str, kind: str, kernel: Callable[[], int] | None = None) -> None:
+    """One line for each device, dtype, kind of call and road. kernel: which SDPBackend PyTorch chooses."""
+    line = (q.device.type, q.dtype, kind, road)
+    # Fake tensors, of another type, are on no device.
+    if torch.compiler.is_compiling() or type(q.detach()) is not Tensor or line in _said:
+        return
+    _said.add(line)
+    chosen = "" if kernel is None else SDPBackend(kernel()).name.lower().removesuffix("_attention")
+    said = f", PyTorch's kernel {chosen}" if chosen else ""
+    log.info("%s on %s in %s takes the road %s%s", kind, *line[:1], str(q.dtype).removeprefix("torch."), road, said)
+    if chosen == "math" and q.device.type == "cuda" and q.dtype != torch.float64:
+        log.warning("WARNING: none of PyTorch's fused kernels takes this %s; it keeps a whole map of weights", kind)
+
+
+def _special(key_mask: Tensor | None, dropout: float, queries: int) -> list[str]:
+    """What some roads do not take, of this call."""
+    found = {"mask": key_mask is not None, "dropout": dropout > 0, "single query": queries == 1}
+    return [name for name, there in found.items() if there]
+
+
+def _preferred(prefer: str, special: list[str], device: torch.device) -> str:
+    """The road `prefer` where it takes such a call, else auto."""
+    if prefer not in _ROADS:
+        raise ValueError(f"prefer is {prefer!r}; choose one of {', '.join(_ROADS)}")
+    # On the CPU PyTorch's flash kernel takes no dropout.
+    never = {"mask", "dropout"} if prefer == "flash" and device.type == "cpu" else _NEVER_WITH.get(prefer, set())
+    return "auto" if never & set(special) else prefer
 
 
 def _choose(road: str, q: Tensor, packed: bool = False) -> str:
     if road not in _ROADS:
         raise ValueError(f"road is {road!r}; choose one of {', '.join(_ROADS)}")
     if road == "auto":
-        road = attention_road(q.device, q.dtype, q.shape[-1], packed=packed)
-        if not torch.compiler.is_compiling():
-            _say_once(q.device.type, q.dtype, road, packed)
-        return road
-    if packed and road == "xformers":
-        raise ValueError("road='xformers' has no packed form here; use road='auto'")
+        return attention_road(q.device, q.dtype, q.shape[-1], packed=packed)
+    if packed and road in ("xformers", "flash", "efficient", "cudnn"):
+        raise ValueError(f"road={road!r} has no packed form here; use road='auto'")
+    if road in ("flash", "efficient", "cudnn"):
+        why = _why_not_kernel(road, q.device, q.dtype, q.shape[-1])
+        if why is not None:
+            raise ValueError(f"road={road!r} is not possible: {why}; use road='auto'")
     if road in ("flash_attn", "xformers"):
         module = "flash_attn" if road == "flash_attn" else "xformers.ops"
-        if not (_FLASH_ATTN if road == "flash_attn" else _imports(module)):
+        # xformers is looked for in eager calls alone, for the same reason.
+        if not (_FLASH_ATTN if road == "flash_attn" else torch.compiler.is_compiling() or _imports(module)):
             raise ValueError(f"road={road!r}, but {module} does not import here; install it or use road='auto'")
         if q.device.type != "cuda":
             raise ValueError(f"road={road!r} needs CUDA tensors, these are on {q.device}")
@@ -107,11 +171,16 @@ def _math(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None 
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None = None, dropout: float = 0.0
-) -> Tensor:
-    """PyTorch's kernels in the (B, N, H, D) layout."""
+    q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None = None, dropout: float = 0.0,
+    road: str = "sdpa", kind: str = "attention",
+) -> Tensor:  # fmt: skip
+    """PyTorch's kernels in the (B, N, H, D) layout, asked in the order of a road."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale)
+    # On the CPU torch has the one order, and cuDNN is not in it.
+    explicit = q.device.type == "cuda" or road != "sdpa"
+    with sdpa_kernel(_ORDER[road], set_priority=True) if explicit else contextlib.nullcontext():
+        _say_once(q, road, kind, lambda: torch._fused_sdp_choice(q, k, v, allowed, dropout, False, scale=scale))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2)
 
 
@@ -124,6 +193,7 @@ def attention(
     key_mask: Tensor | None = None,
     dropout: float = 0.0,
     road: AttentionRoad = "auto",
+    prefer: AttentionRoad = "auto",
 ) -> Tensor:
     """Full (not causal) attention.
 
@@ -131,9 +201,10 @@ def attention(
         q: (B, Nq, H, D). k, v: (B, Nk, H, D). Any strides with the last one 1.
         scale: of the logits; None means D ** -0.5.
         key_mask: bool (B, Nk), False for keys nobody attends to (padding; some key of each entry must stay), or None.
-        dropout: probability of dropping an attention weight. With this or a mask, "auto" takes sdpa, and of the other
-            roads only math takes a mask.
+        dropout: probability of dropping an attention weight. With this or a mask, "auto" takes sdpa; of the other roads
+            efficient takes both, math a mask, flash dropout (on a GPU).
         road: which library computes it; one that is missing or does not fit raises.
+        prefer: as road, for calls that may have a mask, dropout or one query: where the road does not take those, auto.
 
     Returns:
         (B, Nq, H, D) in q's dtype; differentiable with respect to q, k and v.
@@ -146,16 +217,22 @@ def attention(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be (B, Nq, H, D), (B, Nk, H, D) twice"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    special = _special(key_mask, dropout, q.shape[1])
     plain = key_mask is None and dropout == 0
+    road = _preferred(prefer, special, q.device) if road == "auto" else road
     road = _choose(road if plain or road != "auto" else "sdpa", q)
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; it must be bool {tuple(k.shape[:2])}")
-    if not plain and road != "sdpa" and (road != "math" or dropout):
-        raise ValueError(f"road={road!r} takes no mask and no dropout here; use road='sdpa' or 'auto'")
+    if road != "sdpa" and _preferred(road, special, q.device) != road:
+        never = " and no ".join(name for name in special if name != "single query" or road == "cudnn")
+        raise ValueError(f"road={road!r} takes no {never} here; use road='sdpa' or 'auto'")
+    kind = "attention" + (f" with {' and '.join(special)}" if special else "")
+    if road in ("flash_attn", "xformers", "math"):
+        _say_once(q, road, kind)
     if road == "flash_attn":
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(q, k, v, softmax_scale=scale)
+        return flash_attn_func(q, k, v, softmax_scale=scale, deterministic=torch.are_deterministic_algorithms_enabled())
     if road == "xformers":
         from xformers.ops import memory_efficient_attention
 
@@ -163,7 +240,7 @@ def attention(
     allowed = None if key_mask is None else key_mask[:, None, None, :]
     if road == "math":
         return _math(q, k, v, scale, allowed)
-    return _fused(q, k, v, scale, allowed, dropout)
+    return _fused(q, k, v, scale, allowed, dropout, road, kind)
 
 
 def _segments(cu_seqlens: Tensor, total: int) -> Tensor:
@@ -189,7 +266,7 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, lengths_q: list[int], lengths_k:
         groups.setdefault(lengths, []).append(number)
     out: list[Tensor] = [q] * len(lengths_q)
     for numbers in groups.values():
-        batch = _fused(*(torch.stack([part[n] for n in numbers]) for part in parts), scale)
+        batch = _fused(*(torch.stack([part[n] for n in numbers]) for part in parts), scale, kind="packed attention")
         for n, rows in zip(numbers, batch.unbind(0), strict=True):
             out[n] = rows
     return torch.cat(out)
@@ -212,7 +289,7 @@ def _padded(
     allowed = torch.arange(longest_k, device=cu_k.device) < cu_k.diff()[:, None]
     out = _fused(
         spread(q, row_q, slot_q, longest_q), spread(k, row_k, slot_k, longest_k), spread(v, row_k, slot_k, longest_k),
-        scale, allowed[:, None, None],
+        scale, allowed[:, None, None], kind="packed attention",
     )  # fmt: skip
     return out[row_q, slot_q]
 
@@ -228,6 +305,7 @@ def attention_varlen(
     *,
     scale: float | None = None,
     road: AttentionRoad = "auto",
+    prefer: AttentionRoad = "auto",
 ) -> Tensor:
     """Attention within packed sequences, without a map over all of them.
 
@@ -240,6 +318,7 @@ def attention_varlen(
             with queries needs a key.
         max_seqlen_q, max_seqlen_k: longest lengths.
         scale, road: as in attention.
+        prefer: as in attention; flash is varlen here, efficient the padded form, and cudnn and xformers have none.
 
     Returns:
         (total_q, H, D) in q's dtype; differentiable with respect to q, k and v.
@@ -253,12 +332,21 @@ def attention_varlen(
             f"with as many sequences in cu_seqlens_q {tuple(cu_seqlens_q.shape)} as in {tuple(cu_seqlens_k.shape)}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if road == "auto":
+        if prefer not in _ROADS:
+            raise ValueError(f"prefer is {prefer!r}; choose one of {', '.join(_ROADS)}")
+        road = _PACKED.get(prefer, "auto")
+        if road == "varlen" and _why_not_varlen(q.device, q.dtype, q.shape[-1]) is not None:
+            road = "sdpa"
     road = _choose(road, q, packed=True)
+    if road != "sdpa":
+        _say_once(q, road, "packed attention")
     places = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if road == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q, k, v, *places, softmax_scale=scale)
+        exact = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_varlen_func(q, k, v, *places, softmax_scale=scale, deterministic=exact)
     if road == "varlen":
         return varlen_attn(q, k, v, *places, scale=scale)
     if road == "math":
@@ -270,3 +358,24 @@ def attention_varlen(
         )  # fmt: skip
         return _by_length(q, k, v, *lengths, scale)
     return _padded(q, k, v, *places, scale)
+
+
+def require_attention(road: AttentionRoad, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Computes attention on a road forward and backward once, small, so that what cannot work fails before a run does.
+
+    The log then names the kernels that auto takes without and with a mask, also where all later calls are compiled.
+
+    Raises:
+        ValueError: the road is missing, does not fit these tensors, or fails when it runs.
+    """
+    every = torch.ones(1, 16, device=device, dtype=torch.bool)
+    try:
+        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            q = torch.randn(1, 16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
+            for mask in (None, every):
+                attention(q, q, q, key_mask=mask, prefer=road).sum().backward()
+        if not torch.isfinite(q.grad).all():
+            raise ValueError(f"road={road!r} gives gradients that are not finite on {device}; use road='auto'")
+    except RuntimeError as error:  # no kernel, or one that this GPU does not run
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"road={road!r} does not run on {device} in {dtype}: {first}; use road='auto'") from error

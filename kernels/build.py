@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels._launch import power_of_two, warps_for
+from kernels._launch import COMPILER_OPTIONS, power_of_two, warps_for
 from kernels.align_loss import align_loss_bwd_kernel, align_loss_fwd_kernel, rows_per_program
 from kernels.patch_gather import patch_gather_kernel
 from kernels.quantize import DTYPES, LARGEST, TINY, dequantize_kernel, quantize_rows_kernel, tile
@@ -50,8 +50,6 @@ class Case:
     warps: int
     bytes_moved: float
     """Read and written by the operation's definition, each tensor once."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Of the compiler."""
     oldest: int = 80
     """The first architecture that has its types."""
 
@@ -83,7 +81,7 @@ def quantized_cases(size: str) -> Iterator[Case]:
                 {"values": pointer, "scale": "*fp32", "x": "*bf16"}, {"x_row": channels},
                 {"K": channels, "BLOCK": power_of_two(channels), "LARGEST": LARGEST[DTYPES[precision]], "TINY": TINY},
                 warps=warps_for(channels), bytes_moved=rows * (channels * 3 + 4),
-                options={"enable_fp_fusion": False}, oldest=oldest,
+                oldest=oldest,
             )  # fmt: skip
     yield Case(
         f"dequantize_product {size}", dequantize_kernel,
@@ -188,7 +186,7 @@ def build(architecture: int) -> Iterator[dict[str, Any]]:
         compiled = triton.compile(
             source_of(case),
             target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": case.warps} | case.options,
+            options={"num_warps": case.warps} | COMPILER_OPTIONS,
         )
         found = resources(compiled.asm["cubin"])
         found["shared_bytes"] += compiled.metadata.shared

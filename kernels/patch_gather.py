@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import ANY_STRIDES, Road, check_visible, on_device, power_of_two, use_triton, values_can_be_checked
+from kernels._launch import (
+    ANY_STRIDES,
+    COMPILER_OPTIONS,
+    Road,
+    check_visible,
+    on_device,
+    power_of_two,
+    use_triton,
+    values_can_be_checked,
+)
 
 
 @triton.jit
@@ -79,7 +88,7 @@ def _patch_gather(
                 out, view, visible, None if origin is None else origin.contiguous(),
                 n, rows, columns, *view.stride(), *(scale or (1.0,) * 3), *(shift or (0.0,) * 3),
                 TUBELET=tubelet, PATCH=patch, BLOCK=power_of_two(width), SCALED=scale is not None,
-                WINDOW=origin is not None, num_warps=4,
+                WINDOW=origin is not None, num_warps=4, **COMPILER_OPTIONS,
             )  # fmt: skip
     return out
 

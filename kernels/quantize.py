@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import ANY_STRIDES, Road, on_device, power_of_two, use_triton, warps_for
+from kernels._launch import ANY_STRIDES, COMPILER_OPTIONS, Road, on_device, power_of_two, use_triton, warps_for
 
 Precision = Literal["int8", "fp8"]
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -85,7 +85,7 @@ def _quantize_rows(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
                 values, scale, x, x.stride(0), K=width, BLOCK=power_of_two(width), LARGEST=LARGEST[dtype], TINY=TINY,
                 num_warps=warps_for(width),
                 # Fused with the sum behind it, the product would not be rounded by itself.
-                enable_fp_fusion=False,
+                **COMPILER_OPTIONS,
             )  # fmt: skip
     return values, scale
 
@@ -104,7 +104,7 @@ def _dequantize_product(product: Tensor, rows: Tensor, scale: Tensor, bias: Tens
         tiles = tile(width)
         with on_device(out):
             dequantize_kernel[(triton.cdiv(height, tiles["ROWS"]) * triton.cdiv(width, tiles["BLOCK"]),)](
-                out, product, rows, scale, bias, height, N=width, num_warps=4, **tiles
+                out, product, rows, scale, bias, height, N=width, num_warps=4, **tiles, **COMPILER_OPTIONS
             )
     return out
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _philox
-from kernels._launch import ANY_STRIDES, Road, interpreted, on_device, power_of_two, use_triton
+from kernels._launch import ANY_STRIDES, COMPILER_OPTIONS, Road, interpreted, on_device, power_of_two, use_triton
 
 # Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
 _IMPOSSIBLE = tl.constexpr(-1000.0)
@@ -132,6 +132,7 @@ def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_sc
                 out, scores, q, k, seed, width**-0.5, tokens, num_visible,
                 q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
                 HEADS=heads, D=width, RETURN=with_scores, UPCAST=interpreted(), **tiling(tokens, width, k.element_size()),
+                **COMPILER_OPTIONS,
             )  # fmt: skip
     return out, scores
 
@@ -150,7 +151,8 @@ def _sample_visible(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
     if out.numel():
         with on_device(out):
             sample_visible_kernel[(rows,)](
-                out, scores.contiguous(), seed, tokens, num_visible, BLOCK=power_of_two(tokens), num_warps=4
+                out, scores.contiguous(), seed, tokens, num_visible, BLOCK=power_of_two(tokens), num_warps=4,
+                **COMPILER_OPTIONS,
             )  # fmt: skip
     return out
 

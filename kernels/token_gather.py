@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kernels._launch import (
     ANY_STRIDES,
+    COMPILER_OPTIONS,
     Road,
     check_visible,
     no_second_gradient,
@@ -86,7 +87,7 @@ def _token_gather(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
         with on_device(out):
             token_gather_fwd_kernel[(batch * n,)](
                 out, x, visible, None if table is None else table.contiguous(), n, tokens,
-                C=width, BLOCK=power_of_two(width), TABLE=table is not None, num_warps=4,
+                C=width, BLOCK=power_of_two(width), TABLE=table is not None, num_warps=4, **COMPILER_OPTIONS,
             )  # fmt: skip
     return out
 
@@ -104,7 +105,7 @@ def _token_gather_backward(dout: Tensor, visible: Tensor, tokens: int) -> Tensor
     if dout.numel():
         with on_device(dx):
             token_gather_bwd_kernel[(batch * n,)](
-                dx, dout, visible, n, tokens, C=width, BLOCK=power_of_two(width), num_warps=4
+                dx, dout, visible, n, tokens, C=width, BLOCK=power_of_two(width), num_warps=4, **COMPILER_OPTIONS
             )  # fmt: skip
     return dx
 
@@ -142,6 +143,7 @@ def _gather_norm(x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor
             gather_norm_kernel[(batch * n,)](
                 out, x, visible, weight.contiguous(), bias.contiguous(), n, tokens, eps,
                 C=width, BLOCK=power_of_two(width), GATHER=visible is not None, num_warps=warps_for(width),
+                **COMPILER_OPTIONS,
             )  # fmt: skip
     return out
 

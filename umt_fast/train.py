@@ -26,9 +26,11 @@ from umt_fast.data.loader import ClipLoader, open_loader
 from umt_fast.data.manifest import Clip, check_labels, read_list
 from umt_fast.engine.checkpoint import checkpoints, own_folder
 from umt_fast.engine.distributed import current_ranks, distributed_run
+from umt_fast.engine.numerics import numerics
 from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.sharded_checkpoint import REST
 from umt_fast.engine.trainer import Trainer
+from umt_fast.models.attention import require_attention
 from umt_fast.models.classifier import pretraining_grid
 from umt_fast.models.description import describe, found_in, vit_config
 from umt_fast.models.quantized import require_precision
@@ -160,7 +162,10 @@ def train(config: AnyConfig) -> Path:
 def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], torch.nn.Module]) -> Path:
     """Trains an objective, or one built once the list has been read, with a configuration's data, schedule and folder."""
     check_used(config, current_ranks(config.run).world_size)
-    with distributed_run(config.run) as ranks, own_folder(Path(config.run.out), first=ranks.first):
+    with (
+        numerics(config.run), distributed_run(config.run) as ranks, own_folder(Path(config.run.out), first=ranks.first)
+    ):  # fmt: skip
+        require_attention(config, ranks.device)
         loader = build_loader(config, ranks.rank, ranks.world_size, ranks.device)
         # A packed step has as many images as clips besides.
         kinds = len(loader.parts) if isinstance(loader, PackedLoader) else 1

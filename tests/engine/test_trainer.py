@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from umt_fast.config import ConfigError, OptimConfig, RunConfig
+from umt_fast.config import OptimConfig, RunConfig, from_dict, to_dict
 from umt_fast.engine import checkpoint, precision
-from umt_fast.engine.optim import apex_fused_adam, parameter_groups
+from umt_fast.engine.optim import parameter_groups
 from umt_fast.engine.schedule import warmup_cosine
 from umt_fast.engine.trainer import NonFiniteError, Trainer, step_seed
 
@@ -271,7 +271,7 @@ def test_only_the_first_rank_lists_what_does_not_fit(
             with distributed_run(RunConfig(device="cpu")), pytest.raises(WeightsError, match=r"other size: weight"):
                 fit(nn.Linear(4, 1, bias=False), {"weight": torch.ones(1, 5)}, "x.pt")
         finally:
-            for name in ("umt_fast", "umt_fast.weights"):
+            for name in ("umt_fast", "umt_fast.weights", "kernels"):
                 logging.getLogger(name).setLevel(logging.NOTSET)
         assert len(caplog.records) == expected
 
@@ -308,12 +308,47 @@ def test_position_tables_are_not_decayed() -> None:
     assert (decay[id(module.pos_embed)], decay[id(module.weight)]) == (0.0, 0.1)
 
 
-def test_the_other_apex_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("")  # the registry's package has no optimizers
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ConfigError, match="NVIDIA/apex"):
-        apex_fused_adam()
+def test_a_run_that_apex_updated_continues(tmp_path: Path) -> None:
+    """apex counts steps in its groups; moments and all that follows are the same."""
+    trainer(tmp_path / "whole").train()
+    trainer(tmp_path / "parts", max_steps=8).train()
+    newest = checkpoint.checkpoints(tmp_path / "parts")[-1][1]
+    content = torch.load(newest, weights_only=True)
+    state = content["optimizer"]
+    assert all(float(values.pop("step")) == 8 for values in state["state"].values())
+    kept = ("params", "lr", "betas", "eps", "weight_decay", "lr_scale")
+    state["param_groups"] = [
+        {name: group[name] for name in kept} | {"step": 8, "bias_correction": True} for group in state["param_groups"]
+    ]
+    torch.save(content, newest)
+    continued = trainer(tmp_path / "parts")
+    continued.train()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert all(group["fused"] for group in continued.optimizer.param_groups), "or found_inf would be ignored"
+
+
+def test_older_records_name_their_optimizer() -> None:
+    assert from_dict(OptimConfig, to_dict(OptimConfig(lr=0.5)) | {"fused": "apex"}) == OptimConfig(lr=0.5)
+
+
+@pytest.mark.parametrize("poison", [0, 11, 23])
+def test_a_bad_step_leaves_parameters_and_moments_alone(poison: int, tmp_path: Path) -> None:
+    """Many steps between looks: what the update after the bad one sees must be what it would have seen without it."""
+    run = trainer(tmp_path, poison=poison, log_every=100)
+    states = []
+    step = run.optimizer.step
+
+    def watched() -> None:
+        step()
+        states.append([float(run.optimizer.found_inf), *(p.detach().clone() for p in run.parameters)])
+
+    run.optimizer.step = watched
+    with pytest.raises(NonFiniteError):
+        run.train()
+    bad = [number for number, state in enumerate(states) if state[0]]
+    assert len(bad) == 1 and all(torch.isfinite(value).all() for state in states for value in state[1:])
+    if bad[0]:
+        assert all(torch.equal(a, b) for a, b in zip(states[bad[0]][1:], states[bad[0] - 1][1:], strict=True))
 
 
 def test_bf16_where_the_cpu_has_none_is_fp32_and_said(
@@ -325,6 +360,20 @@ def test_bf16_where_the_cpu_has_none_is_fp32_and_said(
     assert precision.usable_dtype("bf16", torch.device("cuda")) == "bf16"
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
     assert [precision.usable_dtype(name, cpu) for name in ("bf16", "fp32")] == ["bf16", "fp32"]
+
+
+def test_a_device_that_is_not_used_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
+    precision._say_left_out.cache_clear()
+    assert [precision.pick_device("auto").type for _ in range(2)] == ["cpu"] * 2
+    assert [record.getMessage() for record in caplog.records if "mps" in record.getMessage()] == [
+        "WARNING: this machine's mps device is not used: umt_fast computes on CUDA GPUs and CPUs"
+    ]
+    caplog.clear()
+    assert precision.pick_device("cpu").type == "cpu" and not caplog.records
 
 
 def test_step_seeds_differ() -> None:

@@ -41,7 +41,8 @@ def test_the_chosen_road_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             kernels.attention(q, q, q)
     said = [record.message for record in caplog.records if "float64" in record.message]
-    assert said == [f"attention on {DEVICE} in float64 takes the road sdpa"]
+    kernel = "math" if DEVICE == "cuda" else "flash"
+    assert said == [f"attention on {DEVICE} in float64 takes the road sdpa, PyTorch's kernel {kernel}"]
 
 
 @pytest.mark.parametrize("road", ["sdpa", "math"])
@@ -56,6 +57,8 @@ def test_masked_keys_are_not_there(road: str) -> None:
         kernels.attention(q, k, v, key_mask=mask.int())
     with pytest.raises(ValueError, match="no dropout"):
         kernels.attention(q, k, v, dropout=0.1, road="math")
+    with pytest.raises(ValueError, match="takes no mask"):
+        kernels.attention(q, k, v, key_mask=mask, road="flash")
 
 
 def packed_totals(lengths: list[int]) -> Tensor:

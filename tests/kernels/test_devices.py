@@ -25,6 +25,8 @@ class Spy:
 
     def __call__(self, *args: object, **options: object) -> None:
         self.launched[self.name] = self.chosen[-1] if self.chosen else None
+        # The default differs between triton's releases.
+        assert options["enable_fp_fusion"] is False, self.name
 
 
 def test_every_launch_chooses_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,3 +59,22 @@ def test_every_launch_chooses_the_device_of_its_tensors(monkeypatch: pytest.Monk
         kernels.dequantize_product(torch.ones(2, 8, dtype=torch.int32), torch.ones(2, 1), affine, affine, torch.float32)
     assert len(names) == 10 and sorted(launched) == sorted(names)
     assert all(isinstance(tensor, Tensor) for tensor in launched.values()), launched
+
+
+def test_a_device_without_kernels_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """As a GPU of another make would be; here one that torch imagines."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from kernels._launch import _say_slow_once, use_triton
+
+    class Elsewhere:
+        device = torch.device("xpu")
+
+    _say_slow_once.cache_clear()
+    assert [use_triton("auto", Elsewhere()) for _ in range(3)] == [False] * 3
+    (record,) = caplog.records
+    assert "xpu" in record.getMessage() and "reference" in record.getMessage()
+    caplog.clear()
+    with FakeTensorMode():
+        assert use_triton("auto", torch.empty(1, device="cuda")) and not use_triton("auto", torch.empty(1))
+    assert not caplog.records

@@ -24,7 +24,7 @@ from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.models.student import Student
 from umt_fast.models.text import TextEncoder
 from umt_fast.models.vit import Mlp as WideMlp
-from umt_fast.models.vit import VisionTransformer, drop_path, resized_table, sinusoid_table
+from umt_fast.models.vit import Block, VisionTransformer, path_factors, resized_table, sinusoid_table
 from umt_fast.models.weights import (
     WeightsError,
     load_bert,
@@ -143,7 +143,10 @@ def test_visible_tokens_are_those_of_the_whole_embedding() -> None:
     model = VisionTransformer(VitConfig(width=32, depth=1, num_heads=2, image_size=32, num_frames=4)).eval()
 
     class Nothing(torch.nn.Module):
-        def forward(self, x: torch.Tensor, packing: None) -> torch.Tensor:
+        def draw(self, x: torch.Tensor, packing: None) -> None:
+            return None
+
+        def forward(self, x: torch.Tensor, packing: None, factors: None) -> torch.Tensor:
             return x
 
     model.blocks = torch.nn.ModuleList([Nothing()])
@@ -155,12 +158,14 @@ def test_visible_tokens_are_those_of_the_whole_embedding() -> None:
 
 def test_drop_path_drops_whole_samples_at_its_rate() -> None:
     torch.manual_seed(0)
-    out = drop_path(torch.ones(20000, 2, 3), 0.3, True)
+    out = torch.ones(20000, 2, 3) * path_factors(torch.ones(20000, 2, 3), 0.3)
     assert set(out.unique().tolist()) == {0.0, 1 / 0.7000000000000001} or len(out.unique()) == 2
     kept = (out[:, 0, 0] > 0).float().mean().item()
     assert abs(kept - 0.7) < 4 * (0.21 / 20000) ** 0.5
     assert (out == out[:, :1, :1]).all() and out.mean().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(drop_path(out, 0.3, False), out)
+    block = Block(SMALL, 0.3)
+    assert block.eval().draw(out) is None and Block(SMALL, 0.0).train().draw(out) is None
+    assert len(block.train().draw(out)) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from tests.assets import tiny
 from umt_fast.config import Stage1Config
+from umt_fast.engine.feeding import Feed
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.engine.trainer import Trainer
 from umt_fast.models.clip_text import ClipText
@@ -257,6 +258,12 @@ class OneBatch:
     def __len__(self) -> int:
         return 100
 
+    def state_dict(self) -> dict:
+        return {}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(lambda: self.batch, None)
+
 
 @ON_GPU
 @pytest.mark.parametrize("cuda_graph", [False, True])
@@ -264,7 +271,7 @@ def test_a_step_on_a_real_gpu_never_waits(cuda_graph: bool, tmp_path: Path) -> N
     settings = config(14)
     settings.run.device, settings.run.out, settings.run.cuda_graph = "cuda", str(tmp_path), cuda_graph
     trainer = Trainer(settings.run, settings.optim, UnmaskedAlignment(settings), OneBatch())
-    step, batches = trainer._wrapped(), iter(lambda: trainer.loader.batch, None)
+    step, batches = trainer._wrapped(), Feed(trainer.loader, trainer.lane, trainer.ring)
     for _ in range(2):
         trainer._train_step(step, batches, 0)
     torch.cuda.set_sync_debug_mode("error")
@@ -284,9 +291,8 @@ def test_a_recorded_run_equals_an_eager_one(tmp_path: Path) -> None:
         torch.manual_seed(0)
         settings = config(16)
         settings.run.device, settings.run.out, settings.run.cuda_graph = "cuda", str(tmp_path), cuda_graph
-        loader = OneBatch()
-        trainer = Trainer(settings.run, settings.optim, UnmaskedAlignment(settings), loader)
-        step, batches = trainer._wrapped(), iter(lambda loader=loader: loader.batch, None)
+        trainer = Trainer(settings.run, settings.optim, UnmaskedAlignment(settings), OneBatch())
+        step, batches = trainer._wrapped(), Feed(trainer.loader, trainer.lane, trainer.ring)
         for _ in range(4):
             trainer._train_step(step, batches, 0)
         found.append(torch.stack([entry["values"]["loss"] for entry in trainer.pending]))

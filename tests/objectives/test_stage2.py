@@ -17,7 +17,7 @@ from umt_fast.config import (
     TextConfig,
     VitConfig,
 )  # fmt: skip
-from umt_fast.models.vit import Packing, drop_path
+from umt_fast.models.vit import Packing, path_factors
 from umt_fast.objectives.stage2 import VideoTextPretraining
 
 
@@ -103,7 +103,7 @@ def test_each_kind_of_a_packed_step_draws_its_own() -> None:
 def test_packed_attention_is_called_once_for_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     module, calls = objective(small(co_training="packed")), []
     whole = kernels.attention_varlen
-    monkeypatch.setattr(kernels, "attention_varlen", lambda *a: calls.append(a[3].diff().tolist()) or whole(*a))
+    monkeypatch.setattr(kernels, "attention_varlen", lambda *a, **k: calls.append(a[3].diff().tolist()) or whole(*a, **k))
     module(packed_batch(), torch.tensor([5]))
     # 16 tokens a frame: of two frames 2 x 5 are seen, of an image 8.
     assert calls == [[10] * 3 + [8] * 4] * 3
@@ -113,11 +113,10 @@ def test_drop_path_drops_whole_sequences() -> None:
     torch.manual_seed(0)
     packing = Packing.of([torch.zeros(40, 3, 5), torch.zeros(60, 2, 5)])
     assert packing.totals.tolist() == [*range(0, 120, 3), *range(120, 241, 2)] and packing.totals.dtype == torch.int32
-    dropped = drop_path(torch.ones(240, 5), 0.25, True, packing)
+    dropped = torch.ones(240, 5) * path_factors(torch.ones(240, 5), 0.25, packing)
     for part in packing.split(dropped):
         assert (part == part[:, :1, :1]).all()
         assert part.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert drop_path(dropped, 0.25, False, packing) is dropped
 
 
 def test_clips_are_counted_and_credited_with_their_images() -> None:

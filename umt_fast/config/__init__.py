@@ -26,7 +26,7 @@ from umt_fast.config.models import (
     TextConfig,
     VitConfig,
 )
-from umt_fast.config.run import DataConfig, Dtype, OptimConfig, RunConfig
+from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
 from umt_fast.config.unused import check_used
 
@@ -36,6 +36,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "AlignConfig",
+    "AttentionBackend",
     "ConfigError",
     "DataConfig",
     "Dtype",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from umt_fast.config.core import check_numbers, require
 
 Dtype = Literal["bf16", "fp32"]
+AttentionBackend = Literal["auto", "flash", "efficient", "cudnn", "math", "flash_attn", "xformers"]
 
 
 def _numbers(pattern: str) -> bool:
@@ -118,8 +119,6 @@ class OptimConfig:
     """Rate multiplier per layer from the top (fine-tuning); 1 switches it off."""
     clip_grad: float = 0.0
     """Largest gradient norm; 0 switches clipping off."""
-    fused: Literal["torch", "apex"] = "torch"
-    """`apex`: NVIDIA apex's FusedAdam (GPU only; not the registry's package of that name)."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim")
@@ -143,6 +142,11 @@ class OptimConfig:
             )
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas are {self.betas}; both must lie in [0, 1)")
         require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
+
+    @staticmethod
+    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+        """Stored fields as today's: older records say which fused AdamW they took, and there is one now."""
+        return {name: value for name, value in values.items() if name != "fused"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -168,6 +172,14 @@ class RunConfig:
     """torch.compile the whole objective (teacher, mask, student, loss and their backward) as one graph, or fail."""
     cuda_graph: bool = False
     """Record forward and backward as a CUDA graph and replay it (one GPU; also with compile). Fails where it cannot."""
+    attention: AttentionBackend = "auto"
+    """What computes attention, in student, teacher and text. `flash`, `efficient`, `cudnn`, `math`: PyTorch's kernels;
+    `flash_attn`, `xformers`: those packages. `auto`: flash_attn where it is installed and fits, else flash, else efficient;
+    never cudnn, which gives NaN gradients with masks and with one query in some releases, and is not given those if named.
+    Calls that a backend does not take (masks, dropout) go by `auto`; the log says which kernel computes what."""
+    deterministic: bool = False
+    """Only algorithms that add in a fixed order, so that on a GPU too a stopped run continues bit for bit; slower, and an
+    operation that has no such algorithm raises. On CPUs a run continues bit for bit without it."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several ranks: `ddp` keeps the model whole on each; `fsdp` cuts trained parameters, their gradients and optimizer
     state over the ranks and gathers them block by block, for models that do not fit. The losses are the same."""

@@ -40,7 +40,8 @@ def distributed_run(run: RunConfig) -> Iterator[Ranks]:
     """Joins the process group for the block (NCCL on GPUs, gloo on CPUs); only rank 0 logs below warnings."""
     ranks = current_ranks(run)
     if not ranks.first:
-        logging.getLogger("umt_fast").setLevel(logging.WARNING)
+        for name in ("umt_fast", "kernels"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         # Every rank reads the same weights: one says what does not fit, each of them ends with an error of its own.
         logging.getLogger("umt_fast.weights").setLevel(logging.CRITICAL)
     if ranks.device.type == "cuda":

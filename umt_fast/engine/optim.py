@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,30 +44,35 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-def apex_fused_adam() -> type[torch.optim.Optimizer]:
-    """NVIDIA apex's FusedAdam.
-
-    Raises ConfigError: apex is missing, or is the registry's unrelated package of that name, which has no optimizers.
-    """
-    try:
-        return importlib.import_module("apex.optimizers").FusedAdam
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            "optim.fused is 'apex', but apex.optimizers.FusedAdam does not import here. NVIDIA apex is built from "
-            "github.com/NVIDIA/apex; the package that `pip install apex` fetches is another project. "
-            "Use --optim.fused torch, which is as fast"
-        ) from error
-
-
 def build_optimizer(
     module: nn.Module, optim: OptimConfig, *, lr: float, layer_of: LayerOf | None = None, num_layers: int = 0
 ) -> torch.optim.Optimizer:
-    """AdamW over parameter_groups(module, ...), torch's fused one or apex's."""
+    """PyTorch's fused AdamW over parameter_groups(module, ...).
+
+    It leaves parameters and moments as they are in a step whose `found_inf` is 1, without the host knowing; of apex's
+    FusedAdam, which earlier versions offered too, only a mode with a gradient scaler does so, and it is no faster.
+    """
     groups = parameter_groups(module, optim, layer_of, num_layers)
     if not groups:
         raise ConfigError("nothing to train: every parameter is frozen")
-    if optim.fused == "apex":
-        if next(module.parameters()).device.type != "cuda":
-            raise ConfigError("optim.fused is 'apex', which needs a GPU; use --optim.fused torch")
-        return apex_fused_adam()(groups, lr=lr, betas=optim.betas, eps=optim.eps, adam_w_mode=True)
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
+
+
+def upgraded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's saved state, as this version's AdamW takes it.
+
+    apex's FusedAdam counted steps in its groups, torch's counts them for each parameter; the moments are the same.
+    """
+    groups = state["param_groups"]
+    if not any("step" in group for group in groups):
+        return state
+    steps = {index: int(group["step"]) for group in groups for index in group["params"]}
+    moments = {
+        index: {"step": torch.tensor(float(steps[index])), **{k: values[k] for k in ("exp_avg", "exp_avg_sq")}}
+        for index, values in state["state"].items()
+    }
+    own = [
+        {**group, "params": saved["params"], "lr": saved["lr"]}
+        for group, saved in zip(optimizer.param_groups, groups, strict=True)
+    ]
+    return {"state": moments, "param_groups": own}

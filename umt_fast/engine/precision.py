@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import re
 import resource
@@ -16,10 +17,19 @@ from umt_fast.config import ConfigError
 log = logging.getLogger("umt_fast")
 
 
+@functools.cache
+def _say_left_out(device: str) -> None:
+    log.warning("WARNING: this machine's %s device is not used: umt_fast computes on CUDA GPUs and CPUs", device)
+
+
 def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     """`auto` is this rank's GPU if there is one, else the CPU. Raises ConfigError for a GPU that is not there."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch sees no GPU; use --device cpu (train: --run.device cpu)")
+    if wanted == "auto" and not torch.cuda.is_available():
+        other = torch.accelerator.current_accelerator(check_available=True)
+        if other is not None:
+            _say_left_out(other.type)
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():

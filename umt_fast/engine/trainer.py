@@ -2,13 +2,14 @@
 
 An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save, with
 `shard_units` for run.parallel fsdp (see sharding.py); `flops_per_clip()`; optionally `has_unused_parameters`, true where some
-get no gradient, the same in every step. A loader is iterable and sized,
+get no gradient, the same in every step; and `pieces()`, what run.compile compiles with several ranks (see compiling.py). A loader is iterable and sized,
 with set_epoch, state_dict and load_state_dict; optionally with `identity`, a text that differs where its clips do: a
 checkpoint is continued with the same alone.
 
 Randomness: before each micro-step the generators are seeded from (run.seed, rank, step, micro-step), and the objective
-gets the same number as a device tensor. A run continued from a checkpoint therefore needs no generator state to repeat
-the uninterrupted run bit for bit.
+gets the same number as a device tensor. A run continued from a checkpoint therefore needs no generator state to draw what
+the uninterrupted run would have drawn. On a CPU, and on a GPU with run.deterministic, it repeats that run bit for bit; on
+a GPU without, up to the order in which sums are added (see numerics.py).
 
 The host waits for the device on log steps only: until then losses, gradient norms and metrics stay there.
 """
@@ -30,11 +31,12 @@ from torch import Tensor, nn
 
 from umt_fast.config import ConfigError, OptimConfig, RunConfig
 from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
-from umt_fast.engine.compiling import compiled
+from umt_fast.engine.compiling import compiled, compiled_for_ddp, compiled_graphs
 from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
+from umt_fast.engine.feeding import CudaLane, Feed, PinnedRing
 from umt_fast.engine.graphed import GraphedStep, require_graphs
 from umt_fast.engine.logging import MetricsLog, progress_line
-from umt_fast.engine.optim import LayerOf, build_optimizer
+from umt_fast.engine.optim import LayerOf, build_optimizer, upgraded_state
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
 from umt_fast.engine.schedule import warmup_cosine
 
@@ -91,10 +93,6 @@ class Trainer:
         # One rank has nothing to share out.
         self.sharded = run.parallel == "fsdp" and self.ranks.world_size > 1
         if self.sharded:
-            if optim.fused == "apex":
-                raise ConfigError(
-                    "optim.fused apex takes no sharded parameters (run.parallel fsdp); use --optim.fused torch"
-                )
             sharding.shard(objective, run, self.device)
         self.objective = objective.to(self.device).train()
         self.steps_per_epoch = len(loader) // run.accumulate
@@ -121,6 +119,10 @@ class Trainer:
         self.step = 0
         self.pending: list[dict[str, Any]] = []
         self.stop_signal = self.stop_agreed = 0
+        self.graphs = 0
+        self.loader_state = loader.state_dict()
+        on_gpu = self.device.type == "cuda"
+        self.lane, self.ring = (CudaLane(self.device), PinnedRing()) if on_gpu else (None, None)
 
     def train(self) -> None:
         """Runs to the last step.
@@ -150,7 +152,8 @@ class Trainer:
     def _epoch(self, run_step: nn.Module | GraphedStep, metrics: MetricsLog | None) -> None:
         epoch = self.step // self.steps_per_epoch
         self.loader.set_epoch(epoch)
-        batches = iter(self.loader)
+        # A GPU's batches are copied one ahead; one ring serves all epochs.
+        batches = Feed(self.loader, self.lane, self.ring)
         while self.step < self.last_step:
             self._train_step(run_step, batches, epoch)
             end_of_epoch = self.step % self.steps_per_epoch == 0
@@ -168,17 +171,15 @@ class Trainer:
                 break
         batches.close()
 
-    def _train_step(self, run_step: nn.Module | GraphedStep, batches: Iterator[dict[str, Tensor]], epoch: int) -> None:
+    def _train_step(self, run_step: nn.Module | GraphedStep, batches: Feed, epoch: int) -> None:
         rate = self.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         indices, sums = [], {}
         for micro in range(self.run.accumulate):
-            before = time.perf_counter()
-            batch = next(batches)
-            self.window_wait += time.perf_counter() - before
-            indices.append(batch["index"])
-            batch = self._to_device(batch)
+            fed = batches.take()
+            self.loader_state, batch = batches.state, fed.batch
+            indices.append(fed.index)
             number = step_seed(self.run.seed, self.ranks.rank, self.step, micro)
             torch.manual_seed(number)
             seed = torch.full((1,), number, dtype=torch.int64, device=self.device)
@@ -190,6 +191,8 @@ class Trainer:
                     (values["loss"] / self.run.accumulate).backward()
             for key, value in values.items():
                 sums[key] = sums.get(key, 0) + value.detach() / self.run.accumulate
+            if micro < self.run.accumulate - 1:
+                batches.stage()
         sharding.average_whole(self.parameters)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = sharding.total_norm(gradients)
@@ -198,21 +201,14 @@ class Trainer:
         # The fused optimizer leaves everything as it is where this is 1; the host learns of it at the next log step.
         self.optimizer.found_inf = torch.isfinite(norm).logical_not().float()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not isinstance(run_step, GraphedStep))
+        self.optimizer.zero_grad(set_to_none=not (isinstance(run_step, GraphedStep) and run_step.adds_up))
         self.step += 1
+        if self.step < self.last_step and self.step % self.steps_per_epoch:
+            batches.stage()  # while the device computes what was launched
+        self.window_wait, batches.waited = self.window_wait + batches.waited, 0.0
         self.pending.append(
             {"step": self.step, "epoch": epoch, "lr": rate, "values": sums, "norm": norm, "at": indices}
         )
-
-    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.device.type != "cuda":
-            return batch
-        moved = {}
-        for key, value in batch.items():
-            # Only pinned memory is copied without the host waiting.
-            value = value if value.is_cuda or value.is_pinned() else value.pin_memory()
-            moved[key] = value.to(self.device, non_blocking=True)
-        return moved
 
     def _flush(self, metrics: MetricsLog | None) -> None:
         """Brings the window's numbers to the host, checks them, and writes a row per step."""
@@ -249,6 +245,9 @@ class Trainer:
         if metrics is not None:
             left = (self.last_step - self.step) * elapsed / len(self.pending)
             log.info(progress_line(rows[-1], self.last_step, left))
+            if self.run.compile and compiled_graphs() != self.graphs:
+                self.graphs = compiled_graphs()
+                log.info("run.compile: %d graph(s), each with its backward", self.graphs)
         self.pending.clear()
         self.window_start, self.window_wait = time.perf_counter(), 0.0
 
@@ -279,7 +278,7 @@ class Trainer:
                 "batch_size": self.run.batch_size,
                 "accumulate": self.run.accumulate,
             },
-            "loader": gather(self.loader.state_dict()),
+            "loader": gather(self.loader_state),
             "config": self.config_record,
             "model_config": self.model_config,
         }
@@ -341,7 +340,8 @@ class Trainer:
                 "folder of the same name), or start a new run.out from these weights (--init)"
             )
         try:
-            sharding.load_states(self.objective.trainable, self.optimizer, content["model"], content["optimizer"])
+            state = upgraded_state(content["optimizer"], self.optimizer)
+            sharding.load_states(self.objective.trainable, self.optimizer, content["model"], state)
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} does not fit the configured model: {' '.join(str(error).split())[:1000]}"
@@ -356,7 +356,7 @@ class Trainer:
             return module
         if self.run.compile:
             # Batches of images and of clips get a graph each.
-            module = compiled(module)
+            module = compiled(module) if self.ranks.world_size == 1 else compiled_for_ddp(module)
         if self.run.cuda_graph:
             return GraphedStep(module, self.parameters, self.run.accumulate)
         if self.ranks.world_size > 1:

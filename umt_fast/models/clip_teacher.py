@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 import kernels
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, TeacherConfig, TeacherPrecision
+from umt_fast.models.attention import Attends
 from umt_fast.models.quantized import QuantizedLinear
+from umt_fast.models.resize import bicubic
 from umt_fast.tokens import TokenGrid, draw_uniform, flatten_frames, num_visible
 
 
@@ -42,7 +44,7 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention(Attends):
     """The parameters of CLIP's multi-head attention, by their names."""
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -114,7 +116,7 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The block's output for the tokens x (R, m, C) whose queries are q (R, m, H, d), given all keys and values."""
-        x = x + self.attn.out_proj(kernels.attention(q, k, v).flatten(2))
+        x = x + self.attn.out_proj(kernels.attention(q, k, v, prefer=self.attn.attention_backend).flatten(2))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -176,7 +178,11 @@ class ClipTeacher(nn.Module):
             batch = video.shape[0]
             frames = video.transpose(1, 2).flatten(0, 1)
         # The official resize: fp32, bicubic, no antialiasing.
-        frames = F.interpolate(frames.float(), (size, size), mode="bicubic", align_corners=False)
+        frames = frames.float()
+        if frames.is_cuda and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            frames = bicubic(frames, (size, size))
+        else:
+            frames = F.interpolate(frames, (size, size), mode="bicubic", align_corners=False)
         return frames.unflatten(0, (batch, -1)).transpose(1, 2)
 
     def embed(self, video: Tensor) -> Tensor:

@@ -37,6 +37,10 @@ class Student(nn.Module):
         """The modules whose parameters are used in their own forward alone, in its order."""
         return self.encoder.shard_units
 
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """As VisionTransformer.pieces, and the heads."""
+        return [*self.encoder.pieces(), (self, "heads")]
+
     @property
     def norm_weight(self) -> Tensor:
         """(K, D) LayerNorm weights of the heads."""

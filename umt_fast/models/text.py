@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import kernels
 from umt_fast.config import TextConfig
+from umt_fast.models.attention import Attends
 
 _EPS = 1e-12
 
@@ -42,7 +43,7 @@ class _Output(nn.Module):
         return self.LayerNorm(F.dropout(self.dense(x), self.dropout, self.training) + residual)
 
 
-class _Attention(nn.Module):
+class _Attention(Attends):
     """Multi-head attention of text to itself or to vision tokens, with BERT's output layer."""
 
     def __init__(self, config: TextConfig, source_width: int) -> None:
@@ -61,8 +62,9 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """x: (B, l, W) asks; key_mask: bool (B, n), False where a key is padding."""
         out = kernels.attention(
-            self._heads(self.self.query(x)), k, v, key_mask=key_mask, dropout=self.dropout if self.training else 0.0
-        )
+            self._heads(self.self.query(x)), k, v, key_mask=key_mask, dropout=self.dropout if self.training else 0.0,
+            prefer=self.attention_backend,
+        )  # fmt: skip
         return self.output(out.flatten(2), x)
 
 
@@ -184,6 +186,12 @@ class TextEncoder(nn.Module):
         self.bert = _Bert(config, vision_width)
         self.cls = _Head(config, self.bert.embeddings.word_embeddings)
         self.apply(functools.partial(_initialise, std=config.init_std))
+
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods whose gradients are ready together: text layers, fusion layers, the vocabulary head."""
+        layers, below = self.bert.encoder.layer, self.config.fusion_layer
+        parts = [(layer, "forward" if depth < below else "fuse") for depth, layer in enumerate(layers)]
+        return [*parts, (self.cls.predictions, "forward")]
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text layers alone: int64 (B, l) and bool (B, l) -> (B, l, W)."""

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, VitConfig
+from umt_fast.models.attention import Attends
 from umt_fast.tokens import TokenGrid
 
 
@@ -86,18 +87,15 @@ class Packing(NamedTuple):
         return torch.cat([v.expand(shape).reshape(-1, 1) for v, shape in zip(parts, self.shapes, strict=True)])
 
 
-def drop_path(x: Tensor, rate: float, training: bool, packing: Packing | None = None) -> Tensor:
-    """Zeroes whole samples of x (B, ...) with probability `rate` and scales the others by 1 / (1 - rate).
+def path_factors(x: Tensor, rate: float, packing: Packing | None = None) -> Tensor:
+    """Stochastic depth of one branch: for each sample of x (B, ...) 0 with probability `rate`, else 1 / (1 - rate).
 
-    With a packing x is (total, C), and a sample is a sequence.
+    fp32, of a shape that multiplies x. With a packing x is (total, C), and a sample is a sequence.
     """
-    if not training or rate == 0:
-        return x
     keep = 1 - rate
     samples = x.shape[0] if packing is None else len(packing.totals) - 1
-    shape = (samples,) + (1,) * (x.ndim - 1)
-    kept = (torch.rand(shape, device=x.device) < keep).to(x.dtype).div_(keep)
-    return x * (kept if packing is None else packing.per_token(kept))
+    factors = (torch.rand((samples,) + (1,) * (x.ndim - 1), device=x.device) < keep).float().div_(keep)
+    return factors if packing is None else packing.per_token(factors)
 
 
 class PatchEmbed(nn.Module):
@@ -120,7 +118,7 @@ class PatchEmbed(nn.Module):
         return F.linear(rows, weight.flatten(1), self.proj.bias)
 
 
-class Attention(nn.Module):
+class Attention(Attends):
     """Multi-head self-attention whose key bias is always zero: it would not change the softmax."""
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -136,10 +134,11 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         if packing is None:
-            out = kernels.attention(q, k, v)
+            out = kernels.attention(q, k, v, prefer=self.attention_backend)
         else:
             totals, longest = packing.totals, packing.longest
-            out = kernels.attention_varlen(q, k, v, totals, totals, longest, longest)
+            places = (totals, totals, longest, longest)
+            out = kernels.attention_varlen(q, k, v, *places, prefer=self.attention_backend)
         return self.proj(out.flatten(-2))
 
 
@@ -180,7 +179,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block with stochastic depth."""
+    """Pre-LN transformer block with stochastic depth.
+
+    What is dropped is drawn by `draw`, outside forward: blocks differ in their rates alone, and one compiled forward serves
+    all of them, with the numbers that an eager one would have.
+    """
 
     def __init__(self, config: VitConfig, drop_path: float) -> None:
         super().__init__()
@@ -190,9 +193,20 @@ class Block(nn.Module):
         self.mlp = Mlp(config.width, int(config.width * config.mlp_ratio))
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        x = x + drop_path(self.attn(self.norm1(x), packing), self.drop_path, self.training, packing)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training, packing)
+    def draw(self, x: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor] | None:
+        """The factors of both branches for a forward of x, or None where nothing is dropped."""
+        if not self.training or self.drop_path == 0:
+            return None
+        return path_factors(x, self.drop_path, packing), path_factors(x, self.drop_path, packing)
+
+    def forward(
+        self, x: Tensor, packing: Packing | None = None, factors: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """x: (B, n, C), or packed (total, C); factors as `draw` gives them."""
+        branch = self.attn(self.norm1(x), packing)
+        x = x + (branch if factors is None else branch * factors[0].to(branch.dtype))
+        branch = self.mlp(self.norm2(x))
+        return x + (branch if factors is None else branch * factors[1].to(branch.dtype))
 
 
 class VisionTransformer(nn.Module):
@@ -222,6 +236,10 @@ class VisionTransformer(nn.Module):
     def shard_units(self) -> list[nn.Module]:
         """The modules whose parameters are used in their own forward alone, in its order."""
         return list(self.blocks)
+
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods whose gradients are ready together: patches, and each block."""
+        return [(self, "_tokens"), *((block, "forward") for block in self.blocks)]
 
     def all_visible(self, batch: int) -> Tensor:
         """Indices (B, N) of an unmasked clip."""
@@ -258,10 +276,11 @@ class VisionTransformer(nn.Module):
     def _blocks(self, x: Tensor, num_taps: int, packing: Packing | None = None) -> list[Tensor]:
         taps = []
         for depth, block in enumerate(self.blocks):
+            factors = block.draw(x, packing)
             if depth < self.config.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, packing, use_reentrant=False)
+                x = checkpoint(block, x, packing, factors, use_reentrant=False)
             else:
-                x = block(x, packing)
+                x = block(x, packing, factors)
             if depth >= len(self.blocks) - num_taps:
                 taps.append(x)
         return taps

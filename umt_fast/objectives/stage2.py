@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import kernels
 from umt_fast.config import AlignConfig, Stage2Config, Stage2Losses
+from umt_fast.models.attention import use_attention
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.multimodal import HEAD_EPS, VideoText
 from umt_fast.models.weights import load_bert, load_teacher, load_teacher_text, start_video_text
@@ -188,6 +189,7 @@ class VideoTextPretraining(nn.Module):
             for frozen in (self.teacher, self.teacher_text):
                 if frozen is not None:
                     frozen.compute_in(torch.bfloat16)
+        use_attention(self, config.run.attention)
 
     @property
     def trainable(self) -> nn.Module:
@@ -199,6 +201,12 @@ class VideoTextPretraining(nn.Module):
         """Whether some parameters get no gradient: those that only a switched-off loss uses."""
         losses = self.config.losses
         return min(losses.vtc, losses.vtm, losses.mlm, losses.uta) == 0
+
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods that are compiled apart where gradients cross the network: teachers, tower, text."""
+        teachers = [module for module in (self.teacher, self.teacher_text) if module is not None]
+        parts = [*self.model.vision_encoder.pieces(), *self.model.text_encoder.pieces()]
+        return [(module, "forward") for module in teachers] + parts
 
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
         """batch: `video` as in stage 1, `ids`, `mask` and `sample` (with text_projection `teacher_ids` too) as CaptionLoader

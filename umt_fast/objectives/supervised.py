@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import FinetuneConfig
+from umt_fast.models.attention import use_attention
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.weights import load_encoder
 
@@ -23,6 +24,7 @@ class Supervised(nn.Module):
         if config.freeze:
             for name, parameter in self.classifier.named_parameters():
                 parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
+        use_attention(self, config.run.attention)
 
     @property
     def trainable(self) -> nn.Module:
@@ -41,6 +43,10 @@ class Supervised(nn.Module):
         """(B, num_classes) fp32."""
         with torch.autocast(video.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bf16"):
             return self.classifier(video).float()
+
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods that are compiled apart where gradients cross the network."""
+        return self.classifier.pieces()
 
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
         """batch: `video` as in pre-training; `label`, int64 (B,) classes or floating (B, num_classes) probabilities, which

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import kernels
 from umt_fast.config import Stage1Config
+from umt_fast.models.attention import use_attention
 from umt_fast.models.clip_teacher import ClipTeacher
 from umt_fast.models.student import Student
 from umt_fast.models.weights import load_student, load_teacher
@@ -27,11 +28,16 @@ class UnmaskedAlignment(nn.Module):
             load_student(self.student, config.init)
         if config.run.dtype == "bf16":
             self.teacher.compute_in(torch.bfloat16)
+        use_attention(self, config.run.attention)
 
     @property
     def trainable(self) -> nn.Module:
         """The module that checkpoints hold, in the official stage-1 layout."""
         return self.student
+
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods that are compiled apart where gradients cross the network: the teacher, student parts."""
+        return [(self.teacher, "forward"), *self.student.pieces()]
 
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
         """One step's loss.
