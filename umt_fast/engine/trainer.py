@@ -118,6 +118,7 @@ class Trainer:
         self.step = 0
         self.pending: list[dict[str, Any]] = []
         self.stop_signal = self.stop_agreed = 0
+        self.window_start, self.window_wait = time.perf_counter(), 0.0
 
     def train(self) -> None:
         """Runs to the last step.
