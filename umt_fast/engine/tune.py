@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,15 @@ def same_devices(name: str) -> None:
         )
 
 
+def _portable(error: BaseException) -> Exception:
+    """The error, or one that says the same, which other ranks can be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))
+
+
 def on_first_rank(work: Callable[[], T], ranks: Ranks, pause: float = 5.0) -> T:
     """What work() gives on the first rank, on every rank; its error too.
 
@@ -177,8 +187,8 @@ def on_first_rank(work: Callable[[], T], ranks: Ranks, pause: float = 5.0) -> T:
     def run() -> None:
         try:
             answer.append((work(), None))
-        except Exception as error:
-            answer.append((None, error))
+        except BaseException as error:  # whatever it is, the others wait to hear of it
+            answer.append((None, _portable(error)))
 
     # A daemon: a run that is interrupted does not wait for it. What it started ends with this process.
     thread = threading.Thread(target=run, daemon=True)

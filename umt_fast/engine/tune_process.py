@@ -7,6 +7,7 @@ child, `python -m umt_fast.engine.tune_process`, writes JSON lines: {"at": part}
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import logging
@@ -73,7 +74,8 @@ def run_candidate(request: dict[str, Any], deadline: float, command: tuple[str, 
             _kill(child)
         said = next(iter(reversed(_lines(answers))), {})
         if child.returncode == 0 and "status" in said:
-            return Result(candidate=candidate, **said)
+            known = {entry.name for entry in dataclasses.fields(Result)} - {"candidate"}
+            return Result(candidate=candidate, **{name: value for name, value in said.items() if name in known})
         return Result(candidate=candidate, status="crashed", detail=_why(child.returncode, errors))
 
 
