@@ -58,7 +58,7 @@ def test_a_tuned_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(rows(5))
     measured = {"ms": 12.5, "peak_gib": 3.25, "warm_up_s": 40.0}
     found = [
-        {"candidate": {"compile": False}, "status": "wrong", "detail": "loss < 0", "ms": None, "peak_gib": None, "warm_up_s": None},
+        {"candidate": {"compile": False}, "status": "wrong", "detail": "loss < 0"} | dict.fromkeys(measured),
         {"candidate": {"compile": True}, "status": "ok", "detail": "", **measured},
     ]  # fmt: skip
     content = {"choice": {"compile": True}, "label": "compiled", "source": "measured now", "candidates": found}

@@ -20,8 +20,8 @@ from tests.assets import tiny
 from umt_fast import tuning
 from umt_fast.__main__ import main
 from umt_fast.config import ConfigError, RunConfig, from_dict, to_dict
-from umt_fast.engine import tune, tune_store
 from umt_fast.engine import trainer as trainer_module
+from umt_fast.engine import tune, tune_store
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.tune_process import Result
 from umt_fast.train import fit_objective
@@ -224,7 +224,11 @@ def test_a_run_that_was_not_tuned_is_tuned_when_continued(
 
 
 def test_a_choice_this_machine_cannot_have_is_made_anew(
-    tmp_path: Path, tiny_list: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    tiny_list: Path,
+    compiler: Compiler,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     out = tmp_path / "run"
     command = ["train", TINY, "--data.train", str(tiny_list), "--run.out", str(out), "--run.tune", "fast"]

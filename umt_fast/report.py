@@ -274,7 +274,9 @@ def _masks_section(path: Path) -> str:
 
 def _tune_section(path: Path) -> str:
     found = json.loads(path.read_text())
-    parts = [f"<h2>Way of computing</h2><p>run.tune chose: {html.escape(found['label'])} ({html.escape(found['source'])}).</p>"]
+    parts = [
+        f"<h2>Way of computing</h2><p>run.tune chose: {html.escape(found['label'])} ({html.escape(found['source'])}).</p>"
+    ]
     rows = [
         [" ".join(f"{name} {value}" for name, value in row["candidate"].items()),
          *("" if row[key] is None else row[key] for key in ("ms", "peak_gib", "warm_up_s")), row["status"], row["detail"]]

@@ -94,7 +94,7 @@ def with_settings(config: AnyConfig, settings: tune.Candidate) -> AnyConfig:
     return dataclasses.replace(config, **parts)
 
 
-def possible(config: AnyConfig, settings: tune.Candidate, ranks: Ranks) -> str:
+def why_not(config: AnyConfig, settings: tune.Candidate, ranks: Ranks) -> str:
     """Why a run of this configuration cannot have these settings here, or an empty text."""
     if ranks.device.type != "cuda" and settings.get("attention") in _GPU_ONLY:
         return f"run.attention {settings['attention']} needs a GPU"
@@ -122,7 +122,7 @@ def space(config: AnyConfig, ranks: Ranks) -> list[tune.Candidate]:
         chosen = name in free(config) and name in config.run.tune_axes
         values.append([value, *(other for other in others if chosen and other != value)])
     every = (dict(zip(given, combination, strict=True)) for combination in itertools.product(*values))
-    return [settings for settings in every if settings == given or not possible(config, settings, ranks)]
+    return [settings for settings in every if settings == given or not why_not(config, settings, ranks)]
 
 
 def _of_checkpoint(config: AnyConfig, ranks: Ranks) -> tune.Candidate | None:
@@ -148,7 +148,7 @@ def _of_checkpoint(config: AnyConfig, ranks: Ranks) -> tune.Candidate | None:
     for name in free(config):
         section, field = AXES[name]
         settings[name] = record.get(section, {}).get(field, _default(name))
-    refusal = possible(config, settings, ranks)
+    refusal = why_not(config, settings, ranks)
     if refusal:
         log.warning("WARNING: run.tune cannot go on with %s of %s: %s", tune.label(settings), path, refusal)
         return None
@@ -263,7 +263,8 @@ def _batches(config: AnyConfig) -> list[dict[str, Tensor]]:
             return batch | {"label": numbers(getattr(config, "num_classes", 1), rows)}
         ids = numbers(config.text.vocab_size, rows, config.max_length, least=min(_MASK + 1, config.text.vocab_size - 1))
         ids[:, 0] = _CLS
-        batch |= {"label": torch.zeros_like(index), "ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool), "sample": index}
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        batch |= {"label": torch.zeros_like(index), "ids": ids, "mask": mask, "sample": index}
         if config.losses.text_projection:
             teacher_ids = numbers(CLIP_TEXT_WORDS - 1, rows, CLIP_TEXT_LENGTH)
             teacher_ids[:, -1] = CLIP_TEXT_WORDS - 1  # the end token has the largest id
@@ -277,7 +278,8 @@ def _batches(config: AnyConfig) -> list[dict[str, Tensor]]:
         found = [clips(frames) for entries, frames in kinds if entries]
         if config.co_training == "packed":
             clip, image = found
-            found = [clip | {f"image_{name}": value for name, value in image.items()} | {"index": torch.cat([index] * 2)}]
+            images = {f"image_{name}": value for name, value in image.items()}
+            found = [clip | images | {"index": torch.cat([index] * 2)}]
     if torch.cuda.is_available() and config.run.device != "cpu":
         return [{name: value.pin_memory() for name, value in batch.items()} for batch in found]
     return found

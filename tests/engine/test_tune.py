@@ -100,7 +100,9 @@ def test_the_cache_answers_once_it_knows(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO, "umt_fast"):
         assert choose(tmp_path, runner) == COMPILED
     assert runner.asked == asked_then and len(asked_then) == 4
-    assert "run.tune chose compiled: 10.00 ms per step; eager, as configured, 20.00 ms (measured earlier)" in caplog.text
+    assert (
+        "run.tune chose compiled: 10.00 ms per step; eager, as configured, 20.00 ms (measured earlier)" in caplog.text
+    )
     written = json.loads((tmp_path / "run" / "tune.json").read_text())
     assert written["source"] == "measured earlier" and len(written["candidates"]) == 4
     # What is not to be had here any more is no choice.
@@ -109,7 +111,16 @@ def test_the_cache_answers_once_it_knows(tmp_path: Path, caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", '{"key": 1}', "\x00\x01", '{"choice": {"compile": true, "cuda_graph": true}}', "[" * 100_000],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"key": 1}',
+        "\x00\x01",
+        '{"choice": {"compile": true, "cuda_graph": true}}',
+        "[" * 100_000,
+    ],
     ids=["empty", "cut", "list", "null", "another key", "binary", "no key", "deep"],
 )
 def test_a_damaged_cache_is_named_and_replaced(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -71,7 +71,7 @@ def test_a_hang_ends_at_the_deadline_with_all_it_started(tmp_path: Path) -> None
     result = child(
         "import os, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "print('{\"at\": \"comparison\"}', flush=True)\n"
+        'print(\'{"at": "comparison"}\', flush=True)\n'
         "compiler = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         f"open({str(numbers)!r}, 'w').write(f'{{os.getpid()}} {{compiler.pid}}')\n"
         "time.sleep(600)",

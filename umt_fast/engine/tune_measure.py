@@ -133,23 +133,22 @@ def difference(reference: list[Seen], found: list[Seen], dtype: str) -> str:
 
 
 def _directions(expected: Seen, step: Seen, limit: Tolerance) -> str:
-    total, floor = 0.0, 0.0
-    sizes = {name: 0.0 if g is None else float(g.norm()) for name, g in expected.gradients.items()}
+    """The first parameter whose gradient points elsewhere than eager's, or all of them, or an empty text."""
+    was = {name: 0.0 if g is None else float(g.norm()) for name, g in expected.gradients.items()}
     now = {name: 0.0 if g is None else float(g.norm()) for name, g in step.gradients.items()}
-    whole, whole_now = math.hypot(*sizes.values()), math.hypot(*now.values())
-    floor = SMALL * whole
-    for name, size in sizes.items():
-        if size <= floor:
+    floor, products = SMALL * math.hypot(*was.values()), 0.0
+    for name, gradient in expected.gradients.items():
+        product = float((gradient * step.gradients[name]).sum()) if was[name] and now[name] else 0.0
+        products += product
+        if was[name] <= floor:
             if now[name] > 2 * floor:
-                return f"the gradient of {name} has the norm {now[name]:.3g}, eager {size:.3g}"
-            continue
-        dot = 0.0 if step.gradients[name] is None else float((expected.gradients[name] * step.gradients[name]).sum())
-        total += dot
-        if not dot >= limit.each * size * now[name] or now[name] == 0:
-            cosine = dot / (size * now[name]) if now[name] else 0.0
+                return f"the gradient of {name} has the norm {now[name]:.3g}, eager's {was[name]:.3g}"
+        elif product < limit.each * was[name] * now[name] or not now[name]:
+            cosine = product / (was[name] * now[name]) if now[name] else 0.0
             return f"the gradient of {name} has the cosine {cosine:.4f} to eager's; {limit.each:g} is the least"
-    if not total >= (limit.whole - SMALL) * whole * whole_now:
-        return f"all gradients have the cosine {total / (whole * whole_now):.4f} to eager's; {limit.whole:g} is the least"
+    sizes = math.hypot(*was.values()) * math.hypot(*now.values())
+    if products < limit.whole * sizes:
+        return f"the whole gradient has the cosine {products / sizes:.4f} to eager's; {limit.whole:g} is the least"
     return ""
 
 
