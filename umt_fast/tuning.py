@@ -249,7 +249,7 @@ def _untrained(config: AnyConfig) -> torch.nn.Module:
 
 
 def _batches(config: AnyConfig) -> list[dict[str, Tensor]]:
-    """One batch of each kind as the loaders give them, texts of full length; pinned where a GPU is to take them."""
+    """One batch of each kind as the loaders give them, texts of full length."""
     generator = torch.Generator().manual_seed(0)
     rows, side = config.run.batch_size * config.data.num_sample, config.student.image_size
     index = torch.arange(config.run.batch_size).repeat_interleave(config.data.num_sample)
@@ -272,14 +272,11 @@ def _batches(config: AnyConfig) -> list[dict[str, Tensor]]:
         return batch
 
     if not isinstance(config, Stage2Config):
-        found = [clips(config.student.num_frames)]
-    else:
-        kinds = [(config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)]
-        found = [clips(frames) for entries, frames in kinds if entries]
-        if config.co_training == "packed":
-            clip, image = found
-            images = {f"image_{name}": value for name, value in image.items()}
-            found = [clip | images | {"index": torch.cat([index] * 2)}]
-    if torch.cuda.is_available() and config.run.device != "cpu":
-        return [{name: value.pin_memory() for name, value in batch.items()} for batch in found]
+        return [clips(config.student.num_frames)]
+    kinds = [(config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)]
+    found = [clips(frames) for entries, frames in kinds if entries]
+    if config.co_training == "packed":
+        clip, image = found
+        images = {f"image_{name}": value for name, value in image.items()}
+        return [clip | images | {"index": torch.cat([index] * 2)}]
     return found

@@ -68,8 +68,15 @@ class _Cycle:
     def __len__(self) -> int:
         return 1 << 20
 
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return itertools.cycle(self.batches)
+        yield from itertools.cycle(self.batches)
 
 
 class Seen(NamedTuple):
@@ -86,8 +93,7 @@ def _stepper(case: Case) -> tuple[Trainer, Callable[[], None]]:
         case.run, case.optim, case.objective, _Cycle(case.batches), num_sample=case.num_sample, layer_of=case.layer_of,
         num_layers=case.num_layers,
     )  # fmt: skip
-    run_step, batches = trainer._wrapped(), iter(trainer.loader)
-    return trainer, lambda: trainer._train_step(run_step, batches, 0)
+    return trainer, trainer.stepper()
 
 
 def observe(case: Case) -> list[Seen]:

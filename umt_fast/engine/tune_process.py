@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-Status = Literal["ok", "wrong", "crashed", "hung", "out of memory"]
+from umt_fast.config import ConfigError
+
+Status = Literal["ok", "wrong", "refused", "crashed", "hung", "out of memory"]
 COMMAND = (sys.executable, "-m", "umt_fast.engine.tune_process")
 _MAX_DETAIL = 300
 
@@ -164,6 +166,8 @@ def measure(request: dict[str, Any], say: Callable[[str], None]) -> dict[str, An
 def failure(error: BaseException) -> dict[str, Any]:
     """status and detail of an error in the child."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, ConfigError):
+        return {"status": "refused", "detail": text[:_MAX_DETAIL]}
     detail = f"{type(error).__name__}: {text}"[:_MAX_DETAIL]
     full = isinstance(error, MemoryError) or re.search("to allocate|allocate memory|out of memory", str(error), re.I)
     return {"status": "out of memory" if full else "crashed", "detail": detail}
