@@ -21,9 +21,12 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
-from umt_fast.config import ConfigError
+from umt_fast.config import ConfigError, Dtype, RunConfig, from_dict
+
+if TYPE_CHECKING:
+    import torch
 
 Status = Literal["ok", "wrong", "refused", "crashed", "hung", "out of memory"]
 COMMAND = (sys.executable, "-m", "umt_fast.engine.tune_process")
@@ -125,21 +128,30 @@ def measure(request: dict[str, Any], say: Callable[[str], None]) -> dict[str, An
         say: takes the name of each part as it begins.
     """
     import torch
+
+    from umt_fast.engine.distributed import current_ranks
+    from umt_fast.engine.host_memory import keep_freed_memory
+
+    run = from_dict(RunConfig, request["record"]["run"])
+    device = current_ranks(run).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    return _measured(request, say, device, run.dtype)
+
+
+def _measured(
+    request: dict[str, Any], say: Callable[[str], None], device: torch.device, dtype: Dtype
+) -> dict[str, Any]:
     import torch._inductor.config
 
     from umt_fast.engine import tune_measure
-    from umt_fast.engine.distributed import current_ranks
-    from umt_fast.engine.host_memory import keep_freed_memory
 
     build, kind, record, reference = (request[key] for key in ("builder", "kind", "record", "reference"))
     build = _imported(build)
     say("building")
     case = build(kind, reference, exact=True)
-    device, dtype = current_ranks(case.run).device, case.run.dtype
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
     say("eager reference")
     expected = tune_measure.observe(case)
     wrong = tune_measure.not_finite(expected)
