@@ -62,6 +62,8 @@ _IRRELEVANT = (
     "out", "seed", "epochs", "warmup_epochs", "max_steps", "log_every", "save_every", "checkpoint", "keep",
     "keep_every_epochs", "resume", "tensorboard", "tune_deadline",
 )  # fmt: skip
+# Of an optimizer.
+_NUMBERS = ("lr", "min_lr", "warmup_lr", "lr_batch", "betas", "eps", "weight_decay")
 
 
 def settings_of(config: AnyConfig) -> tune.Candidate:
@@ -169,8 +171,10 @@ def key_of(config: AnyConfig, world_size: int, machine: dict[str, Any]) -> dict[
     if "teacher" in record:
         record["teacher"].pop("weights")
     shapes = {"run": run, "num_sample": data["num_sample"], "world_size": world_size}
-    optimizer = {"fused": optim["fused"], "clips_gradients": optim["clip_grad"] > 0}
-    return {"machine": machine, "kind": type(config).__name__, "shapes": shapes, "optim": optimizer, "model": record}
+    optim = {name: value for name, value in optim.items() if name not in _NUMBERS} | {
+        "clip_grad": optim["clip_grad"] > 0
+    }
+    return {"machine": machine, "kind": type(config).__name__, "shapes": shapes, "optim": optim, "model": record}
 
 
 def settle(config: AnyConfig, ranks: Ranks) -> None:
