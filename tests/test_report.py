@@ -54,6 +54,22 @@ def test_a_quickstart(tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 4
 
 
+def test_a_tuned_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(rows(5))
+    measured = {"ms": 12.5, "peak_gib": 3.25, "warm_up_s": 40.0}
+    found = [
+        {"candidate": {"compile": False}, "status": "wrong", "detail": "loss < 0"} | dict.fromkeys(measured),
+        {"candidate": {"compile": True}, "status": "ok", "detail": "", **measured},
+    ]  # fmt: skip
+    content = {"choice": {"compile": True}, "label": "compiled", "source": "measured now", "candidates": found}
+    (tmp_path / "tune.json").write_text(json.dumps(content))
+    page = write_report(tmp_path).read_text()
+    assert "run.tune chose: compiled (measured now)" in page and "12.5" in page and "loss &lt; 0" in page
+    (tmp_path / "tune.json").write_text('{"label": "x"')
+    with pytest.raises(ConfigError, match="tune.json is damaged"):
+        write_report(tmp_path)
+
+
 def test_odd_rows_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = [json.loads(line) for line in rows(9).splitlines()]
     odd = [{"step": 9}, {"step": 10, "loss": float("nan"), "mfu": float("inf")}, {"loss": 1.0}, [1], {"step": "11"}]

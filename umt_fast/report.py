@@ -272,6 +272,20 @@ def _masks_section(path: Path) -> str:
     return "".join(parts)
 
 
+def _tune_section(path: Path) -> str:
+    found = json.loads(path.read_text())
+    parts = [
+        f"<h2>Way of computing</h2><p>run.tune chose: {html.escape(found['label'])} ({html.escape(found['source'])}).</p>"
+    ]
+    rows = [
+        [" ".join(f"{name} {value}" for name, value in row["candidate"].items()),
+         *("" if row[key] is None else row[key] for key in ("ms", "peak_gib", "warm_up_s")), row["status"], row["detail"]]
+        for row in found["candidates"]
+    ]  # fmt: skip
+    head = ["candidate", "ms per step", "peak memory, GiB", "first steps, s", "verdict", "why"]
+    return "".join([*parts, _table(rows, head)])
+
+
 def _section(make: Callable[[Path], str], path: Path) -> str:
     try:
         return make(path)
@@ -297,7 +311,10 @@ def write_report(folder: str | Path) -> Path:
     if not runs and not results.exists():
         raise FileNotFoundError(f"nothing to report in {folder}: no metrics.jsonl with a step, and no results.json")
     parts = [f"<h1>umt_fast: {html.escape(folder.resolve().name)}</h1>"]
-    sections = {"results.json": _results_section, "masks.npz": _masks_section, "retrieval.npz": _retrieval_section}
+    sections = {
+        "results.json": _results_section, "masks.npz": _masks_section, "retrieval.npz": _retrieval_section,
+        "tune.json": _tune_section,
+    }  # fmt: skip
     parts += [_section(make, folder / name) for name, make in sections.items() if (folder / name).is_file()]
     if runs:
         parts.append(_runs_section(runs))

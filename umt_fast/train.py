@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from umt_fast import tuning
 from umt_fast.config import (
     ConfigError,
     DataConfig,
@@ -88,7 +89,8 @@ def build_loader(
         missing = "images" if config.videos else "videos"
         raise ConfigError(f"co_training 'packed' needs clips and images, but {missing} is empty; use 'alternating'")
     tokenizer = load_tokenizer(config.tokenizer)
-    fixed = config.run.compile or config.run.cuda_graph
+    # With run.tune the winner is not known yet, and the candidates were timed with this shape.
+    fixed = config.run.compile or config.run.cuda_graph or config.run.tune != "off"
     parts = []
     for entries, frames in ((config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)):
         if entries:
@@ -160,13 +162,19 @@ def train(config: AnyConfig) -> Path:
 
 
 def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], torch.nn.Module]) -> Path:
-    """Trains an objective, or one built once the list has been read, with a configuration's data, schedule and folder."""
+    """Trains an objective, or one built once the list has been read, with a configuration's data, schedule and folder.
+
+    run.tune writes its choice into `config` before the objective is built. Raises ConfigError where one is given built.
+    """
+    if config.run.tune != "off" and isinstance(objective, torch.nn.Module):
+        raise ConfigError(f"run.tune is {config.run.tune!r}, and this objective is built already; set --run.tune off")
     check_used(config, current_ranks(config.run).world_size)
     with (
         numerics(config.run), distributed_run(config.run) as ranks, own_folder(Path(config.run.out), first=ranks.first)
     ):  # fmt: skip
         require_attention(config, ranks.device)
         loader = build_loader(config, ranks.rank, ranks.world_size, ranks.device)
+        tuning.settle(config, ranks)
         # A packed step has as many images as clips besides.
         kinds = len(loader.parts) if isinstance(loader, PackedLoader) else 1
         towers = {name: getattr(config, name) for name in ("student", "teacher", "text") if hasattr(config, name)}

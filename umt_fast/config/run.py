@@ -9,6 +9,7 @@ from umt_fast.config.core import check_numbers, require
 
 Dtype = Literal["bf16", "fp32"]
 AttentionBackend = Literal["auto", "flash", "efficient", "cudnn", "math", "flash_attn", "xformers"]
+TuneAxis = Literal["compile", "cuda_graph", "attention", "precision"]
 
 
 def _numbers(pattern: str) -> bool:
@@ -180,6 +181,15 @@ class RunConfig:
     deterministic: bool = False
     """Only algorithms that add in a fixed order, so that on a GPU too a stopped run continues bit for bit; slower, and an
     operation that has no such algorithm raises. On CPUs a run continues bit for bit without it."""
+    tune: Literal["off", "fast", "full"] = "off"
+    """Time other ways of computing the step before the first one, and train with the fastest that agrees with eager: `fast` at
+    most four, `full` every combination. The choice is kept for later runs (in UMT_CACHE, else in ~/.cache/umt_fast) and in
+    the checkpoints; tune.json in `out` holds the table. One device is timed, without the ranks' exchange of gradients."""
+    tune_axes: tuple[TuneAxis, ...] = ("compile", "cuda_graph", "attention")
+    """The settings tune may change; one that is not at its default stays. `precision`, the teacher's in 8 bits, changes what
+    is learned a little, and is tried only where it is named here."""
+    tune_deadline: float = 600.0
+    """Seconds a candidate of tune may take, compiling included, before it is given up."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several ranks: `ddp` keeps the model whole on each; `fsdp` cuts trained parameters, their gradients and optimizer
     state over the ranks and gathers them block by block, for models that do not fit. The losses are the same."""
@@ -208,6 +218,7 @@ class RunConfig:
             require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("warmup_epochs", "max_steps", "save_every", "keep_every_epochs"):
             require(getattr(self, name) >= 0, f"run.{name} is {getattr(self, name)}; it must not be negative")
+        require(self.tune_deadline > 0, f"run.tune_deadline is {self.tune_deadline}; it must be positive")
         require(
             not (self.compile and self.parallel == "fsdp"),
             "run.compile does not go with run.parallel fsdp yet; switch one of them off",

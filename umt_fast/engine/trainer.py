@@ -22,7 +22,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,7 @@ class Trainer:
         self.loader_state = loader.state_dict()
         on_gpu = self.device.type == "cuda"
         self.lane, self.ring = (CudaLane(self.device), PinnedRing()) if on_gpu else (None, None)
+        self.window_start, self.window_wait = time.perf_counter(), 0.0
 
     def train(self) -> None:
         """Runs to the last step.
@@ -363,6 +364,11 @@ class Trainer:
             unused = getattr(self.objective, "has_unused_parameters", False)
             module = sharding.replicate(module, self.run, unused=unused)
         return module
+
+    def stepper(self) -> Callable[[], None]:
+        """What makes the next optimizer step and nothing else, for those who measure it; the loader must not end."""
+        run_step, batches = self._wrapped(), iter(self.loader)
+        return lambda: self._train_step(run_step, batches, 0)
 
     def _announce(self) -> None:
         half = self.run.dtype == "bf16"
