@@ -14,11 +14,11 @@ os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
 for name in ("open_clip", "av", "tyro", "tensorboard", "hypothesis", "nvidia.dali"):
     sys.modules[name] = None
 plain = builtins.__import__
-def checked(name, globals=None, *rest):
+def checked(name, globals=None, *rest, **named):
     ours = str((globals or {}).get("__file__", "")).startswith(REPOSITORY)
     if ours and name.split(".")[0] == "huggingface_hub":
         raise ModuleNotFoundError("No module named 'huggingface_hub' (blocked)", name="huggingface_hub")
-    return plain(name, globals, *rest)
+    return plain(name, globals, *rest, **named)
 builtins.__import__ = checked
 """
 
