@@ -23,7 +23,6 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-import tyro
 
 from benchmarks.counted import Counter, Counts, Operation
 from benchmarks.fake_gpu import OLDEST_TORCH, TORCH, fake_gpu
@@ -233,6 +232,8 @@ def main(
 
 
 if __name__ == "__main__":
+    import tyro  # here, since what stands above is used where tyro is not installed
+
     try:
         tyro.cli(main)
     except ConfigError as error:
