@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ from benchmarks.gpu import REPOSITORY, TESTS
 from benchmarks.rates import BACKENDS, DTYPE, NAME
 from benchmarks.steps import losses_of, trainer_step
 from benchmarks.timing import DEVICE, GPU, Lines, Row, out_folder, short
+from umt_fast.bench.fidelity import compare
 from umt_fast.bench.measure import random_video
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import ConfigError
+from umt_fast.models.quantized import require_precision
 
 TOKENS = (98, 160, 197, 320, 784, 1568)
 # Of a tensor's relative error: bf16 keeps 8 bits of each factor, fp32 24.
@@ -145,9 +148,27 @@ def recorded_step(lines: Lines) -> bool:
     return gap < 2e-3
 
 
+def teachers(lines: Lines) -> None:
+    """How far each 8-bit teacher is from the exact one on random clips and weights: figures without a verdict."""
+    for precision in ("int8", "fp8"):
+        config = stage1_config("b16" if GPU else "tiny", 4, NAME)
+        video = random_video(4, config.student.num_frames, config.student.image_size, DEVICE)
+        try:
+            require_precision(replace(config.teacher, precision=precision), DEVICE)
+            row = compare(config, precision, [video], DEVICE)
+        except ConfigError as error:
+            row = {"bench": "fidelity", "precision": precision, "error": short(error)}
+        lines.add(row)
+
+
 def main(mode: str) -> None:
     lines = Lines(out_folder(), "checks.jsonl")
-    good = tests(lines) if mode == "tests" else bool(attention_values(lines) & recorded_step(lines))
+    if mode == "tests":
+        good = tests(lines)
+    else:
+        good = attention_values(lines)
+        good &= recorded_step(lines)
+        teachers(lines)
     sys.exit(0 if good else "what checks.jsonl marks is wrong")
 
 

@@ -16,6 +16,7 @@ Run again on the same folder, a done phase is not repeated; one that failed or w
     OUT            folder of results (default: benchmarks/results/<device>-<date>)
     UMT_PRIOR      folder of an earlier run to go on from, copied into OUT first; its cache.tar.gz too
     UMT_DEADLINE   seconds for all phases (560)
+    UMT_PATIENCE   multiplies the phases' own limits, for machines without a GPU (1)
     UMT_SIZES      "b16 l16"; "tiny" tries everything on any machine
     UMT_PHASES     names of phases to run, others left out; e.g. "rates steps-b16"
     UMT_BATCHES    clips of a step by size, e.g. "b16=64 l16=32"
@@ -40,7 +41,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -86,7 +87,10 @@ def phases_of(sizes: Sequence[str], out: str, official: str = "") -> list[Phase]
         found.append(Phase(f"steps-{size}", module("steps", size), 150 if size == "b16" else 180, least=45))
         if official and not number:
             found.append(Phase(f"official-{size}", module("steps", "official", size, official), 70, least=30))
-    found += [Phase(f"kernels-{size}", ["env", f"UMT_BENCH={size}", *module("bench_kernels", out)], 70, least=15) for size in sizes]
+    found += [
+        Phase(f"kernels-{size}", ["env", f"UMT_BENCH={size}", *module("bench_kernels", out)], 70, least=15)
+        for size in sizes
+    ]
     return found + [Phase("trainer", module("trainer_run", sizes[0]), 80, least=30)]
 
 
@@ -142,8 +146,9 @@ def run_phase(phase: Phase, seconds: float, environment: dict[str, str]) -> dict
         child.wait(seconds)
     except subprocess.TimeoutExpired:
         whole = seconds >= phase.limit
-        state, reason = "timed out" if whole else "cut", f"took over {seconds:.0f} s" + (
-            ", its limit" if whole else ", all that the deadline left"
+        state, reason = (
+            "timed out" if whole else "cut",
+            f"took over {seconds:.0f} s" + (", its limit" if whole else ", all that the deadline left"),
         )
     except KeyboardInterrupt:
         state, reason = "cut", STOPPED
@@ -233,6 +238,17 @@ def pack(out: Path, cache: Path) -> None:
         packed.unlink()
 
 
+def _number(name: str, default: float) -> float:
+    """A positive number from the environment."""
+    try:
+        value = float(os.environ.get(name, default))
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        sys.exit(f"benchmarks.gpu: {name} is {os.environ[name]!r}; give a positive number")
+    return value
+
+
 def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -242,10 +258,7 @@ def main(*arguments: str) -> int:
     if set(arguments) - {"--pack"}:
         sys.exit(f"usage: python -m benchmarks.gpu [--pack]\n\n{__doc__}")
     given = os.environ
-    try:
-        deadline = float(given.get("UMT_DEADLINE", "560"))
-    except ValueError:
-        sys.exit(f"benchmarks.gpu: UMT_DEADLINE is {given['UMT_DEADLINE']!r}; give seconds")
+    deadline, patience = (_number(name, default) for name, default in (("UMT_DEADLINE", 560.0), ("UMT_PATIENCE", 1.0)))
     out = Path(given.get("OUT") or default_out()).resolve()
     out.mkdir(parents=True, exist_ok=True)
     prior = given.get("UMT_PRIOR", "")
@@ -256,11 +269,15 @@ def main(*arguments: str) -> int:
     cache = Path(given.get("UMT_CACHE") or f"{tempfile.gettempdir()}/umt_fast-compiled-{os.getuid()}")
     cache.mkdir(parents=True, exist_ok=True)
     unpack(out, cache)
-    phases = phases_of(given.get("UMT_SIZES", "b16 l16").split(), str(out), given.get("UMT_OFFICIAL", ""))
+    sizes = given.get("UMT_SIZES", "b16 l16").split()
+    phases = phases_of(sizes, str(out), given.get("UMT_OFFICIAL", ""))
+    phases = [replace(phase, limit=patience * phase.limit) for phase in phases]
     names = [phase.name for phase in phases]
     wanted = given.get("UMT_PHASES", " ".join(names)).split()
     if set(wanted) - set(names):
-        sys.exit(f"benchmarks.gpu: UMT_PHASES names {' '.join(sorted(set(wanted) - set(names)))}; known: {' '.join(names)}")
+        sys.exit(
+            f"benchmarks.gpu: UMT_PHASES names {' '.join(sorted(set(wanted) - set(names)))}; known: {' '.join(names)}"
+        )
     environment = dict(given) | {"OUT": str(out), "PYTHONUNBUFFERED": "1", "UMT_COMMIT": commit()}
     for variable, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
         environment.setdefault(variable, str(cache / folder))

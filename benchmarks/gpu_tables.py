@@ -42,7 +42,12 @@ def phase_table(rows: list[Row]) -> str:
     """How each phase ended when it was last tried."""
     last = {row["phase"]: row for row in rows}
     lines = [
-        [row["phase"], row["state"], f"{row['seconds']:.0f}" if "seconds" in row else "", row["reason"].replace("|", "/")]
+        [
+            row["phase"],
+            row["state"],
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
+            row["reason"].replace("|", "/"),
+        ]
         for row in last.values()
     ]
     return table(["phase", "state", "s", "why"], lines)
@@ -67,9 +72,15 @@ def check_tables(rows: list[Row]) -> list[str]:
     if lines:
         head = ["attention: largest relative error of output, dq, dk, dv", *_backends(values)]
         parts.append(table(head, lines))
-    for row in (row for row in rows if row["bench"] == "recorded step"):
+    for row in [row for row in rows if row["bench"] == "recorded step"][-1:]:
         said = row.get("error") or f"largest relative gap of losses {row['largest_relative_gap']:.2g}"
         parts.append(f"A recorded step beside an eager one: {said}")
+    for row in {row["precision"]: row for row in rows if row["bench"] == "fidelity"}.values():
+        said = row.get("error") or (
+            f"lowest mean cosine of a layer {min(row['cosine_per_layer']):.4f}, same visible tokens {row['mask_overlap']:.0%} "
+            f"(of chance {row['mask_overlap_of_chance']:.0%})"
+        )
+        parts.append(f"Targets of the {row['precision']} teacher beside the exact one's, random weights: {said}")
     return parts
 
 
@@ -141,9 +152,15 @@ def step_table(rows: list[Row], bound_of: Callable[[str, int], float | None]) ->
                 lines.append([f"{model}, {clips} clips", name, row["error"].replace("|", "/"), *[""] * 8])
                 continue
             turns, rate = row["turns"], row["clips_per_s"]
-            ms = [f"{statistics.median(turn[key] for turn in turns):.2f}" for key in ("ms_per_step", "host_ms_per_step")]
+            ms = [
+                f"{statistics.median(turn[key] for turn in turns):.2f}" for key in ("ms_per_step", "host_ms_per_step")
+            ]
             low, high = min(t["ms_spread"][0] for t in turns), max(t["ms_spread"][1] for t in turns)
-            share, peak, clocks = row.get("share_of_matmul_rate"), row.get("peak_memory_gib"), turns[-1].get("clocks") or {}
+            share, peak, clocks = (
+                row.get("share_of_matmul_rate"),
+                row.get("peak_memory_gib"),
+                turns[-1].get("clocks") or {},
+            )
             exact = name != "plain" and "teacher" not in name
             lines.append(
                 [f"{model}, {clips} clips", name, f"{rate:.4g} ({', '.join(f'{value:.4g}' for value in row['all'])})",
@@ -152,7 +169,14 @@ def step_table(rows: list[Row], bound_of: Callable[[str, int], float | None]) ->
                  f"{peak:.2f}" if peak is not None else "",
                  f"{clocks['sm_mhz']:.0f} MHz, {clocks['power_w']:.0f} W" if clocks else ""]
             )  # fmt: skip
-    head = ["step", "variant", "clips/s, median (each turn)", "against plain", "ms a step (10 to 90%)", "ms to issue it"]
+    head = [
+        "step",
+        "variant",
+        "clips/s, median (each turn)",
+        "against plain",
+        "ms a step (10 to 90%)",
+        "ms to issue it",
+    ]
     return table([*head, "of the matmul rate", "predicted clips/s at most, reached", "peak GiB", "clocks"], lines)
 
 
@@ -161,7 +185,11 @@ def profile_tables(rows: list[Row]) -> list[str]:
     parts = []
     for row in (row for row in rows if row["bench"] == "profile"):
         kinds = ", ".join(f"{kind} {share:.0%}" for kind, share in row["shares"].items())
-        busy = f"; busy {row['busy_share']:.0%}, {row['kernels_per_step']:.0f} kernels a step" if "busy_share" in row else ""
+        busy = (
+            f"; busy {row['busy_share']:.0%}, {row['kernels_per_step']:.0f} kernels a step"
+            if "busy_share" in row
+            else ""
+        )
         lines = [
             [f"`{top['name'].replace('|', '/')}`", f"{top['share']:.1%}", f"{top['calls_per_step']:g}",
              f"{top['us_per_step']:.0f}"]
@@ -175,24 +203,35 @@ def profile_tables(rows: list[Row]) -> list[str]:
 def trainer_table(rows: list[Row]) -> list[str]:
     """The Trainer's clips/s beside the bench's of the same variant, its losses, and the official code."""
     lines, parts = [], []
-    for row in (row for row in rows if row["bench"] == "trainer"):
+    trained = {(row["model"], row["variant"]): row for row in rows if row["bench"] == "trainer"}
+    for row in trained.values():
         if "error" in row:
             lines.append([row["model"], row["variant"], row["error"].replace("|", "/"), "", "", ""])
             continue
-        same = [r for r in rows if r["bench"] == "step" and r["model"] == row["model"] and r["variant"] == row["variant"]]
+        same = [
+            r for r in rows if r["bench"] == "step" and r["model"] == row["model"] and r["variant"] == row["variant"]
+        ]
         bench = medians(same).get(row["variant"], {}).get("clips_per_s")
         lines.append([row["model"], row["variant"], f"{row['clips_per_s']:.4g}", f"{bench:.4g}" if bench else "",
                       f"{row['clips_per_s'] / bench:.0%}" if bench else "", f"{row['data_wait']:.0%}"])  # fmt: skip
     if lines:
         parts.append(table(["Trainer", "variant", "clips/s", "bench", "of it", "waits for data"], lines))
-    for row in (row for row in rows if row["bench"] == "trainer losses"):
+    for row in {row["model"]: row for row in rows if row["bench"] == "trainer losses"}.values():
         names = " and ".join(row["losses"])
-        parts.append(f"{row['model']}: losses of the Trainer, {names}, differ by at most {row['largest_relative_gap']:.2g}")
+        parts.append(
+            f"{row['model']}: losses of the Trainer, {names}, differ by at most {row['largest_relative_gap']:.2g}"
+        )
     for row in (row for row in rows if row["bench"] == "official"):
         ours = medians([r for r in rows if r["bench"] == "step" and r["model"] == row["model"]])
         best = max(good(ours.values()), key=lambda r: r["clips_per_s"], default=None)
-        told = f"; ours, {best['variant']}, is {best['clips_per_s'] / row['clips_per_s']:.2f} times as fast" if best else ""
-        parts.append(f"The official code, {row['model']}, {row['batch_size']} clips: {row['clips_per_s']:.4g} clips/s{told}")
+        told = (
+            f"; ours, {best['variant']}, is {best['clips_per_s'] / row['clips_per_s']:.2f} times as fast"
+            if best
+            else ""
+        )
+        parts.append(
+            f"The official code, {row['model']}, {row['batch_size']} clips: {row['clips_per_s']:.4g} clips/s{told}"
+        )
     return parts
 
 

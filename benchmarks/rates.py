@@ -158,7 +158,12 @@ def _timed(call: Callable[[], object], flops: float) -> Row:
     except Exception as error:
         return {"error": short(error)}
     middle, (low, high) = statistics.median(spans), spread(spans)
-    return {"seconds": middle, "spread_s": [low, high], "calls": len(spans), "tflops": float(f"{flops / middle / 1e12:.4g}")}
+    return {
+        "seconds": middle,
+        "spread_s": [low, high],
+        "calls": len(spans),
+        "tflops": float(f"{flops / middle / 1e12:.4g}"),
+    }
 
 
 def products(lines: Lines, models: list[str]) -> None:
@@ -187,7 +192,10 @@ def attention_shapes(model: str) -> dict[str, tuple[int, int, int, int]]:
     grid = TokenGrid.of(
         num_frames=vit.num_frames, tubelet_size=vit.tubelet_size, image_size=vit.image_size, patch_size=vit.patch_size
     )
-    visible, frame = visible_per_clip(config.mask.kind, grid, config.mask.ratio), (clip.image_size // clip.patch_size) ** 2
+    visible, frame = (
+        visible_per_clip(config.mask.kind, grid, config.mask.ratio),
+        (clip.image_size // clip.patch_size) ** 2,
+    )
     return {
         "student": (clips, visible, vit.num_heads, vit.width // vit.num_heads),
         "teacher": (clips * grid.frames, 1 + frame, clip.num_heads, clip.width // clip.num_heads),
@@ -195,29 +203,37 @@ def attention_shapes(model: str) -> dict[str, tuple[int, int, int, int]]:
     }
 
 
+def attention_calls(
+    batch: int, tokens: int, heads: int, width: int
+) -> tuple[str, list[tuple[str, Callable[[], object], float]]]:
+    """The backend that torch itself takes, and (pass, call, FLOPs); q, k and v are views of one tensor, as in a step."""
+    q, k, v = _random(batch, tokens, 3, heads, width).requires_grad_().unbind(2)
+    own = SDPBackend(torch._fused_sdp_choice(*(x.transpose(1, 2) for x in (q, k, v)))).name
+    upstream, flops = _random(batch, tokens, heads, width), 4.0 * batch * heads * tokens**2 * width
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return kernels.attention(q, k, v, road="sdpa")
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(kernels.attention(q, k, v, road="sdpa"), (q, k, v), upstream)
+
+    # Backward: five products for forward's two.
+    return own, [("forward", forward, flops), ("forward and backward", both, 3.5 * flops)]
+
+
 def attention(lines: Lines, models: list[str]) -> None:
-    """Forward, and forward with backward, of every backend; which one torch itself takes is marked."""
-    for model in models:
-        for name, (batch, tokens, heads, width) in attention_shapes(model).items():
-            q, k, v = _random(batch, tokens, 3, heads, width).requires_grad_().unbind(2)
-            own = SDPBackend(torch._fused_sdp_choice(*(x.transpose(1, 2) for x in (q, k, v)))).name
-            upstream, forward = _random(batch, tokens, heads, width), 4.0 * batch * heads * tokens**2 * width
-            for backend, choice in BACKENDS.items():
-                with sdpa_kernel(choice):
-                    def only() -> Tensor:
-                        with torch.no_grad():
-                            return kernels.attention(q, k, v, road="sdpa")
-
-                    def both() -> tuple[Tensor, ...]:
-                        return torch.autograd.grad(kernels.attention(q, k, v, road="sdpa"), (q, k, v), upstream)
-
-                    for which, call, flops in (("forward", only, forward), ("forward and backward", both, 3.5 * forward)):
-                        row = {"bench": "attention", "model": model, "shape": name, "backend": backend, "pass": which,
-                               "batch": batch, "tokens": tokens, "heads": heads, "width": width, "dtype": NAME,
-                               "torch_takes": own}  # fmt: skip
-                        row = lines.add(row | _timed(call, flops) | {"how": HOW})
-                        said = row.get("error") or f"{row['tflops']} TFLOP/s"
-                        print(f"{model} attention of the {name}, {backend}, {which}: {said}", flush=True)
+    """Forward, and forward with backward, of every backend; which one torch itself takes is in each line."""
+    for model, name, shape in ((m, name, shape) for m in models for name, shape in attention_shapes(m).items()):
+        own, calls = attention_calls(*shape)
+        sizes = dict(zip(("batch", "tokens", "heads", "width"), shape, strict=True))
+        for backend, (which, call, flops) in ((b, entry) for b in BACKENDS for entry in calls):
+            row = {"bench": "attention", "model": model, "shape": name, "backend": backend, "pass": which}
+            with sdpa_kernel(BACKENDS[backend]):
+                timed = _timed(call, flops)
+            row = lines.add(row | sizes | {"dtype": NAME, "torch_takes": own} | timed | {"how": HOW})
+            said = row.get("error") or f"{row['tflops']} TFLOP/s"
+            print(f"{model} attention of the {name}, {backend}, {which}: {said}", flush=True)
 
 
 def read(out: Path) -> Row:
@@ -261,7 +277,11 @@ def machine(out: Path) -> None:
     if before and before["device"] != found["device"]:
         sys.exit(f"{out} holds figures of {before['device']}, this is {found['device']}; give another OUT")
     size = 8192 if GPU else 1024
-    a, b, source = _random(size, size), _random(size, size), torch.ones(2**30 if GPU else 2**27, dtype=torch.uint8, device=DEVICE)
+    a, b, source = (
+        _random(size, size),
+        _random(size, size),
+        torch.ones(2**30 if GPU else 2**27, dtype=torch.uint8, device=DEVICE),
+    )
     with Clocks() as clocks:
         product, copies = _timed(lambda: a @ b, 2.0 * size**3), spans_of(source.clone)
     order = [backend.name for backend in _cur_sdpa_kernel_backends(with_priority=True)]

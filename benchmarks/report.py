@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_tables
-from benchmarks.gpu_tables import table
+from benchmarks.gpu_tables import table as _table
 from umt_fast.bench import profile
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,20 +42,20 @@ def cpu_step_table(paths: list[Path]) -> str:
         dtype = row["dtype"] if same else f"{row['dtype']}, computed in {row['computed_in']}"
         about = (row["bench"], row["model"], row["batch_size"], row["dtype"])
         found.setdefault(about, {}).setdefault((name, dtype), []).append(row)
-    lines = []
+    table = []
     for (bench, model, batch, _), roads in found.items():
         plain = next((rows for (name, _), rows in roads.items() if name == "plain"), [])
         for (name, dtype), rows in roads.items():
             rates = [row["clips_per_s"] for row in rows]
             ratios = [rate / other["clips_per_s"] for rate, other in zip(rates, plain, strict=False)]
-            lines.append(
+            table.append(
                 [f"{bench}, {model}, {batch} clips", name, dtype, ", ".join(f"{rate:.3f}" for rate in rates)]
                 + [", ".join(f"{ratio:.2f}" for ratio in ratios)]
                 + [f"{statistics.median(row['share_of_matmul_rate'] for row in rows):.0%}"]
                 + [f"{max(row['peak_memory_gib'] for row in rows):.2f}"]
             )
     head = ["step", "road", "dtype", "clips/s, each round", "against plain", "of the matmul rate", "peak GiB"]
-    return table(head, lines)
+    return _table(head, table)
 
 
 def parts_table(path: Path) -> str:
@@ -85,7 +85,7 @@ def input_table(path: Path) -> str:
             f"{mean[r]:.1f}" + (f" ({mean[r] / mean['decord']:.2f}x)" if "decord" in mean else "") for r in readers
         ]
         lines.append(["together", *cells])
-    return table(["clips/s and core of the loader (against decord)", *readers], lines)
+    return _table(["clips/s and core of the loader (against decord)", *readers], lines)
 
 
 def soak_table(path: Path) -> str:
@@ -93,7 +93,7 @@ def soak_table(path: Path) -> str:
     rows = rows_of(path)
     chosen = [rows[number] for number in sorted({0, len(rows) // 2, len(rows) - 1})] if rows else []
     lines = [[str(row["clips"]), f"{row['mib']['main']:.1f}", f"{row['mib']['children']:.1f}"] for row in chosen]
-    return table(["clips read", "main, MiB", "workers, MiB"], lines)
+    return _table(["clips read", "main, MiB", "workers, MiB"], lines)
 
 
 def _machine(path: Path) -> Row:

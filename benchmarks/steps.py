@@ -105,7 +105,6 @@ class Variant:
         config = stage1_config(model, len(video), rates.NAME, changes.pop("precision", "native"))
         config.run = replace(config.run, out=tempfile.mkdtemp(), device=DEVICE.type, tensorboard=False, **changes)
         torch.manual_seed(0)
-        torch._dynamo.reset() if config.run.compile else None
         if name == "plain":
             self.step: Step = plain_steps(config, video, DEVICE)[0]
         else:
@@ -151,7 +150,13 @@ def main(model: str) -> None:
     video = random_video(clips, config.student.num_frames, config.student.image_size, DEVICE)
     if not GPU:
         keep_freed_memory()  # as every run does
-    about = {"bench": "step", "model": model, "batch_size": clips, "dtype": rates.NAME, "teacher": config.teacher.weights}
+    about = {
+        "bench": "step",
+        "model": model,
+        "batch_size": clips,
+        "dtype": rates.NAME,
+        "teacher": config.teacher.weights,
+    }
 
     def turn(variant: Variant, number: int, extra: Row) -> None:
         row = variant.timed()
@@ -173,7 +178,8 @@ def main(model: str) -> None:
         except Exception as error:  # one variant that fails must not take the others' figures with it
             traceback.print_exc()
             lines.add(about | {"variant": name, "error": short(error)})
-        gc.collect()
+        gc.collect()  # of one that did not fit
+        torch.cuda.empty_cache()
     for number in range(1, ROUNDS):
         for variant in built:
             turn(variant, number, {})
@@ -185,7 +191,9 @@ def main(model: str) -> None:
 
 def remember(out: os.PathLike, lines: Lines, model: str) -> None:
     """Puts what a plan needs of the fastest exact variant into rates.json."""
-    known = [row for row in lines.known() if row["bench"] == "step" and row["model"] == model and row["variant"] != "plain"]
+    known = [
+        row for row in lines.known() if row["bench"] == "step" and row["model"] == model and row["variant"] != "plain"
+    ]
     exact = [row for row in known if "teacher" not in row["variant"] and "share_of_matmul_rate" in row]
     if exact:
         best = max(exact, key=lambda row: row["clips_per_s"])

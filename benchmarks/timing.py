@@ -1,4 +1,4 @@
-"""How the phases of gpu.py time, and how they write: events on a GPU, medians with their spread, a line as soon as it is measured."""
+"""How the phases of gpu.py time and write: events on a GPU, medians and spread, each line as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -96,7 +96,15 @@ class Clocks(contextlib.AbstractContextManager):
         self.samples: list[list[float]] = []
         self.process = None
         if GPU:
-            asked = ["nvidia-smi", "-i", "0", f"--query-gpu={self.QUERY}", "--format=csv,noheader,nounits", "-lms", "500"]
+            asked = [
+                "nvidia-smi",
+                "-i",
+                "0",
+                f"--query-gpu={self.QUERY}",
+                "--format=csv,noheader,nounits",
+                "-lms",
+                "500",
+            ]
             with contextlib.suppress(OSError):
                 self.process = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
                 threading.Thread(target=self._read, daemon=True).start()
@@ -136,7 +144,13 @@ def about() -> Row:
     """The device and the versions that figures are read beside."""
     if GPU:
         props = torch.cuda.get_device_properties(0)
-        smi = dict(zip(("driver", "clocks_max_sm", "power_limit"), _smi("driver_version,clocks.max.sm,power.limit").split(", "), strict=False))
+        smi = dict(
+            zip(
+                ("driver", "clocks_max_sm", "power_limit"),
+                _smi("driver_version,clocks.max.sm,power.limit").split(", "),
+                strict=False,
+            )
+        )
         device: Row = {
             "device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability()),
             "memory_gib": round(props.total_memory / 2**30, 1), "processors": props.multi_processor_count,

@@ -89,7 +89,9 @@ def main(model: str) -> None:
             first, second = losses.values()
             gap = max(abs(a - b) / abs(a) for a, b in zip(first, second, strict=True))
             row = {"bench": "trainer losses", "losses": losses, "largest_relative_gap": gap, "ok": gap < 0.01}
-            lines.add(about | row | {"how": f"{COMPARED} steps of the Trainer, drop path off, the same clips and masks"})
+            lines.add(
+                about | row | {"how": f"{COMPARED} steps of the Trainer, drop path off, the same clips and masks"}
+            )
             print(f"largest gap of losses, drop path off: {gap:.2g}", flush=True)
         window = max(1, STEPS // 3)
         with Clocks() as clocks:
@@ -104,7 +106,9 @@ def main(model: str) -> None:
             "how": f"the Trainer's own metrics.jsonl, windows of {window} steps after the first; JPEGs decoded by the loader",
         }  # fmt: skip
         lines.add(about | found)
-        print(f"Trainer: {found['clips_per_s']} clips/s, waits for data {found['data_wait']:.0%} of the time", flush=True)
+        print(
+            f"Trainer: {found['clips_per_s']} clips/s, waits for data {found['data_wait']:.0%} of the time", flush=True
+        )
 
 
 if __name__ == "__main__":

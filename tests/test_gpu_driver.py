@@ -52,7 +52,10 @@ def test_a_crash_and_a_hang_cost_themselves_alone(tmp_path: Path) -> None:
     assert {name: line["state"] for name, line in found.items()} == {
         "raises": "failed", "dies": "failed", "hangs": "timed out", "works": "done",
     }  # fmt: skip
-    assert found["raises"]["reason"] == "exit status 1: ValueError: no such thing" and "Traceback" in found["raises"]["tail"]
+    assert (
+        found["raises"]["reason"] == "exit status 1: ValueError: no such thing"
+        and "Traceback" in found["raises"]["tail"]
+    )
     assert found["dies"]["reason"].startswith("signal 11") and found["dies"]["exit_status"] == -11
     assert "its limit" in found["hangs"]["reason"] and "begun" in found["hangs"]["tail"]
     assert not alive(int((tmp_path / "pid").read_text())), "what a phase started ends with it"
@@ -167,7 +170,10 @@ def test_the_step_that_is_timed_trains(tmp_path: Path, monkeypatch: pytest.Monke
     timed = [row for row in rows if row["bench"] == "step" and "error" not in row]
     assert len(timed) == steps.ROUNDS or torch.cuda.is_available()
     first = timed[0]
-    assert first["clips_per_s"] == pytest.approx(2e3 / first["ms_per_step"], rel=0.01) and len(first["losses"]) == steps.WARM
+    assert (
+        first["clips_per_s"] == pytest.approx(2e3 / first["ms_per_step"], rel=0.01)
+        and len(first["losses"]) == steps.WARM
+    )
     assert torch.cuda.is_available() or any("needs a GPU" in row.get("error", "") for row in rows)
     profile = next(row for row in rows if row["bench"] == "profile")
     assert sum(profile["shares"].values()) == pytest.approx(1, abs=0.01)
@@ -182,8 +188,18 @@ def test_tables_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write("rates.json", {"device": "Some GPU", "matmul_tflops": 500.0, "clocks": {"sm_mhz": 1980}})
-    step = {"bench": "step", "model": "b16", "batch_size": 64, "ms_spread": [9.0, 11.0], "host_ms_per_step": 2.0, "steps": 20}
-    turns = [step | {"variant": "eager", "turn": n, "ms_per_step": 10.0, "clips_per_s": rate} for n, rate in enumerate((40, 60, 50))]
+    step = {
+        "bench": "step",
+        "model": "b16",
+        "batch_size": 64,
+        "ms_spread": [9.0, 11.0],
+        "host_ms_per_step": 2.0,
+        "steps": 20,
+    }
+    turns = [
+        step | {"variant": "eager", "turn": n, "ms_per_step": 10.0, "clips_per_s": rate}
+        for n, rate in enumerate((40, 60, 50))
+    ]
     write("steps.jsonl", turns[0], step | {"variant": "plain", "turn": 0, "ms_per_step": 40.0, "clips_per_s": 10.0},
           *turns[1:], step | {"variant": "graph", "error": "out of memory"},
           {"bench": "trainer", "model": "b16", "batch_size": 64, "variant": "eager", "clips_per_s": 45.0, "data_wait": 0.1},
@@ -215,3 +231,13 @@ def test_a_bound_is_predicted_at_the_models_own_rates() -> None:
     slow = gpu_tables.predicted(about)("b16", 64)
     fast = gpu_tables.predicted(about | {"products": {"b16": {"bf16": 900.0}}})("b16", 64)
     assert 1 < fast / slow < 2, "products alone get faster, bytes do not"
+
+
+def test_predictions_take_measured_rates(tmp_path: Path) -> None:
+    from benchmarks.predict import measured_rates
+    from umt_fast.config import ConfigError
+
+    (tmp_path / "rates.json").write_text('{"products": {"b16": {"bf16": 450.0}}, "copy_gb_per_s": 3000.0}\n')
+    assert measured_rates(str(tmp_path / "rates.json"), "b16") == (450.0, 3000.0)
+    with pytest.raises(ConfigError, match="no rates.json of benchmarks/gpu.sh with products of l16"):
+        measured_rates(str(tmp_path / "rates.json"), "l16")
