@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 import torch
@@ -33,25 +34,29 @@ TOKENS = (98, 160, 197, 320, 784, 1568)
 BOUND = 0.02 if DTYPE == torch.bfloat16 else 1e-4
 
 
+def run_tests(path: str) -> tuple[Row, str]:
+    """The line of one file's tests, and what pytest said."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", path, "-k", TESTS[path]]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
+    failed = [line.removeprefix("FAILED ") for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    ok = done.returncode == 0 and counts.get("passed", 0) + counts.get("skipped", 0) > 0
+    row: Row = {"bench": "tests", "file": path, "ok": ok, "exit_status": done.returncode, "failed_tests": failed[:20]}
+    return row | counts | {"seconds": round(time.perf_counter() - started, 1), "device": DEVICE.type}, done.stdout
+
+
 def tests(lines: Lines) -> bool:
-    """Runs the files side by side; a line for each with what pytest counted."""
-    running, started = {}, time.perf_counter()
-    for path, names in TESTS.items():
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", path, "-k", names]
-        running[path] = subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
+    """Runs the files side by side; a line for each as soon as it has ended."""
     good = True
-    for path, process in running.items():
-        said = process.communicate()[0]
-        counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", said)}
-        failed = [line.removeprefix("FAILED ") for line in said.splitlines() if line.startswith("FAILED")]
-        # Status 5: everything in the file was left out.
-        ok = process.returncode == 0 and counts.get("passed", 0) + counts.get("skipped", 0) > 0
-        row = {"bench": "tests", "file": path, "ok": ok, "exit_status": process.returncode, "failed_tests": failed[:20]}
-        lines.add(row | counts | {"seconds": round(time.perf_counter() - started, 1), "device": DEVICE.type})
-        print(said[-6000:] if not ok else f"{path}: {counts}", flush=True)
-        good &= ok
+    with ThreadPoolExecutor(len(TESTS)) as pool:
+        for job in as_completed([pool.submit(run_tests, path) for path in TESTS]):
+            row, said = job.result()
+            lines.add(row)
+            print(f"{row['file']}: {said.strip().splitlines()[-1]}" if row["ok"] else said[-6000:], flush=True)
+            good &= row["ok"]
     return good
 
 

@@ -172,7 +172,6 @@ def run(phases: Sequence[Phase], out: Path, deadline: float, environment: dict[s
     A phase that looks at the machine and fails ends the run: the others' figures would not be of this folder's machine.
     """
     started, lines = time.monotonic(), []
-    stamp = {"commit": commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     mend(out / "phases.jsonl")
     with open(out / "phases.jsonl", "a") as file:
         for phase in order(phases, last_states(out)):
@@ -183,6 +182,7 @@ def run(phases: Sequence[Phase], out: Path, deadline: float, environment: dict[s
                 print(f"{phase.name}: begins, {left:.0f} s left", flush=True)
                 line = run_phase(phase, min(phase.limit, left), environment)
             lines.append(line)
+            stamp = {"commit": commit(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
             print(json.dumps(line | stamp), file=file, flush=True)
             print(f"{phase.name}: {line['state']} {line['reason']}", flush=True)
             if line["reason"] == STOPPED:

@@ -43,12 +43,12 @@ def test_a_crash_and_a_hang_cost_themselves_alone(tmp_path: Path) -> None:
     phases = [
         phase("raises", "raise ValueError('no such thing')"),
         phase("dies", "import os; os.kill(os.getpid(), 11)"),
-        phase("hangs", hang, limit=3),
+        phase("hangs", hang, limit=8),
         phase("works", WRITES.format("works")),
     ]
     started = time.monotonic()
     found = run(phases, tmp_path)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
     assert {name: line["state"] for name, line in found.items()} == {
         "raises": "failed", "dies": "failed", "hangs": "timed out", "works": "done",
     }  # fmt: skip
@@ -73,7 +73,7 @@ def test_a_second_run_tries_what_failed_first_and_repeats_nothing_done(tmp_path:
         phase("third", "import time; time.sleep(600)", limit=600),
         phase("fourth", WRITES.format("fourth")),
     ]
-    found = run(phases, tmp_path, deadline=6)
+    found = run(phases, tmp_path, deadline=15)
     states = {name: line["state"] for name, line in found.items()}
     assert states == {"looks": "done", "first": "done", "second": "failed", "third": "cut", "fourth": "no time"}
     # The writer was killed within a line.
@@ -81,9 +81,11 @@ def test_a_second_run_tries_what_failed_first_and_repeats_nothing_done(tmp_path:
         file.write('{"phase": "fou')
     flag.touch()
     phases[3] = phase("third", WRITES.format("third"))
+    phases.insert(1, phase("new", WRITES.format("new")))
     found = run(phases, tmp_path)
-    assert list(found) == ["looks", "second", "third", "fourth"]
-    assert (tmp_path / "done").read_text().split() == ["looks", "first", "looks", "third", "fourth"]
+    assert list(found) == ["looks", "second", "third", "new", "fourth"], "what failed or was cut first"
+    assert (tmp_path / "done").read_text().split() == ["looks", "first", "looks", "third", "new", "fourth"]
+    assert all(json.loads(line) for line in (tmp_path / "phases.jsonl").read_text().splitlines()), "half a line is gone"
     assert list(run(phases, tmp_path)) == ["looks"]
     assert set(gpu.last_states(tmp_path).values()) == {"done"}
 
