@@ -84,7 +84,7 @@ def phases_of(sizes: Sequence[str], out: str, official: str = "") -> list[Phase]
         Phase("checks", module("checks", "values"), 60),
     ]
     for number, size in enumerate(sizes):
-        found.append(Phase(f"steps-{size}", module("steps", size), 150 if size == "b16" else 180, least=45))
+        found.append(Phase(f"steps-{size}", module("steps", size), 200 if size == "b16" else 180, least=45))
         if official and not number:
             found.append(Phase(f"official-{size}", module("steps", "official", size, official), 70, least=30))
     found += [
@@ -129,6 +129,7 @@ def _end(child: subprocess.Popen) -> None:
 def run_phase(phase: Phase, seconds: float, environment: dict[str, str]) -> dict[str, object]:
     """Runs a phase for at most so many seconds; its line of phases.jsonl. Its output is passed on as it comes."""
     started, last = time.monotonic(), deque(maxlen=40)
+    environment = environment | {"UMT_PHASE_UNTIL": str(time.time() + seconds)}
     child = subprocess.Popen(
         phase.command, cwd=REPOSITORY, env=environment, start_new_session=True, text=True, errors="replace",
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

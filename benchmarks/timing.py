@@ -48,6 +48,11 @@ def out_folder() -> Path:
     return Path(os.environ["OUT"])
 
 
+def seconds_left() -> float:
+    """Until gpu.py ends this phase."""
+    return float(os.environ.get("UMT_PHASE_UNTIL", "inf")) - time.time()
+
+
 def short(error: Exception) -> str:
     """An error as one line for a table."""
     if isinstance(error, torch.OutOfMemoryError):

@@ -181,6 +181,9 @@ def test_the_step_that_is_timed_trains(tmp_path: Path, monkeypatch: pytest.Monke
     assert sum(profile["shares"].values()) == pytest.approx(1, abs=0.01)
     from umt_fast.plan import _measured
 
+    monkeypatch.setenv("UMT_PHASE_UNTIL", str(time.time() - 1))
+    with pytest.raises(SystemExit, match="no time was left for eager; graph: call again"):
+        steps.main("tiny")
     matmul, share, where = _measured(str(tmp_path / "rates.json"))
     assert (matmul, where) == (0.1e12, "a CPU, tiny") and share == max(row["share_of_matmul_rate"] for row in timed)
 
