@@ -2,13 +2,12 @@
 
 UMT_BENCH=tiny|b16|l16 chooses the shapes (default: b16 on a GPU, tiny on a CPU). extra_info of each result holds seconds,
 GB/s, and the share of the copy rate measured in the same run (of a large copy within the device, bytes read plus written).
-`python -m benchmarks.bench_kernels OUT.jsonl [NAME ...]` writes the same figures, a line each, without pytest-benchmark;
-NAME keeps the operations whose name begins so.
+`python -m benchmarks.bench_kernels OUT [NAME ...]` writes the same figures into OUT/kernels.jsonl, a line each, without
+pytest-benchmark; NAME keeps the operations whose name begins so. What the file holds of this commit is not timed again.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -21,22 +20,27 @@ from benchmarks.kernel_cases import DEVICE, SIZE, Case, cases
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Median seconds of a call: the device's own time with a cold cache on a GPU, the clock's on a CPU.
+    """Median seconds of a call; see spans_of."""
+    return statistics.median(spans_of(call))
 
-    What the host needs to launch it counts only where the call makes the host wait for the device.
+
+def spans_of(call: Callable[[], object], budget: float = 0.3) -> list[float]:
+    """Seconds of each of several calls: the device's own time with a cold cache on a GPU, the clock's on a CPU.
+
+    What the host needs to launch it counts only where the call makes the host wait for the device. budget: seconds.
     """
     if DEVICE.type == "cuda":
-        return _device_seconds(call)
+        return _device_spans(call, budget)
     call()
     times = []
     for _ in range(5):
         started = time.perf_counter()
         call()
         times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return times
 
 
-def _device_seconds(call: Callable[[], object], budget: float = 0.3) -> float:
+def _device_spans(call: Callable[[], object], budget: float) -> list[float]:
     """The device idles until the whole call has been launched: a short kernel would else be timed as its launch."""
     cache = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
     for _ in range(3):
@@ -59,7 +63,7 @@ def _device_seconds(call: Callable[[], object], budget: float = 0.3) -> float:
         events[1].record()
         torch.cuda.synchronize()
         spans.append(events[0].elapsed_time(events[1]) / 1e3)
-    return statistics.median(spans)
+    return spans
 
 
 def measured_copy_rate() -> float:
@@ -111,17 +115,32 @@ def test_kernel(benchmark, copy_rate: float, case: Case, provider: str) -> None:
     assert benchmark.extra_info.get("seconds", 0) > 0, benchmark.extra_info
 
 
+def bound_of(case: Case, copy_rate: float, matmul_rate: float) -> float:
+    """Seconds that the bytes or the FLOPs of an operation take at best, whichever is more; 0 where neither is known."""
+    return max(case.bytes_moved / copy_rate, case.flops / matmul_rate if matmul_rate else 0.0)
+
+
 def main(out: str, *names: str) -> None:
     """Writes a line for each provider as soon as it is timed: a run cut short leaves what it had."""
-    rate = measured_copy_rate()
-    with open(out, "w") as file:
-        for case in cases():
-            if case.name.startswith(names or ("",)):
-                for provider in case.providers:
-                    row = figures(case, provider, rate)
-                    print(json.dumps(row), file=file, flush=True)
-                    told = row["error"] if "error" in row else f"{row['seconds'] * 1e6:.1f} µs"
-                    print(f"{case.name}, {provider}: {told}", flush=True)
+    from benchmarks import rates
+    from benchmarks.timing import Lines
+
+    lines, rate = Lines(out, "kernels.jsonl"), measured_copy_rate()
+    matmul = 1e12 * rates.read(lines.path.parent).get("matmul_tflops", 0.0)
+    known = {(row["size"], row["kernel"], row["provider"]) for row in lines.known()}
+    for case in cases():
+        if not case.name.startswith(names or ("",)):
+            continue
+        bound = bound_of(case, rate, matmul)
+        for provider in case.providers:
+            if (SIZE, case.name, provider) in known:
+                continue
+            row = figures(case, provider, rate)
+            if bound and "seconds" in row:
+                row |= {"bound_s": bound, "share_of_bound": bound / row["seconds"]}
+            lines.add(row | {"how": rates.HOW})
+            told = row["error"] if "error" in row else f"{row['seconds'] * 1e6:.1f} µs"
+            print(f"{case.name}, {provider}: {told}", flush=True)
 
 
 if __name__ == "__main__":

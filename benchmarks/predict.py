@@ -23,7 +23,6 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-import tyro
 
 from benchmarks.counted import Counter, Counts, Operation
 from benchmarks.fake_gpu import OLDEST_TORCH, TORCH, fake_gpu
@@ -167,6 +166,18 @@ def predict(model: Model, batch_size: int, gpus: Iterable[str], matmul: float, c
     return lines
 
 
+def measured_rates(path: str, model: str) -> tuple[float, float]:
+    """TFLOP/s of the model's products in bf16 and GB/s of a copy, as rates.json has them. Raises ConfigError."""
+    try:
+        with open(path) as file:
+            content = json.load(file)
+        return float(content["products"][model]["bf16"]), float(content["copy_gb_per_s"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"measured is {path}, which is no rates.json of benchmarks/gpu.sh with products of {model} in bf16"
+        ) from error
+
+
 def table(line: dict) -> str:
     """A line for people."""
     where = f"{line['gpu']}, {line['model']}, {line['batch_size']} clips"
@@ -202,6 +213,7 @@ def main(
     gpu: Literal["a100", "h100", "h200", "all"] = "all",
     matmul_tflops: float = 0.0,
     copy_gb_per_s: float = 0.0,
+    measured: str = "",
     top: int = 10,
 ) -> None:
     """Predict a whole stage-1 step on a GPU from counted FLOPs and bytes; needs none. One JSON line for each GPU.
@@ -213,9 +225,9 @@ def main(
         model: Student; the teacher is the official one of that size.
         batch_size: Clips per step.
         gpu: Whose datasheet gives the rates.
-        matmul_tflops: bf16 TFLOP/s in place of the datasheet's, as machine.json of benchmarks/gpu.sh has it; 8 bits count as
-            twice as fast.
+        matmul_tflops: bf16 TFLOP/s in place of the datasheet's; 8 bits count as twice as fast.
         copy_gb_per_s: GB/s read and written, likewise.
+        measured: A rates.json of benchmarks/gpu.sh, for both: the rate is that of the model's own products together.
         top: How many of the fast road's most expensive operations to list.
     """
     check_request(batch_size, top)
@@ -226,6 +238,10 @@ def main(
             f"matmul_tflops is {matmul_tflops} and copy_gb_per_s is {copy_gb_per_s}; they must be positive, or 0 for the "
             "datasheet's"
         )
+    if measured:
+        if matmul_tflops or copy_gb_per_s:
+            raise ConfigError("measured gives both rates; leave out matmul_tflops and copy_gb_per_s")
+        matmul_tflops, copy_gb_per_s = measured_rates(measured, model)
     gpus = list(SHEETS) if gpu == "all" else [gpu]
     for line in predict(model, batch_size, gpus, matmul_tflops * 1e12, copy_gb_per_s * 1e9, top):
         print(table(line), file=sys.stderr)
@@ -233,6 +249,8 @@ def main(
 
 
 if __name__ == "__main__":
+    import tyro  # here, since what stands above is used where tyro is not installed
+
     try:
         tyro.cli(main)
     except ConfigError as error:

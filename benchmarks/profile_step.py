@@ -1,15 +1,11 @@
-"""Where a stage-1 step spends its time: `python -m benchmarks.profile_step [tiny|b16|l16] [OUT.json]`."""
+"""Where a step's time goes on the device, by kernel and by kind of work, from torch's profiler; steps.py asks for it."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-from umt_fast.bench.stage1 import fast_steps, stage1_config
 
 # In this order: an attention kernel built on a matrix product's library is attention.
 KINDS = {
@@ -37,34 +33,44 @@ def shares(times: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {kind: round(sums[kind] / total, 4) for kind in sorted(sums, key=sums.get, reverse=True)}
 
 
-def main(model: str = "b16", out: str = "") -> None:
-    """Prints the thirty most expensive operators of three steps, by device time on a GPU and by CPU time without one."""
+def covered(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """Of (begin, end) pairs: the time within any of them, and from the first begin to the last end."""
+    ordered = sorted(spans)
+    if not ordered:
+        return 0.0, 0.0
+    busy, until = 0.0, ordered[0][0]
+    for begin, end in ordered:
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return busy, until - ordered[0][0]
+
+
+def traced(step: Callable[[int], object], steps: int, most: int = 15) -> dict[str, object]:
+    """The shares of kinds of work and the costliest kernels of some steps; on a GPU also its busy share.
+
+    busy_share: of the time from the first kernel's begin to the last one's end, the part in which any kernel ran. The
+    profiler slows the host down, so where launches bound a step it is lower than without.
+    """
     gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    torch.manual_seed(0)
-    batch = 32 if gpu else 2
-    config = stage1_config(model, batch, "bf16" if gpu else "fp32")
-    side, frames = config.student.image_size, config.student.num_frames
-    video = torch.randint(256, (batch, frames, side, side, 3), dtype=torch.uint8).to(device)
-    step, _ = fast_steps(config, video, device, False)
-    step(0), step(1)
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
-    with profile(activities=activities) as trace:
-        for number in range(3):
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as trace:
+        for number in range(steps):
             step(number)
         if gpu:
             torch.cuda.synchronize()
-    rows = trace.key_averages()
     key = "self_device_time_total" if gpu else "self_cpu_time_total"
-    print(rows.table(sort_by=key, row_limit=30, max_name_column_width=60))
     # On a GPU the operators' rows repeat the time of the kernels they launched.
-    kernels = [row for row in rows if not gpu or row.device_type == torch.autograd.DeviceType.CUDA]
-    found = shares((row.key, getattr(row, key)) for row in kernels)
-    print(found)
-    if out:
-        with open(out, "w") as file:
-            json.dump({"model": model, "batch_size": batch, "shares": found}, file)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    device = torch.autograd.DeviceType.CUDA
+    rows = [row for row in trace.key_averages() if not gpu or row.device_type == device]
+    rows = sorted(rows, key=lambda row: -getattr(row, key))
+    total = sum(getattr(row, key) for row in rows) or 1.0
+    found: dict[str, object] = {"shares": shares((row.key, getattr(row, key)) for row in rows)}
+    if gpu:
+        spans = [(e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == device]
+        busy, whole = covered(spans)
+        found |= {"busy_share": round(busy / whole, 4) if whole else 0.0, "kernels_per_step": len(spans) / steps}
+    top = [
+        {"name": row.key[:120], "share": round(getattr(row, key) / total, 4), "calls_per_step": row.count / steps,
+         "us_per_step": round(getattr(row, key) / steps, 1)}
+        for row in rows[:most]
+    ]  # fmt: skip
+    return found | {"top": top, "of": "device time by kernel" if gpu else "CPU time by operator"}

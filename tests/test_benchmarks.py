@@ -2,54 +2,17 @@
 
 import json
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks.bench_kernels import figures
 from benchmarks.kernel_cases import Case
-from benchmarks.profile_step import kind_of, shares
+from benchmarks.profile_step import covered, kind_of, shares
 from benchmarks.report import main, newest
 
 
 def write(path: Path, *rows: dict, tail: str = "") -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
-
-
-def step(name: str, batch: int, rate: float, memory: float) -> dict:
-    figures = {"clips_per_s": rate, "peak_memory_gib": memory, "share_of_matmul_rate": 0.25}
-    return {"name": name, "batch_size": batch} | figures
-
-
-def test_tables_and_plot(tmp_path: Path, capsys) -> None:
-    (tmp_path / "machine.json").write_text(json.dumps({"device": "Some GPU", "copy_gb_per_s": 100.0}))
-    none = {"name": "plain", "batch_size": 64, "error": "out of memory"}
-    # A part that was cut short: its last line is half a line.
-    write(tmp_path / "steps_b16.jsonl", step("fast", 16, 30.0, 4.0), step("compiled", 16, 45.0, 3.5),
-          step("plain", 16, 10.0, 9.0), step("fast", 64, 40.0, 16.0), none, tail='{"name": "comp')  # fmt: skip
-    kernel = {"kernel": "gather", "gb_per_s": 50.0, "share_of_copy_rate": 0.5, "copy_gb_per_s": 100.0, "tflops": 0.0}
-    write(tmp_path / "kernels_b16.jsonl", kernel | {"provider": "ours", "seconds": 2e-6},
-          kernel | {"provider": "plain", "seconds": 5e-6},
-          {"kernel": "scatter", "provider": "ours", "copy_gb_per_s": 100.0, "error": "ValueError: no"})  # fmt: skip
-    teacher = {"precision": "native", "batch_size": 10, "seconds": 1.0, "peak_memory_gib": 2.0, "cosine_to_first": 1.0}
-    write(tmp_path / "teacher_b16.jsonl", teacher, teacher | {"precision": "int8", "seconds": 0.5},
-          {"precision": "fp8", "batch_size": 10, "error": "needs another GPU"})  # fmt: skip
-    profile = {"model": "b16", "batch_size": 8, "shares": {"attention": 0.25, "optimizer": 0.75}}
-    (tmp_path / "profile_b16.json").write_text(json.dumps(profile))
-    main(tmp_path)
-    text = capsys.readouterr().out
-    assert text == (tmp_path / "table.md").read_text() and text.startswith("device Some GPU")
-    assert "| b16 | 16 | 30.00 | 45.00 | 10.00 | 3.00 | 4.50 | 25% | 25% | 4.00 | 3.50 | 9.00 |" in text
-    assert "| b16 | 64 | 40.00 |  | out of memory |  |  | 25% |  | 16.00 |  | out of memory |" in text
-    assert "| gather | 50 GB/s | 50% | 2.50 | 2.0 | 5.0 |" in text
-    assert "| scatter | ValueError: no |  |  | failed |  |" in text
-    assert "| int8 | 20.00 | 2.00 |" in text and "needs another GPU" in text
-    assert "| b16, 8 clips | 75% | 25% |" in text
-    plot = ElementTree.parse(tmp_path / "plot.svg").getroot()
-    bars = [e for e in plot if e.tag.endswith("rect") and "fill" in e.attrib]
-    heights = [float(bar.get("height")) for bar in bars[:5]]
-    # plain, fast, compiled of 16 clips, then plain (did not fit) and fast of 64; 45 clips/s is the tallest.
-    assert heights == [round(220 * rate / 45, 1) for rate in (10, 30, 45, 0, 40)]
 
 
 def test_tables_of_a_cpu(tmp_path: Path, capsys) -> None:
@@ -108,3 +71,8 @@ def test_work_is_told_apart_by_name() -> None:
     assert shares([("aten::mm", 3.0), ("aten::add", 1.0), ("aten::bmm", 4.0)]) == {
         "matrix products": 0.875, "other element-wise": 0.125,
     }  # fmt: skip
+
+
+def test_a_device_is_busy_while_any_kernel_runs() -> None:
+    assert covered([(0.0, 1.0), (4.0, 5.0), (0.5, 2.0), (4.2, 4.5)]) == (3.0, 5.0)
+    assert covered([]) == (0.0, 0.0)

@@ -4,21 +4,21 @@ from collections.abc import Callable
 from itertools import accumulate
 from unittest import mock
 
+import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import kernels
 
+hypothesis, st = pytest.importorskip("hypothesis"), pytest.importorskip("hypothesis.strategies")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-FUZZ = settings(
+FUZZ = hypothesis.settings(
     # Nearly every example is a shape of its own, which Triton compiles for seconds.
     max_examples=60 if DEVICE == "cuda" else 12,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 small = st.integers(1, 6)
 
@@ -56,7 +56,7 @@ def tokens_of(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 
 @FUZZ
-@given(st.data())
+@hypothesis.given(st.data())
 def test_token_gather(data: st.DataObject) -> None:
     draw = data.draw
     x, visible = tokens_of(draw)
@@ -74,7 +74,7 @@ def test_token_gather(data: st.DataObject) -> None:
 
 
 @FUZZ
-@given(st.data())
+@hypothesis.given(st.data())
 def test_gather_norm(data: st.DataObject) -> None:
     draw = data.draw
     x, visible = tokens_of(draw)
@@ -88,7 +88,7 @@ def test_gather_norm(data: st.DataObject) -> None:
 
 
 @FUZZ
-@given(st.data())
+@hypothesis.given(st.data())
 def test_patch_gather(data: st.DataObject) -> None:
     draw = data.draw
     batch, frames, tubelet = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
@@ -118,7 +118,7 @@ def test_patch_gather(data: st.DataObject) -> None:
 
 
 @FUZZ
-@given(st.data())
+@hypothesis.given(st.data())
 def test_semantic_mask(data: st.DataObject) -> None:
     draw = data.draw
     frames, heads, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 40))
@@ -137,13 +137,13 @@ def test_semantic_mask(data: st.DataObject) -> None:
 
 
 @FUZZ
-@given(st.data())
+@hypothesis.given(st.data())
 def test_align_loss(data: st.DataObject) -> None:
     draw = data.draw
     layers, batch, tokens, width = draw(st.integers(1, 3)), draw(small), draw(small), draw(st.integers(2, 40))
     dtype, visible = draw(DTYPES), visible_of(draw, batch, tokens)
     n = visible.shape[1]
-    assume(n > 0)  # the mean of nothing is not a number
+    hypothesis.assume(n > 0)  # the mean of nothing is not a number
     student = strided(draw, layers, batch, n, width, dtype=dtype)
     target = strided(draw, layers, batch, tokens, width, dtype=dtype)
     weight, bias = (strided(draw, layers, width, dtype=torch.float32) for _ in range(2))
@@ -162,7 +162,7 @@ def test_align_loss(data: st.DataObject) -> None:
 
 
 @FUZZ
-@given(st.data())
+@hypothesis.given(st.data())
 def test_quantize_rows_and_dequantize_product(data: st.DataObject) -> None:
     draw = data.draw
     rows, width, dtype = draw(st.integers(0, 20)), draw(st.integers(1, 40)), draw(DTYPES)
@@ -195,7 +195,7 @@ def assert_roads_of_attention(
 
 
 @FUZZ
-@given(st.data())
+@hypothesis.given(st.data())
 def test_attention(data: st.DataObject) -> None:
     draw = data.draw
     batch, queries, keys, heads, width, dtype = (
@@ -214,7 +214,7 @@ def test_attention(data: st.DataObject) -> None:
 
 
 @FUZZ
-@given(st.data())
+@hypothesis.given(st.data())
 def test_attention_varlen(data: st.DataObject) -> None:
     draw = data.draw
     lengths = draw(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 4)), min_size=1, max_size=5))

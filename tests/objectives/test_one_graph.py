@@ -238,6 +238,7 @@ def test_the_objective_is_one_graph_on_a_gpu(make: Callable, hopper: None) -> No
 
 
 def test_clips_text_tower_is_one_graph_and_never_waits() -> None:
+    pytest.importorskip("open_clip")
     sizes = {"width": 64, "depth": 2, "vocab_size": 50, "context_length": 12, "output_dim": 8, "quick_gelu": True}
     with imagined("cuda") as waits:
         tower = ClipText(**sizes).compute_in(torch.bfloat16)

@@ -4,10 +4,8 @@ import copy
 import pickle
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 from transformers import BertTokenizerFast
 
@@ -16,20 +14,21 @@ from umt_fast.config import CLIP_TEXT_LENGTH, ConfigError, Stage2Config, Stage2L
 from umt_fast.data.captions import Tokens
 from umt_fast.models.weights import WeightsError, load_teacher_text, save_state
 
+open_clip = pytest.importorskip("open_clip")
 CAPTIONS = ["a red thing", "it moves left", "a thing moves and stops " * 30]
 
 
 @pytest.fixture(scope="module")
-def clip() -> open_clip.CLIP:
+def clip() -> torch.nn.Module:
     """A whole CLIP with the visual sizes of `small` and a text tower of two blocks."""
     torch.manual_seed(0)
-    vision = CLIPVisionCfg(layers=3, width=32, head_width=16, patch_size=8, image_size=32)
-    text = CLIPTextCfg(width=64, heads=1, layers=2)
+    vision = open_clip.CLIPVisionCfg(layers=3, width=32, head_width=16, patch_size=8, image_size=32)
+    text = open_clip.CLIPTextCfg(width=64, heads=1, layers=2)
     return open_clip.CLIP(embed_dim=12, vision_cfg=vision, text_cfg=text, quick_gelu=True).eval()
 
 
 @pytest.fixture(scope="module")
-def weights(clip: open_clip.CLIP, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def weights(clip: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
     save_state(clip.state_dict(), path)
     return path
@@ -54,7 +53,7 @@ def batch_with_captions(folder: Path) -> dict[str, Tensor]:
     return batch_of(2, 3, 7, 0) | {"teacher_ids": tokens_of(folder).teacher_ids(torch.arange(3))}
 
 
-def test_loss_and_gradients_against_the_formula(clip: open_clip.CLIP, weights: Path, tmp_path: Path) -> None:
+def test_loss_and_gradients_against_the_formula(clip: torch.nn.Module, weights: Path, tmp_path: Path) -> None:
     """Mean over captions of 1 - cos(projected class token, CLIP's own embedding), in float64."""
     module = objective(aligned(weights, vtc=0, vtm=0, mlm=0, uta=0, text_projection=2.0))
     batch = batch_with_captions(tmp_path)
@@ -87,7 +86,7 @@ def test_both_projections_beside_the_four_losses(weights: Path, tmp_path: Path) 
     torch.testing.assert_close(found["loss"].detach(), whole)
 
 
-def test_the_tower_is_open_clips(clip: open_clip.CLIP, weights: Path, tmp_path: Path) -> None:
+def test_the_tower_is_open_clips(clip: torch.nn.Module, weights: Path, tmp_path: Path) -> None:
     """At every length that holds the end token; rounded to bf16 nearly."""
     tower = load_teacher_text(teacher(weights))
     expected = clip.encode_text(open_clip.tokenize(CAPTIONS), normalize=True).detach()
@@ -102,7 +101,7 @@ def test_the_tower_is_open_clips(clip: open_clip.CLIP, weights: Path, tmp_path: 
     torch.testing.assert_close(rounded, expected, rtol=0, atol=0.02)
 
 
-def test_gelu_weights_are_computed_with_gelu(weights: Path, clip: open_clip.CLIP, tmp_path: Path) -> None:
+def test_gelu_weights_are_computed_with_gelu(weights: Path, clip: torch.nn.Module, tmp_path: Path) -> None:
     tower = load_teacher_text(teacher(weights, activation="gelu"))
     ids = tokens_of(tmp_path).teacher_ids(torch.arange(2))
     with torch.no_grad():
@@ -155,7 +154,7 @@ def test_ids_travel_to_the_decoding_processes(tmp_path: Path) -> None:
     ids=["official visual", "visual", "output", "words", "width", "positions", "projection", "missing"],
 )  # fmt: skip
 def test_weights_without_a_fitting_text_tower(
-    change: object, expected: str, clip: open_clip.CLIP, tmp_path: Path
+    change: object, expected: str, clip: torch.nn.Module, tmp_path: Path
 ) -> None:
     save_state(change(clip.state_dict()), tmp_path / "other.pth")
     with pytest.raises(WeightsError, match=expected) as found:

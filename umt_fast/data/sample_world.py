@@ -15,7 +15,6 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 
 from umt_fast.data.workers import worker_pool
@@ -190,6 +189,8 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def _write(work: tuple[Scene, str]) -> None:
+    import av
+
     scene, path = work
     with av.open(path, "w") as container:
         stream = container.add_stream("libx264", rate=8, options={"crf": "16", "preset": "veryfast"})

@@ -11,8 +11,10 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import av
+if TYPE_CHECKING:
+    import av
 
 _SLICE, _PARTITIONS, _IDR, _PARAMETERS = 1, (2, 3, 4), 5, (7, 8, 13, 15)
 

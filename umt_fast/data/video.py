@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.error import FFmpegError
 from PIL import Image, UnidentifiedImageError
 
 from umt_fast.data import selective
 from umt_fast.data.sampling import within_seconds
+
+if TYPE_CHECKING:
+    import av  # at the point of use: prepared clips and frame folders are read without it
 
 # Packets of a larger file are read twice rather than held.
 _HELD_BYTES = 64 << 20
@@ -36,9 +38,11 @@ def _reason(error: Exception) -> str:
 
 def open_video(path: str | Path) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
     """A file and, of its video streams, the one that FFmpeg's own tools show. Raises VideoError."""
+    import av
+
     try:
         container = av.open(str(path))
-    except (FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"{path}: {_reason(error)}") from error
     stream = container.streams.best("video")
     if stream is None:
@@ -80,6 +84,8 @@ def iterate_frames(path: str | Path) -> Iterator[av.VideoFrame]:
 
     Raises VideoError when nothing at all can be decoded.
     """
+    from av.error import FFmpegError
+
     container, stream = open_video(path)
     seen = 0
     with container:
@@ -125,6 +131,8 @@ def _index(
     path: str | Path, container: av.container.InputContainer, stream: av.VideoStream
 ) -> tuple[Index, list[av.Packet] | None]:
     """Also the packets themselves, unless they are too large to hold."""
+    from av.error import FFmpegError
+
     length_size = selective.length_size_of(stream)
     described: list[selective.Packet] = []
     held: list[av.Packet] = []
@@ -185,6 +193,8 @@ def _pick_selectively(
     wanted: np.ndarray,
 ) -> dict[int, np.ndarray] | None:
     """RGB pictures by frame number, or None if the stream is not what its packets promised."""
+    from av.error import FFmpegError
+
     stamps = sorted(packet.pts for packet in packets)
     number_of = {stamps[number]: number for number in wanted.tolist()}
     groups = selective.groups_to_feed(packets, set(number_of))

@@ -112,6 +112,7 @@ class Trainer:
             warmup_epochs=run.warmup_epochs,
         )
         self.clip_grad = optim.clip_grad
+        self.window_start, self.window_wait = time.perf_counter(), 0.0
         self.parameters = [p for p in objective.trainable.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(
             objective.trainable, optim, lr=self.rate(0), layer_of=layer_of, num_layers=num_layers

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from open_clip.model import convert_weights_to_lp
-from open_clip.transformer import LayerNormFp32, QuickGELU, TextTransformer
 from torch import Tensor, nn
 
 # Of every text tower of this layout; the parameters do not tell it.
@@ -21,6 +19,9 @@ class ClipText(nn.Module):
     def __init__(
         self, *, width: int, depth: int, vocab_size: int, context_length: int, output_dim: int, quick_gelu: bool
     ) -> None:
+        # Here alone: no objective without text projection needs open_clip.
+        from open_clip.transformer import LayerNormFp32, QuickGELU, TextTransformer
+
         super().__init__()
         self.tower = TextTransformer(
             context_length, vocab_size, width, width // HEAD_WIDTH, depth, output_dim=output_dim,
@@ -34,6 +35,8 @@ class ClipText(nn.Module):
 
     def compute_in(self, dtype: torch.dtype) -> ClipText:
         """Casts the matrix weights once, as ClipTeacher.compute_in; LayerNorms and embeddings stay fp32."""
+        from open_clip.model import convert_weights_to_lp
+
         convert_weights_to_lp(self.tower, dtype)
         return self
 

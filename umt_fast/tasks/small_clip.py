@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import open_clip
 import torch
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, OptimConfig, TeacherConfig
@@ -19,11 +18,17 @@ from umt_fast.data.video import decode_frames
 from umt_fast.engine.schedule import warmup_cosine
 from umt_fast.models.weights import save_state
 
+if TYPE_CHECKING:
+    import open_clip
+
 log = logging.getLogger("umt_fast")
 
 
 def build_clip(teacher: TeacherConfig) -> open_clip.CLIP:
     """open_clip's CLIP with the teacher's visual sizes and a two-layer text tower."""
+    import open_clip
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
     vision = CLIPVisionCfg(
         layers=teacher.depth,
         width=teacher.width,
@@ -59,6 +64,8 @@ def train_clip(
     clip: open_clip.CLIP, groups: dict[str, np.ndarray], *, image_size: int, steps: int, batch_size: int, seed: int
 ) -> float:
     """Trains on batches whose captions all differ (equal ones would be false negatives); returns the last mean loss."""
+    import open_clip
+
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
     captions = sorted(groups)
     tokens = tokenizer(captions)
@@ -98,6 +105,8 @@ def train_clip(
 @torch.no_grad()
 def zero_shot_accuracy(clip: open_clip.CLIP, groups: dict[str, np.ndarray]) -> float:
     """Share of frames whose nearest caption, of all captions of the world, is their own."""
+    import open_clip
+
     captions = sorted(groups)
     text = clip.encode_text(open_clip.SimpleTokenizer(context_length=16)(captions), normalize=True)
     hits = total = 0
