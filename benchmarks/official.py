@@ -157,6 +157,15 @@ def official_steps(official: Namespace, config: Stage1Config, video: Tensor, dev
     return step, timed
 
 
+def check(folder: Path) -> None:
+    """Say whether the official code can be timed here: nothing printed if it can.
+
+    Args:
+        folder: The user's copy of github.com/OpenGVLab/unmasked_teacher.
+    """
+    load(folder)
+
+
 def stage1(
     folder: Path,
     model: Model = "b16",
@@ -191,7 +200,6 @@ def stage1(
 
 if __name__ == "__main__":
     try:
-        # A second command keeps the first one's name on the command line.
-        tyro.extras.subcommand_cli_from_dict({"stage1": stage1}, use_underscores=True)
+        tyro.extras.subcommand_cli_from_dict({"stage1": stage1, "check": check}, use_underscores=True)
     except ConfigError as error:
         sys.exit(f"benchmarks.official: {error}")
