@@ -204,6 +204,10 @@ class Counter(TorchDispatchMode):
     def _optimize(self, begins: bool) -> None:
         self._optimizing = begins
 
+    def wait(self, device: torch.device | None = None) -> None:
+        """What the host calls to wait for the device (in place of torch.cuda.synchronize)."""
+        self.counts.waits += 1
+
     def restart(self) -> None:
         self.counts, self.memory.peak = Counts(), self.memory.held
 

@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/cpu.sh [step|large|stage2|profile|input|soak|all]   OUT=folder (default benchmarks/results/new)
 #
-#   step     whole stage-1 steps of B/16 in turn: fast road, fast with an int8 teacher, plain road; then both roads told bf16
+#   step     whole stage-1 steps of B/16 in turn: fast road, fast with an int8 teacher, plain road, and the official code
 #   large    the same of L/16, one step of each
 #   stage2   whole stage-2 steps of B/16, both roads
 #   profile  the parts of a fast step beside their floors, with the native and the int8 teacher
@@ -13,8 +13,9 @@
 # Every figure of a step is of a process of its own, since a CPU's peak memory is the process's. Each part writes into OUT
 # beside machine.json and renews table.md; OUT is of one commit. UMT_SIZES="tiny" tries the script; UMT_ROUNDS is how often
 # the roads take turns, UMT_LARGE_CLIPS the clips of an L/16 step, UMT_SHARED the folder with videos/ for input and soak.
-# Plain bf16 on a CPU without bf16 instructions takes minutes a step: UMT_DTYPES="fp32" leaves it out. PYTHON or UMT_PYTHON
-# chooses the interpreter; else it is .venv's, where the recipes made one.
+# Each is measured in every dtype that the CPU multiplies in hardware, or in UMT_DTYPES. UMT_OFFICIAL names a copy of
+# github.com/OpenGVLab/unmasked_teacher whose own step is timed too; it needs timm 0.4.12. PYTHON or UMT_PYTHON chooses the
+# interpreter; else it is .venv's, where the recipes made one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 part=${1:-all}
@@ -32,7 +33,11 @@ if ! "$PYTHON" -c 'import torch'; then
 fi
 OUT=${OUT:-benchmarks/results/new}
 SIZES=${UMT_SIZES:-b16 l16}
-DTYPES=${UMT_DTYPES:-fp32 bf16}
+has_bf16() { "$PYTHON" -c 'import sys; from umt_fast.engine.precision import cpu_has_bf16; sys.exit(not cpu_has_bf16())'; }
+DTYPES=${UMT_DTYPES:-fp32$(has_bf16 && echo " bf16" || true)}
+if [[ -n ${UMT_OFFICIAL:-} ]]; then
+    "$PYTHON" -m benchmarks.official check --folder "$UMT_OFFICIAL" || exit 2
+fi
 SHARED=${UMT_SHARED:-../shared}
 mkdir -p "$OUT"
 wanted() { [[ $part == "$1" || $part == all ]]; }
@@ -48,16 +53,17 @@ has_int8() { "$PYTHON" -c 'import sys, torch; sys.exit(not (torch.cpu._is_vnni_s
 int8=$(has_int8 && echo int8 || true)
 
 steps() { # FILE, model, clips, timed steps, rounds
+    local size=(--model "$2" --batch_size "$3" --steps "$4")
     for dtype in $DTYPES; do
-        local rounds=$5
-        # The plain road may have to emulate it: once is enough.
-        [[ $dtype == bf16 ]] && rounds=1
-        for _ in $(seq "$rounds"); do
+        for _ in $(seq "$5"); do
             for precision in native $int8; do
-                bench "$1" stage1 --model "$2" --batch_size "$3" --steps "$4" --dtype "$dtype" --precision "$precision"
+                bench "$1" stage1 "${size[@]}" --dtype "$dtype" --precision "$precision"
             done
-            bench "$1" stage1 --model "$2" --batch_size "$3" --steps $([[ $dtype == bf16 ]] && echo 1 || echo "$4") \
-                --dtype "$dtype" --road plain
+            bench "$1" stage1 "${size[@]}" --dtype "$dtype" --road plain
+            if [[ -n ${UMT_OFFICIAL:-} ]]; then
+                "$PYTHON" -m benchmarks.official stage1 --folder "$UMT_OFFICIAL" "${size[@]}" --dtype "$dtype" --device cpu |
+                    tee -a "$OUT/$1.partial"
+            fi
         done
     done
 }
@@ -86,15 +92,19 @@ for size in $SIZES; do
     fi
     if wanted stage2; then
         into "cpu_steps_stage2_$size"
-        for road in fast plain; do
-            bench "cpu_steps_stage2_$size" stage2 --model "$size" --batch_size 4 --steps 2 --dtype fp32 --road $road
+        for dtype in $DTYPES; do
+            for road in fast plain; do
+                bench "cpu_steps_stage2_$size" stage2 --model "$size" --batch_size 4 --steps 2 --dtype "$dtype" --road $road
+            done
         done
         keep "cpu_steps_stage2_$size"
     fi
     if wanted profile; then
         into "parts_$size"
-        for precision in native $int8; do
-            bench "parts_$size" stage1 --model "$size" --steps 3 --dtype fp32 --precision "$precision" --profile True
+        for dtype in $DTYPES; do
+            for precision in native $int8; do
+                bench "parts_$size" stage1 --model "$size" --steps 3 --dtype "$dtype" --precision "$precision" --profile True
+            done
         done
         keep "parts_$size"
     fi

@@ -8,7 +8,11 @@ optimizer is counted (counted.py), and
     floor = sum over operations of max(FLOPs / matmul rate, bytes / copy rate)
 
 with the rates of a datasheet, or measured ones. That is the eager step whose every operation runs at full rate and whose
-launches are free: a prediction, and a bound. `fused` is the same for the parts of umt_fast/bench/profile.py, which counts
+launches are free: a prediction, and a bound. Beside it stands the host's share, in which the device stands still:
+
+    host = waits * WAIT + bytes copied within the step / PAGEABLE_RATE + bytes of the batch's clips / PINNED_RATE
+
+with the assumptions below. `fused` is the floor for the parts of umt_fast/bench/profile.py, which counts
 what is left when every elementwise pass is fused into a neighbour: more than a compiler can do. What Inductor makes of the
 step is counted by compiled.py.
 """
@@ -21,6 +25,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Literal
+from unittest import mock
 
 import torch
 
@@ -34,12 +39,16 @@ from umt_fast.plan import SHEETS, work_of
 from umt_fast.tokens import num_visible
 
 CAPABILITIES = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0)}
+# Assumed, in bytes/s: copies from memory that CUDA has pinned, over PCIe 4 (A100) or 5, and from all other memory.
+PINNED_RATE = {"a100": 25e9, "h100": 50e9, "h200": 50e9}
+PAGEABLE_RATE = 12e9
+# Assumed, in seconds: from the end of the device's work until what the host issues next begins.
+WAIT = 20e-6
 # What a prediction of this kind cannot know, in its own output.
 NOT_COUNTED = (
     "real kernels, which reach some 60 to 80% of such rates; and what caches save where a batch is small",
     "launches: the host has to issue every operation, which bounds small batches (unless a graph replays them)",
-    "the plain road's work on the host (its mask, its position table), the bytes it sends over PCIe (host MB), and the "
-    "pauses of the device while the host waits",
+    "the plain road's work on the host (its mask, a copy of its position table for each clip)",
     "scratch memory and second passes inside kernels (sorting, attention's backward, cuBLAS, cuDNN), fragmentation",
 )
 
@@ -53,7 +62,10 @@ def count(config: Stage1Config, road: Literal["fast", "plain"], capability: tupl
     per_frame = (vit.image_size // vit.patch_size) ** 2
     share = (num_visible(per_frame, config.mask.ratio), per_frame)
     try:
-        with fake_gpu(capability) as device, Counter(device, share) as counter:
+        with (
+            fake_gpu(capability) as device, Counter(device, share) as counter,
+            mock.patch("torch.cuda.synchronize", counter.wait),
+        ):  # fmt: skip
             video = random_video(config.run.batch_size, vit.num_frames, vit.image_size, device)
             steps = fast_steps(config, video, device, False) if road == "fast" else plain_steps(config, video, device)
             steps[0](0)
@@ -83,6 +95,18 @@ def figures(counts: Counts, batch_size: int, matmul: float, copy: float) -> dict
         "host_waits": counts.waits,
         "host_mb": round(counts.host_bytes / 1e6, 3),
     }
+
+
+def host_ms(counts: Counts, clips_bytes: float, gpu: str) -> float:
+    """Milliseconds in which the device stands still for the host; clips_bytes: of the batch's clips, as they are sent."""
+    seconds = counts.waits * WAIT + counts.host_bytes / PAGEABLE_RATE + clips_bytes / PINNED_RATE[gpu]
+    return round(1e3 * seconds, 3)
+
+
+def with_host(row: dict[str, object], milliseconds: float, batch_size: int) -> dict[str, object]:
+    """The figures of a road with its host's share added."""
+    rate = batch_size / (row["floor_ms"] + milliseconds) * 1e3
+    return row | {"host_ms": milliseconds, "clips_per_s_with_host": round(rate, 2)}
 
 
 def fused(config: Stage1Config, products8: float, matmul: float, copy: float) -> dict[str, object]:
@@ -144,7 +168,10 @@ def predict(model: Model, batch_size: int, gpus: Iterable[str], matmul: float, c
             counts = counted.setdefault((road, precision), None) or count(config, road, capability)
             counted[road, precision] = counts
             label = name if name in ("plain", "fast") else f"fast, {eight} teacher"
-            roads[label] = figures(counts, batch_size, *rates)
+            pixels = batch_size * 3 * config.student.num_frames * config.student.image_size**2
+            # The official loader sends normalised fp32, ours uint8.
+            host = host_ms(counts, pixels * (4 if road == "plain" else 1), gpu)
+            roads[label] = with_host(figures(counts, batch_size, *rates), host, batch_size)
             if road == "fast":
                 bounds[f"{label}, fused"] = fused(config, sum(o.products8 for o in counts.operations), *rates)
         slowest, fast = roads["plain"], counted["fast", "native"].operations
@@ -153,10 +180,15 @@ def predict(model: Model, batch_size: int, gpus: Iterable[str], matmul: float, c
                 "bench": "predict", "kind": "prediction", "model": model, "batch_size": batch_size, "gpu": sheet.name,
                 "matmul_tflops": round(rates[0] / 1e12, 2), "copy_gb_per_s": round(rates[1] / 1e9, 1),
                 "rates": "given" if matmul or copy else "datasheet", "torch": torch.__version__,
+                "wait_us": 1e6 * WAIT, "pageable_gb_per_s": PAGEABLE_RATE / 1e9, "pinned_gb_per_s": PINNED_RATE[gpu] / 1e9,
                 "roads": roads, "bounds": bounds,
                 "speed_against_plain": {
                     name: round(slowest["floor_ms"] / row["floor_ms"], 3)
                     for name, row in (roads | bounds).items() if name != "plain"
+                },
+                "speed_against_plain_with_host": {
+                    name: round(row["clips_per_s_with_host"] / slowest["clips_per_s_with_host"], 3)
+                    for name, row in roads.items() if name != "plain"
                 },
                 "memory_against_plain": round(roads["fast"]["peak_memory_gib"] / slowest["peak_memory_gib"], 3),
                 "most_ms": top(fast, *rates, by="ms", most=most), "most_gb": top(fast, *rates, by="gb", most=most),
@@ -182,8 +214,8 @@ def table(line: dict) -> str:
     """A line for people."""
     where = f"{line['gpu']}, {line['model']}, {line['batch_size']} clips"
     rows = [
-        ["prediction", "road", "floor ms", "clips/s at most", "against plain", "in products", "peak GiB", "of plain's",
-         "TFLOP", "GB", "operations", "host waits", "host MB"],
+        ["prediction", "road", "floor ms", "clips/s at most", "against plain", "host ms", "against plain with it",
+         "in products", "peak GiB", "of plain's", "TFLOP", "GB", "operations", "host waits", "host MB"],
     ]  # fmt: skip
     rows.append(["---"] * len(rows[0]))
     plain_peak = line["roads"]["plain"]["peak_memory_gib"]
@@ -192,6 +224,7 @@ def table(line: dict) -> str:
         cells.append(f"{line['speed_against_plain'].get(name, 1):.2f}x")
         if "peak_memory_gib" in row:
             cells += [
+                f"{row['host_ms']:.1f}", f"{line['speed_against_plain_with_host'].get(name, 1):.2f}x",
                 f"{100 * row['share_of_matrix_products']:.0f}%", f"{row['peak_memory_gib']:.2f}",
                 f"{100 * row['peak_memory_gib'] / plain_peak:.0f}%", f"{row['tflop']:.2f}", f"{row['gb']:.1f}",
                 row["operations"], row["host_waits"], f"{row['host_mb']:.0f}",
@@ -203,7 +236,9 @@ def table(line: dict) -> str:
             rows += cells_of(line[key])
     text = ["| " + " | ".join(map(str, row)) + " |" if row else "" for row in rows]
     text += ["", f"prediction at {line['matmul_tflops']:.0f} TFLOP/s and {line['copy_gb_per_s']:.0f} GB/s "
-             f"({line['rates']}): sum over operations of max(FLOPs / matmul rate, bytes / copy rate). Not in it:"]  # fmt: skip
+             f"({line['rates']}): sum over operations of max(FLOPs / matmul rate, bytes / copy rate). Host ms assume "
+             f"{1e6 * WAIT:.0f} µs for each wait, {PAGEABLE_RATE / 1e9:.0f} GB/s for copies within the step and "
+             f"{line['pinned_gb_per_s']:.0f} GB/s for the clips. Not in it:"]  # fmt: skip
     return "\n".join(text + [f"- {what}" for what in line["not_counted"]])
 
 

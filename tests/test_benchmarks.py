@@ -20,11 +20,11 @@ def test_tables_of_a_cpu(tmp_path: Path, capsys) -> None:
     row = {"bench": "stage1", "model": "b16", "batch_size": 4, "teacher_precision": "native", "share_of_matmul_rate": 0.9,
            "peak_memory_gib": 3.0, "dtype": "fp32", "computed_in": "fp32"}  # fmt: skip
     plain = row | {"road": "plain", "peak_memory_gib": 4.0}
-    fast, told = row | {"road": "fast"}, {"dtype": "bf16"}
+    fast, official, half = row | {"road": "fast"}, row | {"road": "official"}, {"dtype": "bf16", "computed_in": "bf16"}
     write(tmp_path / "cpu_steps_b16.jsonl", fast | {"clips_per_s": 0.5}, plain | {"clips_per_s": 0.25},
           fast | {"clips_per_s": 0.3, "peak_memory_gib": 3.5}, plain | {"clips_per_s": 0.2},
-          fast | told | {"clips_per_s": 0.4, "teacher_precision": "int8"},
-          plain | told | {"clips_per_s": 0.1, "computed_in": "bf16"})  # fmt: skip
+          fast | half | {"clips_per_s": 0.4, "teacher_precision": "int8"}, plain | half | {"clips_per_s": 0.1},
+          official | half | {"clips_per_s": 0.125})  # fmt: skip
     part = {"part": "loss", "ms": 20.0, "gflop": 0.5, "mb": 30.0, "floor_ms": 10.0, "share_of_floor": 0.5}
     write(
         tmp_path / "parts_b16.jsonl",
@@ -36,8 +36,8 @@ def test_tables_of_a_cpu(tmp_path: Path, capsys) -> None:
     write(tmp_path / "soak.jsonl", *({"clips": n, "mib": {"main": 500.0 + n, "children": 800.0}} for n in range(1, 6)))
     main(tmp_path)
     text = capsys.readouterr().out
-    assert "| stage1, b16, 4 clips | fast | fp32 | 0.500, 0.300 | 2.00, 1.50 | 90% | 3.50 |" in text
-    assert "| fast, int8 teacher | bf16, computed in fp32 | 0.400 | 4.00 |" in text
+    assert "| stage1, b16, 4 clips | fast | fp32 | 0.500, 0.300 | 2.00, 1.50 |  | 90% | 3.50 |" in text
+    assert "| fast, int8 teacher | bf16 | 0.400 | 4.00 | 3.20 |" in text
     assert "b16, 4 clips, fp32, native teacher" in text and "| loss | 20.0 | 0.5 | 30.0 | 10.0 | 50% |" in text
     # Two clips in 1/6 + 1/3 s of processor time are 4 per second.
     assert "| together | 4.0 (1.33x) | 3.0 (1.00x) |" in text

@@ -69,8 +69,8 @@ def test_roads_branch_as_on_a_gpu(roads: dict[str, Counts]) -> None:
     assert {"_foreach_addcdiv_.ScalarList", "_foreach_sqrt"} <= names(roads["plain"], "optimizer")
     assert "_scaled_mm" in names(roads["fp8"], "teacher")
     assert "align_loss_backward" in names(roads["fast"], "backward")
-    # Scores, two position tables, the loss; and three boolean indices, one of them in the backward pass too.
-    assert roads["fast"].waits == roads["fp8"].waits == 0 and roads["plain"].waits == 8
+    # Scores, two position tables, the loss, the step's end; and three boolean indices, one of them in the backward pass too.
+    assert roads["fast"].waits == roads["fp8"].waits == 0 and roads["plain"].waits == 9
     # The scores there (all of a frame's indices, of which the kept ones), the mask back, and both position tables.
     tokens, kept, width = 8 * 16, 8 * 4, 96
     assert roads["plain"].host_bytes == 2 * kept * 8 + 2 * tokens + tokens * width * 2 + 2 * tokens * width * 4
@@ -218,6 +218,12 @@ def test_lines_and_table_say_prediction(capsys: pytest.CaptureFixture[str]) -> N
     assert list(line["roads"]) == ["plain", "fast", "fast, fp8 teacher"] and len(line["most_gb"]) == 3
     plain, fast = line["roads"]["plain"], line["roads"]["fast"]
     assert line["speed_against_plain"]["fast"] == pytest.approx(plain["floor_ms"] / fast["floor_ms"], rel=0.1)
+    # 9 waits of 20 us; the tables in pageable memory at 12 GB/s; fp32 or uint8 clips at 50 GB/s.
+    pixels = 2 * 8 * 64 * 64 * 3
+    assert plain["host_ms"] == pytest.approx(9 * 0.02 + plain["host_mb"] / 12 + 4 * pixels / 50e6, abs=2e-3)
+    assert fast["host_ms"] == pytest.approx(pixels / 50e6, abs=1e-3)
+    whole = (plain["floor_ms"] + plain["host_ms"]) / (fast["floor_ms"] + fast["host_ms"])
+    assert line["speed_against_plain_with_host"]["fast"] == pytest.approx(whole, rel=0.05)
     assert all("prediction" in row for row in out.err.splitlines() if row.startswith("|") and "---" not in row)
     with pytest.raises(ConfigError, match="copy_gb_per_s is -1"):
         main("tiny", 2, "h100", copy_gb_per_s=-1)

@@ -19,6 +19,7 @@ from umt_fast.engine.host_memory import keep_freed_memory
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes, usable_dtype
 
 Model = Literal["tiny", "b16", "l16"]
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TEACHER_OF = {"tiny": "clip_tiny", "b16": "clip_b16", "l16": "clip_l14"}
 
 
@@ -66,8 +67,8 @@ class Case:
 
     @functools.cached_property
     def computed_in(self) -> str:
-        """The plain road does as it is told, as the official code would; the fast one does what `train` does."""
-        return usable_dtype(self.dtype, self.device) if self.road == "fast" else self.dtype
+        """What the step really computes in, on every road: nobody is measured emulating a dtype."""
+        return usable_dtype(self.dtype, self.device)
 
     def measure(self, bench: str, make: Callable[[], Steps], flops: float) -> dict[str, object]:
         """Times `steps` steps after two warm-up steps; every figure of the JSON line, by name.
@@ -89,7 +90,7 @@ class Case:
             step(number)
             clock.lap("step")
             peak = max(peak, peak_memory_bytes(self.device))
-            rates.append(measure_matmul_rate(self.device, torch.bfloat16 if computed == "bf16" else torch.float32))
+            rates.append(measure_matmul_rate(self.device, TORCH_DTYPES[computed]))
         parts = Clock(self.device)
         for number in range(max(1, self.steps // 2)):
             timed(number, parts)
@@ -124,7 +125,7 @@ def restart_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def checked_case(*, device: str, compiled: bool, **values: object) -> Case:
+def checked_case(*, device: str, compiled: bool = False, **values: object) -> Case:
     """A case whose values can work; raises ConfigError otherwise."""
     case = Case(device=torch.device("cpu"), compiled=compiled, **values)
     if case.batch_size < 1 or case.steps < 1:

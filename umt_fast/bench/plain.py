@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umt_fast.config import Stage1Config, Stage2Config, TeacherConfig, VitConfig
+from umt_fast.config import OptimConfig, Stage1Config, Stage2Config, TeacherConfig, VitConfig
 from umt_fast.tokens import TokenGrid, num_visible
 
 
@@ -185,12 +185,16 @@ class TeacherMlp(nn.Module):
 
 
 class TeacherBlock(nn.Module):
-    """A CLIP block; returns the class token's attention row averaged over heads when asked."""
+    """A CLIP block on (L + 1, B*T, C); returns the attention map averaged over heads, (B*T, L + 1, L + 1), when asked.
+
+    Tokens come first, as nn.MultiheadAttention takes them by default. Told batch_first, it would leave F's road for one of
+    its own, which does not heed a CPU's autocast: the whole tower would compute in fp32.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.ln_1 = LayerNorm32(width)
-        self.attn = nn.MultiheadAttention(width, num_heads, batch_first=True)
+        self.attn = nn.MultiheadAttention(width, num_heads)
         self.ln_2 = LayerNorm32(width)
         self.mlp = TeacherMlp(width)
 
@@ -229,16 +233,27 @@ class PlainTeacher(nn.Module):
         x = x.permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)
         first = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         x = self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding.to(x.dtype))
+        x = x.transpose(0, 1)
         blocks = self.transformer["resblocks"]
         taps = []
         for depth, block in enumerate(blocks):
             x, weights = block(x, depth == len(blocks) - 1)
             if depth >= len(blocks) - self.num_layers:
-                taps.append(x[:, 1:].reshape(batch, -1, x.shape[-1]))
-        features = self.ln_post(torch.stack(taps)) @ self.proj
+                taps.append(x)
+        taps = self.ln_post(torch.stack(taps)[:, 1:])  # (K, L, B*T, C)
+        features = taps.unflatten(2, (batch, frames)).permute(0, 2, 3, 1, 4).flatten(2, 3) @ self.proj
         if self.normalize == "l2":
             features = features / features.norm(dim=-1, keepdim=True)
         return features, weights[:, 0, 1:]
+
+
+def official_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW as the official code sets it up: not fused, no decay for one-dimensional parameters."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim != 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-4, betas=config.betas)
 
 
 def fill_at_random(teacher: PlainTeacher) -> None:

@@ -26,7 +26,7 @@ from umt_fast.bench.measure import (
     normalised,
     random_video,
 )
-from umt_fast.bench.plain import PlainStage1, draw_mask, fill_at_random
+from umt_fast.bench.plain import PlainStage1, draw_mask, fill_at_random, official_optimizer
 from umt_fast.config import AlignConfig, ConfigError, RunConfig, Stage1Config, TeacherPrecision
 from umt_fast.engine import compiling
 from umt_fast.engine.optim import build_optimizer
@@ -82,11 +82,12 @@ def fast_steps(config: Stage1Config, video: Tensor, device: torch.device, compil
 
 def plain_steps(config: Stage1Config, video: Tensor, device: torch.device) -> Steps:
     """The official step: see bench/plain.py."""
+    torch.backends.cudnn.benchmark = True  # as the official script sets it
     pixels = normalised(video)
     objective = PlainStage1(config).to(device).train()
     fill_at_random(objective.teacher)
     parameters = list(objective.student.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=config.optim.betas, weight_decay=config.optim.weight_decay)
+    optimizer = official_optimizer(parameters, config.optim)
     precision = autocast(device, config.run.dtype)
 
     def finish(loss: Tensor) -> None:
@@ -95,7 +96,7 @@ def plain_steps(config: Stage1Config, video: Tensor, device: torch.device) -> St
         loss.backward()
 
     def update() -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, float("inf"))
+        torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # logged, not clipped by
         optimizer.step()
 
     def step(number: int) -> None:
@@ -103,6 +104,8 @@ def plain_steps(config: Stage1Config, video: Tensor, device: torch.device) -> St
             loss = objective(pixels)
         finish(loss)
         update()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def timed(number: int, clock: Clock) -> None:
         clock.restart()

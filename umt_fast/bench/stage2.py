@@ -25,7 +25,7 @@ from umt_fast.bench.measure import (
     normalised,
     random_video,
 )
-from umt_fast.bench.plain import fill_at_random
+from umt_fast.bench.plain import fill_at_random, official_optimizer
 from umt_fast.bench.plain_stage2 import PlainStage2
 from umt_fast.config import AlignConfig, ConfigError, RunConfig, Stage2Config, TextConfig
 from umt_fast.engine import compiling
@@ -108,13 +108,7 @@ def plain_steps(config: Stage2Config, video: Tensor, captions: dict[str, Tensor]
     pixels = normalised(video)
     objective = PlainStage2(config, MASK_ID).to(device).train()
     fill_at_random(objective.teacher)
-    # As the official optimizer: not fused, no decay for one-dimensional parameters.
-    parameters = list(objective.model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim != 1], "weight_decay": config.optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=config.optim.betas)
+    optimizer = official_optimizer(list(objective.model.parameters()), config.optim)
     precision = autocast(device, config.run.dtype)
 
     def run(number: int, clock: Clock | None = None) -> None:

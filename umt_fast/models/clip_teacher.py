@@ -84,7 +84,7 @@ class Mlp(nn.Module):
             return self.c_proj(hidden * torch.sigmoid(1.702 * hidden))
         # x * sigmoid(ax) = silu(ax) / a: a pass in place, and both factors ride on the matrix products.
         if isinstance(self.c_proj, QuantizedLinear):
-            return self.c_proj(F.silu(self.c_fc(x).mul_(1.702), inplace=True), 1 / 1.702)
+            return self.c_proj(F.silu(self.c_fc(x, 1.702, 1.702), inplace=True), 1 / 1.702)
         scaled = torch.addmm(self.c_fc.bias * 1.702, x.flatten(0, -2), self.c_fc.weight.t(), alpha=1.702)
         out = torch.addmm(self.c_proj.bias, F.silu(scaled, inplace=True), self.c_proj.weight.t(), alpha=1 / 1.702)
         return out.view(*x.shape)

@@ -25,10 +25,11 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias.detach().float())
 
-    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
-        """(..., K) -> (..., N); factor multiplies the product, not the bias."""
+    def forward(self, x: Tensor, factor: float = 1.0, bias_factor: float = 1.0) -> Tensor:
+        """(..., K) -> (..., N); factor multiplies the product, bias_factor the bias: no pass over the result."""
         scale = self.scale if factor == 1 else self.scale * factor
-        return kernels.quantized_linear(x, self.weight, scale, self.bias, road=self.road)
+        bias = self.bias if bias_factor == 1 else self.bias * bias_factor
+        return kernels.quantized_linear(x, self.weight, scale, bias, road=self.road)
 
 
 def require_precision(teacher: TeacherConfig, device: torch.device) -> None:
