@@ -119,7 +119,9 @@ def trained_grid(checkpoint: Path) -> tuple[int, ...] | None:
     if described is None:
         return None
     vit = vit_config(described)
-    return vit.position_grid or (pretraining_grid(vit.patch_size) if described["task"] == "classification" else vit.grid)
+    return vit.position_grid or (
+        pretraining_grid(vit.patch_size) if described["task"] == "classification" else vit.grid
+    )
 
 
 def with_position_grid(config: FinetuneConfig) -> FinetuneConfig:

@@ -21,7 +21,9 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def by_name(kind: str) -> list:
     files = parity_files(kind)
-    absent = pytest.param(None, marks=pytest.mark.skip(reason=f"no {kind}_* file; set UMT_SHARED to the folder that has them"))
+    absent = pytest.param(
+        None, marks=pytest.mark.skip(reason=f"no {kind}_* file; set UMT_SHARED to the folder that has them")
+    )
     return [pytest.param(path, id=path.stem) for path in files] or [absent]
 
 
@@ -108,7 +110,9 @@ def test_erased_boxes_parity(path: Path) -> None:
         # The noise is what the official code drew: inside the box the clip is it, outside as before.
         found = erasing.erased(before.transpose(0, 1)[None], box, after.transpose(0, 1)[None])[0].transpose(0, 1)
         assert torch.equal(found, after)
-        zeros = erasing.erased(before.transpose(0, 1)[None], box, torch.zeros(1, 3, *before.shape[::2][:1], *before.shape[2:]))
+        zeros = erasing.erased(
+            before.transpose(0, 1)[None], box, torch.zeros(1, 3, *before.shape[::2][:1], *before.shape[2:])
+        )
         top, left, tall, wide = run["box_top_left_h_w"]
         assert (zeros == 0).sum() == 3 * before.shape[0] * tall * wide
         assert (zeros[0, :, :, top : top + tall, left : left + wide] == 0).all()

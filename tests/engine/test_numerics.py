@@ -47,7 +47,11 @@ def test_switches_are_set_and_set_back(deterministic: bool, legacy: str, monkeyp
     assert {inside["cuda"], inside["mkldnn"], inside["conv"], inside["rnn"]} <= {"ieee", "none"}
     assert inside["legacy"] == "highest" and not BACKENDS.cuda.matmul.allow_tf32 and inside["sdp"] is False
     if deterministic:
-        assert inside["deterministic"] and inside["cudnn"] and not (inside["benchmark"] or inside["fill"] or inside["warn"])
+        assert (
+            inside["deterministic"]
+            and inside["cudnn"]
+            and not (inside["benchmark"] or inside["fill"] or inside["warn"])
+        )
         assert inside["workspace"] == ":4096:8"
     else:
         kept = ("deterministic", "warn", "cudnn", "benchmark", "fill", "workspace")
@@ -56,7 +60,10 @@ def test_switches_are_set_and_set_back(deterministic: bool, legacy: str, monkeyp
 
 def test_a_workspace_that_rules_it_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
-    with pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG.*it is :0:0"), numerics(RunConfig(deterministic=True)):
+    with (
+        pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG.*it is :0:0"),
+        numerics(RunConfig(deterministic=True)),
+    ):
         pass
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     with numerics(RunConfig(deterministic=True)):

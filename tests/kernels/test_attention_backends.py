@@ -94,7 +94,9 @@ def test_packed_attention_takes_the_packed_form_of_what_is_preferred(asked, monk
             kernels.attention_varlen(q, q, q, places, places, 5, 5, prefer=prefer)
         assert called == ["varlen"] * 4 and not asked
         kernels.attention_varlen(q, q, q, places, places, 5, 5, prefer="efficient")
-        assert len(called) == 4 and asked == [[FLASH, EFFICIENT, MATH]]  # padded, with a mask, which flash does not take
+        assert len(called) == 4 and asked == [
+            [FLASH, EFFICIENT, MATH]
+        ]  # padded, with a mask, which flash does not take
 
 
 @pytest.mark.parametrize("prefer", ["auto", "flash", "math"])

@@ -36,7 +36,12 @@ def test_records_of_older_checkpoints_mean_the_same(name: str) -> None:
     expected = describe(recipe.load(f"{ASSETS}/tiny.py:{name}"))
     assert found_in({"config": record}, "x.pt") == expected
     # Options come and go: what is not of the model is not read.
-    record = record | {"since_removed": 1, "run": {"dtype": record["run"]["dtype"], "gone": 2}, "optim": {}, "data": None}
+    record = record | {
+        "since_removed": 1,
+        "run": {"dtype": record["run"]["dtype"], "gone": 2},
+        "optim": {},
+        "data": None,
+    }
     assert found_in({"config": record}, "x.pt") == expected
     # The description counts where there are both.
     assert found_in({"config": RECORDS["tiny"], "model_config": expected}, "x.pt") == expected
@@ -93,7 +98,9 @@ def test_a_classifier_by_name(tokens: int | None, given: dict, expected: tuple[i
     template = MODELS["umt_b16_ft"]()
     template["vit"] |= given
     if expected is None:
-        with pytest.raises(ConfigError, match=f"x.pth has a position table of {tokens} tokens.*--num_frames and --image_size"):
+        with pytest.raises(
+            ConfigError, match=f"x.pth has a position table of {tokens} tokens.*--num_frames and --image_size"
+        ):
             complete(template, classifier_state(tokens), "x.pth")
         return
     described = complete(template, classifier_state(tokens), "x.pth")

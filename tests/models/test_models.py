@@ -23,8 +23,8 @@ from umt_fast.models.multimodal import VideoText
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.models.student import Student
 from umt_fast.models.text import TextEncoder
-from umt_fast.models.vit import Mlp as WideMlp
 from umt_fast.models.vit import Block, VisionTransformer, path_factors, resized_table, sinusoid_table
+from umt_fast.models.vit import Mlp as WideMlp
 from umt_fast.models.weights import (
     WeightsError,
     load_bert,

@@ -39,9 +39,7 @@ class Case:
             width=sizes["dim"], depth=sizes["depth"], num_heads=sizes["heads"], patch_size=sizes["patch"],
             image_size=sizes["img"], num_frames=sizes["t"], tubelet_size=sizes.get("tubelet", 1), drop_path=0.0,
         )  # fmt: skip
-        self.align = AlignConfig(
-            num_layers=sizes["k"], normalize=sizes.get("fmt", "l2"), loss=sizes.get("loss", "l2")
-        )
+        self.align = AlignConfig(num_layers=sizes["k"], normalize=sizes.get("fmt", "l2"), loss=sizes.get("loss", "l2"))
         parts = ("vision_encoder.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
         state = {key: value for key, value in self.tensors.items() if key.startswith(parts)}
         self.model = VideoText(

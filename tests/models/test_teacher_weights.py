@@ -75,9 +75,7 @@ def test_the_default_teacher_of_each_recipe_loads(name: str, fetched: list[str],
         ("ViT-B-16:datacomp_xl_s13b_b90k", "gelu"),
     ],
 )
-def test_another_activation_is_refused_before_the_download(
-    weights: str, trained_with: str, fetched: list[str]
-) -> None:
+def test_another_activation_is_refused_before_the_download(weights: str, trained_with: str, fetched: list[str]) -> None:
     other = {"gelu": "quick_gelu", "quick_gelu": "gelu"}[trained_with]
     config = TeacherConfig(weights=weights, activation=other)
     with torch.device("meta"):

@@ -93,7 +93,9 @@ def test_a_teacher_from_an_archive(archive: Path) -> None:
     for block in teacher.blocks:
         x = block(x)
     with torch.no_grad():
-        torch.testing.assert_close(teacher.ln_post(x[:, 0]) @ teacher.proj, visual(pixels[:, :, 0]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            teacher.ln_post(x[:, 0]) @ teacher.proj, visual(pixels[:, :, 0]), rtol=1e-4, atol=1e-5
+        )
     assert load_teacher_text(config).tower.transformer.layers == 1
     with pytest.raises(WeightsError, match="was trained with quick_gelu.*set --teacher.activation quick_gelu"):
         load_teacher(teacher, TeacherConfig(**SIZES, weights=str(archive), activation="gelu"))

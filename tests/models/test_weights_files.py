@@ -150,7 +150,9 @@ def test_weights_of_another_kind_are_refused(tmp_path: Path) -> None:
     for name, state in (("ft", Classifier(VIT, 3).state_dict()), ("down", downstream(stage2)), ("stage2", stage2)):
         save_state(state, tmp_path / f"{name}.pth")
     for name, kind in (("ft", "classifier"), ("down", "downstream")):
-        with pytest.raises(WeightsError, match=f"holds {kind} weights .*stage 2 starts from stage-1 or stage-2 weights"):
+        with pytest.raises(
+            WeightsError, match=f"holds {kind} weights .*stage 2 starts from stage-1 or stage-2 weights"
+        ):
             start_video_text(video_text(), tmp_path / f"{name}.pth")
     with pytest.raises(WeightsError, match="holds stage-2 weights .*stage 1 starts from stage-1 weights"):
         load_student(Student(VIT, 2, 16), tmp_path / "stage2.pth")

@@ -14,7 +14,6 @@ import kernels
 from tests.parity_files import parity_files
 from umt_fast.bench.plain_stage2 import PlainStage2
 from umt_fast.config import ConfigError, OptimConfig, TextConfig, VitConfig
-from umt_fast.config.core import MOST_SCORES
 from umt_fast.engine.optim import build_optimizer, parameter_groups
 from umt_fast.engine.schedule import warmup_cosine
 from umt_fast.engine.sharding import load_states
@@ -89,7 +88,9 @@ def test_chances_are_the_official_weights(negatives) -> None:
             for row, official in enumerate(tensors[f"out.{number}.{key}"].double()):
                 if official.sum() > 1e-30:  # else underflown in fp32
                     own = chances((scores[row] / temperature).tolist(), (index != index[row]).tolist())
-                    torch.testing.assert_close(official / official.sum(), torch.tensor(own).double(), rtol=2e-3, atol=1e-6)
+                    torch.testing.assert_close(
+                        official / official.sum(), torch.tensor(own).double(), rtol=2e-3, atol=1e-6
+                    )
                     compared += 1
     assert compared > 3 * 2 * len(index)
 
@@ -197,7 +198,10 @@ def test_linear_cosine_is_the_official_schedule_of_stage_1_and_fine_tuning(path:
         if run["schedule"]["warmup_steps"] > 0:  # an option we express in epochs
             warmup = run["schedule"]["warmup_steps"] / run["steps_per_epoch"]
         optim = OptimConfig(
-            lr=run["peak_lr"], min_lr=run["min_lr"], warmup_lr=run["schedule"].get("start_warmup_value", 0.0), lr_batch=0
+            lr=run["peak_lr"],
+            min_lr=run["min_lr"],
+            warmup_lr=run["schedule"].get("start_warmup_value", 0.0),
+            lr_batch=0,
         )
         rate = warmup_cosine(
             optim, global_batch=1, steps_per_epoch=run["steps_per_epoch"], epochs=run["epochs"], warmup_epochs=warmup

@@ -103,7 +103,9 @@ def test_each_kind_of_a_packed_step_draws_its_own() -> None:
 def test_packed_attention_is_called_once_for_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     module, calls = objective(small(co_training="packed")), []
     whole = kernels.attention_varlen
-    monkeypatch.setattr(kernels, "attention_varlen", lambda *a, **k: calls.append(a[3].diff().tolist()) or whole(*a, **k))
+    monkeypatch.setattr(
+        kernels, "attention_varlen", lambda *a, **k: calls.append(a[3].diff().tolist()) or whole(*a, **k)
+    )
     module(packed_batch(), torch.tensor([5]))
     # 16 tokens a frame: of two frames 2 x 5 are seen, of an image 8.
     assert calls == [[10] * 3 + [8] * 4] * 3

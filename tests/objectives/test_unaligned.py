@@ -191,7 +191,9 @@ def test_flops_of_stage_2_are_those_of_the_products_that_run(name: str, image: b
     count = count_of(objective(config), batch)
     # The batch's similarities, which are left out: two products of 4 x 4 x 12, forward and backward.
     similarities = 3 * 2 * 2 * 4 * 4 * 12
-    assert stage2.VideoTextPretraining.flops_of(config, image=image) * 4 == pytest.approx(count - similarities, rel=1e-3)
+    assert stage2.VideoTextPretraining.flops_of(config, image=image) * 4 == pytest.approx(
+        count - similarities, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind, ratio", [("semantic", 0.8), ("semantic", 0.33), ("tube", 0.33), ("random", 0.33)])

@@ -144,8 +144,12 @@ def test_checkpoints_older_than_descriptions(
     base = [f"{TINY}:{variant}", "--data.train", str(tiny_list)]
     if variant == "captions":
         table = tmp_path / "captions.json"
-        table.write_text(json.dumps([{"video": f"video{n}.mp4", "caption": "a red thing"[: 3 + 2 * n]} for n in (0, 1)]))
-        (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "thing"]))
+        table.write_text(
+            json.dumps([{"video": f"video{n}.mp4", "caption": "a red thing"[: 3 + 2 * n]} for n in (0, 1)])
+        )
+        (tmp_path / "vocab.txt").write_text(
+            "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "thing"])
+        )
         base = [f"{TINY}:captions", "--videos", str(table), "--tokenizer", str(tmp_path)]
     path = train(tmp_path / "run", base, 1)
     wanted = judge(path, table=table)

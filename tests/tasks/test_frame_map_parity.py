@@ -21,7 +21,9 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def by_name(kind: str) -> list:
     files = parity_files(kind)
-    absent = pytest.param(None, marks=pytest.mark.skip(reason=f"no {kind}_* file; set UMT_SHARED to the folder that has them"))
+    absent = pytest.param(
+        None, marks=pytest.mark.skip(reason=f"no {kind}_* file; set UMT_SHARED to the folder that has them")
+    )
     return [pytest.param(path, id=path.stem) for path in files] or [absent]
 
 

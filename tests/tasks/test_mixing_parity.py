@@ -21,7 +21,9 @@ def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def by_name(kind: str) -> list:
     files = parity_files(kind)
-    absent = pytest.param(None, marks=pytest.mark.skip(reason=f"no {kind}_* file; set UMT_SHARED to the folder that has them"))
+    absent = pytest.param(
+        None, marks=pytest.mark.skip(reason=f"no {kind}_* file; set UMT_SHARED to the folder that has them")
+    )
     return [pytest.param(path, id=path.stem) for path in files] or [absent]
 
 
@@ -43,7 +45,9 @@ def test_mixed_clips_and_targets_parity(path: Path) -> None:
         video, label = tensors[f"{case['name']}.in.video"], tensors[f"{case['name']}.in.labels"]
         batch = len(label)
         cut = torch.tensor(case["use_cutmix"]).expand(batch)
-        drawn = iter(case["boxes_yyxx"] if cut.ndim and case["options"]["mode"] == "elem" else case["boxes_yyxx"] * batch)
+        drawn = iter(
+            case["boxes_yyxx"] if cut.ndim and case["options"]["mode"] == "elem" else case["boxes_yyxx"] * batch
+        )
         box = torch.tensor([next(drawn) if one else [0, 0, 0, 0] for one in cut.tolist()])
         share = torch.tensor(case["lam_drawn"], dtype=torch.float32).expand(batch).clone()
         for row in range(batch):
@@ -53,7 +57,9 @@ def test_mixed_clips_and_targets_parity(path: Path) -> None:
         torch.testing.assert_close(found, tensors[f"{case['name']}.out.video"], rtol=1e-5, atol=1e-6, msg=case["name"])
         options = case["options"]
         targets = soft_targets(label, options["num_classes"], share, options["label_smoothing"])
-        torch.testing.assert_close(targets, tensors[f"{case['name']}.out.targets"], rtol=1e-5, atol=1e-6, msg=case["name"])
+        torch.testing.assert_close(
+            targets, tensors[f"{case['name']}.out.targets"], rtol=1e-5, atol=1e-6, msg=case["name"]
+        )
 
 
 @pytest.mark.parametrize("path", by_name("mixup"))

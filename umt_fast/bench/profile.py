@@ -54,7 +54,9 @@ def costs(config: Stage1Config, trained: int) -> dict[str, Cost]:
     teacher_weight = size if clip.precision == "native" else 1
     inner = clip.depth - 1
     # Keys and values of all tokens, the rest for those kept, and the class token's attention that draws them.
-    last = batch * frames * (tokens * c * c * 4 + kept * c * c * 20 + 4 * kept * tokens * c + 2 * c * c + 2 * tokens * c)
+    last = (
+        batch * frames * (tokens * c * c * 4 + kept * c * c * 20 + 4 * kept * tokens * c + 2 * c * c + 2 * tokens * c)
+    )
     width, student_patch = vit.width, 3 * vit.tubelet_size * vit.patch_size**2
     seen, span = batch * n, n if vit.attention == "joint" else n // frames
     block = Cost(

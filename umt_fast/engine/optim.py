@@ -30,7 +30,9 @@ def parameter_groups(
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        kind = 2 if parameter.ndim == 1 or name.endswith((".bias", *_NEVER_DECAYED)) else 1 if parameter.ndim == 0 else 0
+        kind = (
+            2 if parameter.ndim == 1 or name.endswith((".bias", *_NEVER_DECAYED)) else 1 if parameter.ndim == 0 else 0
+        )
         layer = layer_of(name) if layer_of is not None and optim.layer_decay < 1 else num_layers
         group = groups.setdefault(
             (kind, layer),

@@ -26,8 +26,8 @@ def warmup_cosine(
     """
     peak, low, start = (scaled(rate, optim, global_batch) for rate in (optim.lr, optim.min_lr, optim.warmup_lr))
     if optim.schedule == "scaled_cosine":
-        return lambda step: peak * max(
-            optim.min_factor, _factor(step, epochs * steps_per_epoch, warmup_epochs * steps_per_epoch)
+        return lambda step: (
+            peak * max(optim.min_factor, _factor(step, epochs * steps_per_epoch, warmup_epochs * steps_per_epoch))
         )
     warmup = int(warmup_epochs * steps_per_epoch)
     rest = max(1, epochs * steps_per_epoch - warmup)

@@ -11,7 +11,6 @@ import kernels
 from umt_fast.config import AttentionBackend, ConfigError
 
 
-
 class Attends(nn.Module):
     """A module that calls kernels.attention, with `prefer=self.attention_backend`."""
 

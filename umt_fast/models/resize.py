@@ -33,7 +33,9 @@ def _windows(source: int, target: int) -> tuple[int, int, int]:
         results = target // blocks
         needed = []
         for block in range(blocks):
-            low, high = (math.floor((i + 0.5) * source / target - 0.5) for i in (block * results, (block + 1) * results - 1))
+            low, high = (
+                math.floor((i + 0.5) * source / target - 0.5) for i in (block * results, (block + 1) * results - 1)
+            )
             needed.append((max(0, low - 1), min(source, high + 3)))
         for stride in range(source // (blocks - 1), 0, -1):
             window = source - (blocks - 1) * stride

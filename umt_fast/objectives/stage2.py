@@ -156,7 +156,13 @@ def _losses_of(
             found["mlm"] = vision_text.masked_language_loss(logits, asked)
     if heads is not None:
         found["uta"] = kernels.align_loss(
-            heads, pairs.targets, tower.norm_weight, tower.norm_bias, eps=HEAD_EPS, normalize=align.normalize, loss=align.loss
+            heads,
+            pairs.targets,
+            tower.norm_weight,
+            tower.norm_bias,
+            eps=HEAD_EPS,
+            normalize=align.normalize,
+            loss=align.loss,
         )
     if losses.vision_projection and pairs.image is not None:
         found["vision_projection"] = (1 - F.cosine_similarity(vision, pairs.image, dim=-1)).mean()

@@ -20,7 +20,14 @@ from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.description import MODELS, complete, found_in, text_config, vit_config
 from umt_fast.models.multimodal import VideoText
-from umt_fast.models.weights import UnreadableError, WeightsError, WeightsFile, fit_classifier, fit_video_text, read_weights
+from umt_fast.models.weights import (
+    UnreadableError,
+    WeightsError,
+    WeightsFile,
+    fit_classifier,
+    fit_video_text,
+    read_weights,
+)
 from umt_fast.tasks import retrieval
 from umt_fast.tasks.classification import accuracy
 
@@ -151,7 +158,9 @@ def evaluate_checkpoint(
 
 def _tokenizer(given: str, usual: str, vocab_size: int, checkpoint: Path) -> Any:
     """The given tokenizer, or the model's usual one. Raises DataError, ConfigError: none, or not the model's."""
-    require(bool(given or usual), f"{checkpoint} does not say which tokenizer it was trained with; give it: --tokenizer")
+    require(
+        bool(given or usual), f"{checkpoint} does not say which tokenizer it was trained with; give it: --tokenizer"
+    )
     try:
         tokenizer = load_tokenizer(given or usual)
     except DataError as error:

@@ -41,7 +41,9 @@ class ViewScores:
         rows = logits.float().softmax(1).cpu()
         for clip, which, row in zip(index.tolist(), view.tolist(), rows, strict=True):
             if not 0 <= which < self.views:
-                raise ValueError(f"view {which} of clip {clip} does not exist; views are numbered 0 to {self.views - 1}")
+                raise ValueError(
+                    f"view {which} of clip {clip} does not exist; views are numbered 0 to {self.views - 1}"
+                )
             if clip in self._done:
                 continue
             seen = self._open.setdefault(clip, {})

@@ -20,7 +20,9 @@ from umt_fast.config import ConfigError
 
 MAX_LEVEL = 10.0
 _GRAY = (128, 128, 128)
-_POLICY = re.compile(r"rand(?:-m(?P<level>\d+)|-n(?P<count>\d+)|-mstd(?P<deviation>\d+(?:\.\d*)?)|-inc(?P<increasing>\d))*")
+_POLICY = re.compile(
+    r"rand(?:-m(?P<level>\d+)|-n(?P<count>\d+)|-mstd(?P<deviation>\d+(?:\.\d*)?)|-inc(?P<increasing>\d))*"
+)
 
 Picture = Image.Image
 
@@ -70,8 +72,12 @@ OPERATIONS: dict[str, Operation] = {
     "ShearX": Operation(lambda p, slope: _affine(p, 1, slope, 0, 0, 1, 0), lambda s: s * 0.3, signed=True),
     "ShearY": Operation(lambda p, slope: _affine(p, 1, 0, 0, slope, 1, 0), lambda s: s * 0.3, signed=True),
     # Shares of the frame's own width and height.
-    "TranslateXRel": Operation(lambda p, part: _affine(p, 1, 0, part * p.width, 0, 1, 0), lambda s: s * 0.45, signed=True),
-    "TranslateYRel": Operation(lambda p, part: _affine(p, 1, 0, 0, 0, 1, part * p.height), lambda s: s * 0.45, signed=True),
+    "TranslateXRel": Operation(
+        lambda p, part: _affine(p, 1, 0, part * p.width, 0, 1, 0), lambda s: s * 0.45, signed=True
+    ),
+    "TranslateYRel": Operation(
+        lambda p, part: _affine(p, 1, 0, 0, 0, 1, part * p.height), lambda s: s * 0.45, signed=True
+    ),
 }
 
 

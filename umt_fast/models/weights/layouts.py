@@ -96,7 +96,9 @@ def _expect(state: dict[str, Tensor], path: str | Path, task: str, *wanted: Kind
     """The kind of a file that a task starts from, said in a line; refuses one that is clearly another."""
     kind = kind_of(state)
     if kind not in (*wanted, "unknown"):
-        raise WeightsError(f"{path} holds {kind} weights (by its keys); {task} starts from {' or '.join(wanted)} weights")
+        raise WeightsError(
+            f"{path} holds {kind} weights (by its keys); {task} starts from {' or '.join(wanted)} weights"
+        )
     log.info("%s holds %s weights, told by its keys", path, kind)
     return kind
 
@@ -120,7 +122,8 @@ def start_video_text(model: VideoText, path: str | Path) -> bool:
         return True
     fit(model.vision_encoder, state, str(path), fresh=("pool_norm.",))
     log.info(
-        "%s: starting fresh beside the tower: vision_proj, text_proj, itm_head, temp; the text encoder is as bert says", path
+        "%s: starting fresh beside the tower: vision_proj, text_proj, itm_head, temp; the text encoder is as bert says",
+        path,
     )
     return False
 
