@@ -110,9 +110,10 @@ def test_quantising_is_one_kernel_on_a_gpu(precision: str, hopper: None) -> None
     assert waits.names.count("umt_kernels::dequantize_product") == (8 if precision == "int8" else 0)
 
 
-def test_forward_of_stage_2_on_a_gpu_never_waits(hopper: None) -> None:
+@pytest.mark.parametrize("uta", [1.0, 0.0])
+def test_forward_of_stage_2_on_a_gpu_never_waits(uta: float, hopper: None) -> None:
     with imagined("cuda") as waits:
-        objective, batch = stage2()
+        objective, batch = stage2(uta)
         seed = torch.empty(1, dtype=torch.int64)
         waits.found.clear()
         values = objective.train()(batch, seed)
@@ -193,10 +194,10 @@ def stage1(precision: str) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     return UnmaskedAlignment(settings), clips()
 
 
-def stage2() -> tuple[torch.nn.Module, dict[str, Tensor]]:
+def stage2(uta: float = 1.0) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     """A packed step: clips and images."""
     settings = tiny.captions()
-    settings.run.dtype = "bf16"
+    settings.run.dtype, settings.losses.uta = "bf16", uta
     texts = {"ids": torch.empty(2, 6, dtype=torch.int64), "mask": torch.empty(2, 6, dtype=torch.bool)}
     texts["sample"] = torch.empty(2, dtype=torch.int64)
     batch = clips() | texts | {f"image_{name}": value for name, value in (clips(1) | texts).items()}
@@ -211,7 +212,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
 
 
-STEPS = {precision: functools.partial(stage1, precision) for precision in ("native", "int8", "fp8")} | {"2": stage2}
+STEPS = {precision: functools.partial(stage1, precision) for precision in ("native", "int8", "fp8")} | {
+    "2": stage2, "2 without alignment": functools.partial(stage2, 0.0)
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("make", STEPS.values(), ids=STEPS)
