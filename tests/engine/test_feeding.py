@@ -229,9 +229,8 @@ def test_every_loader_of_ours_continues_where_training_was(kind: str, tmp_path: 
 
     length = len(make())
     whole, _ = run(make(), None, 0, 2 * length)
-    plain = []
+    plain, loader = [], make()
     for epoch in range(2):
-        loader = make() if epoch == 0 else loader
         loader.set_epoch(epoch)
         plain += [batch["index"].tolist() for batch in loader]
     assert [index for index, _ in whole] == plain

@@ -120,6 +120,8 @@ class OptimConfig:
     """Rate multiplier per layer from the top (fine-tuning); 1 switches it off."""
     clip_grad: float = 0.0
     """Largest gradient norm; 0 switches clipping off."""
+    fused: Literal["torch", "apex"] = "torch"
+    """`apex`: NVIDIA apex's FusedAdam (GPU only; not the registry's package of that name)."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim")
@@ -143,11 +145,6 @@ class OptimConfig:
             )
         require(all(0 <= beta < 1 for beta in self.betas), f"optim.betas are {self.betas}; both must lie in [0, 1)")
         require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
-
-    @staticmethod
-    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-        """Stored fields as today's: older records say which fused AdamW they took, and there is one now."""
-        return {name: value for name, value in values.items() if name != "fused"}
 
 
 @dataclass(kw_only=True, slots=True)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from umt_fast.config import ConfigError, OptimConfig
+from umt_fast.engine.apex_adamw import apex_adamw
 
 LayerOf = Callable[[str], int]
 
@@ -49,32 +50,41 @@ def parameter_groups(
 def build_optimizer(
     module: nn.Module, optim: OptimConfig, *, lr: float, layer_of: LayerOf | None = None, num_layers: int = 0
 ) -> torch.optim.Optimizer:
-    """PyTorch's fused AdamW over parameter_groups(module, ...).
+    """AdamW over parameter_groups(module, ...), PyTorch's fused one or apex's.
 
-    It leaves parameters and moments as they are in a step whose `found_inf` is 1, without the host knowing; of apex's
-    FusedAdam, which earlier versions offered too, only a mode with a gradient scaler does so, and it is no faster.
+    Either leaves parameters and moments as they are in a step whose `found_inf` is 1, without the host knowing.
     """
     groups = parameter_groups(module, optim, layer_of, num_layers)
     if not groups:
         raise ConfigError("nothing to train: every parameter is frozen")
+    if optim.fused == "apex":
+        if next(module.parameters()).device.type != "cuda":
+            raise ConfigError("optim.fused is 'apex', which needs a GPU; use --optim.fused torch")
+        return apex_adamw(groups, lr=lr, betas=tuple(optim.betas), eps=optim.eps)
     return torch.optim.AdamW(groups, lr=lr, betas=tuple(optim.betas), eps=optim.eps, fused=True)
 
 
 def upgraded_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's saved state, as this version's AdamW takes it.
+    """An optimizer's saved state, as `optimizer` takes it, whichever of the two saved it.
 
-    apex's FusedAdam counted steps in its groups, torch's counts them for each parameter; the moments are the same.
+    apex's FusedAdam counts steps in its groups, torch's counts them for each parameter; the moments are the same.
     """
-    groups = state["param_groups"]
-    if not any("step" in group for group in groups):
+    saved = state["param_groups"]
+    by_group = any("step" in group for group in saved)
+    if by_group == ("bias_correction" in optimizer.param_groups[0]):  # apex's groups alone have that
         return state
-    steps = {index: int(group["step"]) for group in groups for index in group["params"]}
-    moments = {
-        index: {"step": torch.tensor(float(steps[index])), **{k: values[k] for k in ("exp_avg", "exp_avg_sq")}}
-        for index, values in state["state"].items()
-    }
     own = [
-        {**group, "params": saved["params"], "lr": saved["lr"]}
-        for group, saved in zip(optimizer.param_groups, groups, strict=True)
+        {**group, "params": theirs["params"], "lr": theirs["lr"]}
+        for group, theirs in zip(optimizer.param_groups, saved, strict=True)
     ]
+    if by_group:
+        steps = {index: float(group["step"]) for group in saved for index in group["params"]}
+        moments = {index: {**values, "step": torch.tensor(steps[index])} for index, values in state["state"].items()}
+        return {"state": moments, "param_groups": own}
+    moments = {index: {k: v for k, v in values.items() if k != "step"} for index, values in state["state"].items()}
+    for group in own:
+        counts = [int(state["state"][index]["step"]) for index in group["params"] if index in state["state"]]
+        group["step"] = torch.tensor(
+            [max(counts, default=0)], dtype=torch.int, device=optimizer.param_groups[0]["params"][0].device
+        )
     return {"state": moments, "param_groups": own}

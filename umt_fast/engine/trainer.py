@@ -1,10 +1,10 @@
 """The one training loop. It knows no model and no data set: an objective turns a batch into a loss, a loader gives batches.
 
 An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save, with
-`shard_units` for run.parallel fsdp (see sharding.py); `flops_per_clip()`; optionally `has_unused_parameters`, true where some
-get no gradient, the same in every step; and `pieces()`, what run.compile compiles with several ranks (see compiling.py). A loader is iterable and sized,
-with set_epoch, state_dict and load_state_dict; optionally with `identity`, a text that differs where its clips do: a
-checkpoint is continued with the same alone.
+`shard_units` for run.parallel fsdp (see sharding.py); `flops_per_clip()`; `pieces()`, what run.compile compiles with several
+ranks (see compiling.py); optionally `has_unused_parameters`, true where some get no gradient, the same in every step. A
+loader is iterable and sized, with set_epoch, state_dict and load_state_dict; optionally with `identity`, a text that differs
+where its clips do: a checkpoint is continued with the same alone.
 
 Randomness: before each micro-step the generators are seeded from (run.seed, rank, step, micro-step), and the objective
 gets the same number as a device tensor. A run continued from a checkpoint therefore needs no generator state to draw what
@@ -93,6 +93,10 @@ class Trainer:
         # One rank has nothing to share out.
         self.sharded = run.parallel == "fsdp" and self.ranks.world_size > 1
         if self.sharded:
+            if optim.fused == "apex":
+                raise ConfigError(
+                    "optim.fused apex takes no sharded parameters (run.parallel fsdp); use --optim.fused torch"
+                )
             sharding.shard(objective, run, self.device)
         self.objective = objective.to(self.device).train()
         self.steps_per_epoch = len(loader) // run.accumulate

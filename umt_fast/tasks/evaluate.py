@@ -171,8 +171,8 @@ def _tokenizer(given: str, usual: str, vocab_size: int, checkpoint: Path) -> Any
         ) from error
     require(
         len(tokenizer) <= vocab_size,
-        f"the tokenizer {given or usual} has {len(tokenizer)} words, but the model of {checkpoint} knows {vocab_size}; give the "
-        "one it was trained with: --tokenizer",
+        f"the tokenizer {given or usual} has {len(tokenizer)} words, but the model of {checkpoint} knows {vocab_size}; give "
+        "the one it was trained with: --tokenizer",
     )
     return tokenizer
 

@@ -50,7 +50,7 @@ class Boxes(NamedTuple):
 
 
 class FrameMap(NamedTuple):
-    """mean: over classes with true boxes, NaN where no class has any. per_class: by name; NaN for a class without true boxes."""
+    """mean: over classes with true boxes, NaN where no class has any. per_class: by name; NaN for one without true boxes."""
 
     mean: float
     per_class: dict[str, float]

@@ -90,7 +90,7 @@ def _integer(rng: np.random.Generator, low: int, high: int) -> int:
 
 
 def cut_box(height: int, width: int, share: float, y: int, x: int) -> tuple[int, int, int, int]:
-    """CutMix's box (top, bottom, left, right) around (y, x): it would cover 1 - share of the picture, and is cut at its edges."""
+    """CutMix's box (top, bottom, left, right) around (y, x): 1 - share of the picture, cut at its edges."""
     ratio = (1 - share) ** 0.5
     tall, wide = int(height * ratio), int(width * ratio)
     rows = (min(max(y + half, 0), height) for half in (-(tall // 2), tall // 2))

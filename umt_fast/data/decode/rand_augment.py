@@ -119,7 +119,7 @@ class Policy:
         found = _POLICY.fullmatch(text)
         if found is None or not int(found["increasing"] or 0):
             raise ConfigError(
-                f"the RandAugment policy is {text!r}; write it as rand-m7-n4-mstd0.5-inc1 (only the increasing set, -inc1, is here)"
+                f"the RandAugment policy is {text!r}; write it as rand-m7-n4-mstd0.5-inc1 (only the set of -inc1 is here)"
             )
         level = float(found["level"] or MAX_LEVEL)
         if level > MAX_LEVEL:
