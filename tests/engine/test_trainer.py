@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from umt_fast.config import OptimConfig, RunConfig, from_dict, to_dict
+from umt_fast.config import OptimConfig, RunConfig
 from umt_fast.engine import checkpoint, precision
 from umt_fast.engine.optim import parameter_groups
 from umt_fast.engine.schedule import warmup_cosine

@@ -26,6 +26,7 @@ from umt_fast.models.weights import (
     WeightsFile,
     fit_classifier,
     fit_video_text,
+    kind_of,
     read_weights,
 )
 from umt_fast.tasks import retrieval
@@ -57,6 +58,10 @@ def read_checkpoint(path: Path) -> WeightsFile:
 def _described(file: WeightsFile, model: dict[str, Any] | None, checkpoint: Path) -> dict[str, Any]:
     """What the file says of its model; what was said of it where it says nothing."""
     own = found_in(file.rest, checkpoint)
+    if (own or {}).get("task") == "pretraining" or (own is None and kind_of(file.state) == "stage-1"):
+        raise WeightsError(
+            f"{checkpoint} is of a stage-1 run; eval judges fine-tuned classifiers (accuracy) and stage-2 models (retrieval)"
+        )
     if own is None and model is None:
         raise WeightsError(
             f"{checkpoint} does not say which model it is of; say it: --model {', '.join(MODELS)}, or a recipe as NAME:VARIANT"
@@ -118,10 +123,9 @@ def evaluate_checkpoint(
         if found is not None and ranks.first:
             write_json(scores, {"clips": found})
         return figures
-    if described["task"] != "video_text":
-        raise WeightsError(
-            f"{checkpoint} is of a stage-1 run; eval judges fine-tuned classifiers (accuracy) and stage-2 models (retrieval)"
-        )
+    require(
+        described["task"] == "video_text", f"--model names a model of task {described['task']}, which nothing is judged by"
+    )
     usual = DataConfig()
     for name in ("separator", "frame_pattern"):
         value, default = getattr(data, name), getattr(usual, name)
@@ -167,7 +171,7 @@ def _tokenizer(given: str, usual: str, vocab_size: int, checkpoint: Path) -> Any
         if given:
             raise
         raise DataError(
-            f"{error}. The model of {checkpoint} was trained with it; if it lies elsewhere, say where: --tokenizer"
+            f"{error}. The model of {checkpoint} was trained with it; if it has moved, say where: --tokenizer"
         ) from error
     require(
         len(tokenizer) <= vocab_size,
