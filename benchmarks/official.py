@@ -65,7 +65,7 @@ def load(folder: Path) -> Namespace:
 
 def _provide(name: str, **attributes: object) -> None:
     """A module of that name with these attributes, unless there is one."""
-    if importlib.util.find_spec(name) is None:
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
         sys.modules[name] = module = types.ModuleType(name)
         vars(module).update(attributes)
 

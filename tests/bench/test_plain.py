@@ -5,7 +5,7 @@ import torch
 
 from umt_fast.bench import stage1
 from umt_fast.bench.measure import Case
-from umt_fast.bench.plain import PlainStage1, draw_mask
+from umt_fast.bench.plain import PlainStage1, PlainTeacher, draw_mask
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, AlignConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
 from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 
@@ -54,6 +54,19 @@ def test_plain_mask_keeps_the_official_number_per_frame() -> None:
     mask = draw_mask(attention, 2, 0.8)
     assert mask.shape == (2, 64)
     assert (~mask).view(8, 16).sum(1).eq(16 - int(16 * 0.8)).all()
+
+
+def test_plain_teacher_heeds_a_cpus_autocast() -> None:
+    # Of an even number of heads: nn.MultiheadAttention's own road, which does not, takes no other.
+    config = TeacherConfig(width=64, depth=2, num_heads=4, image_size=64, output_dim=32, weights="untrained")
+    teacher = PlainTeacher(config, 2, "l2").requires_grad_(False).eval()
+    found = []
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.MultiheadAttention):
+            module.register_forward_hook(lambda module, given, out: found.append(out[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher(torch.randn(1, 3, 2, 64, 64))
+    assert found == 2 * [torch.bfloat16]
 
 
 @pytest.mark.parametrize("road", ["fast", "plain"])
