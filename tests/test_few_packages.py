@@ -36,10 +36,30 @@ def run(program: str) -> str:
         "umt_fast.models.clip_text", "umt_fast.models.weights", "umt_fast.objectives.stage2", "umt_fast.engine.trainer",
         "umt_fast.bench.stage1", "umt_fast.bench.stage2", "umt_fast.train", "umt_fast.plan", "umt_fast.data.captions",
         "umt_fast.data.prepare", "umt_fast.tasks.retrieval", "umt_fast.quickstart",
+        "benchmarks.gpu", "benchmarks.rates", "benchmarks.checks", "benchmarks.steps", "benchmarks.trainer_run",
+        "benchmarks.bench_kernels", "benchmarks.report", "benchmarks.predict",
     ],
 )  # fmt: skip
 def test_modules_import(name: str) -> None:
     assert run(f"import {name}\nprint({name}.__name__)").strip() == name
+
+
+def test_frame_folders_are_prepared_and_read(tmp_path: Path) -> None:
+    program = f"""
+from pathlib import Path
+from benchmarks.trainer_run import FRAMES, Settings, _write, prepare, DataConfig
+from umt_fast.data.loader import ClipLoader
+from umt_fast.data.manifest import read_list
+folder = Path({str(tmp_path)!r})
+for number in range(2):
+    _write((number, str(folder / str(number))))
+(folder / "list.csv").write_text("".join(f"{{n}},{{FRAMES}},{{n}}\\n" for n in range(2)))
+prepare(folder / "list.csv", folder / "prepared", settings=Settings(short_side=64), workers=0)
+data = DataConfig(train=str(folder / "list.csv"), prepared=(str(folder / "prepared"),), workers=0)
+loader = ClipLoader(read_list(data.train, data), data, num_frames=8, image_size=32, batch_size=2)
+print(all(clip.shard for clip in loader.clips), [tuple(b["video"].shape) for b in loader])
+"""
+    assert run(program).startswith("True [(2, 8, 32, 32, 3)]")
 
 
 def test_kernels_and_objectives_are_collected_and_run() -> None:

@@ -246,3 +246,32 @@ def test_predictions_take_measured_rates(tmp_path: Path) -> None:
     assert measured_rates(str(tmp_path / "rates.json"), "b16") == (450.0, 3000.0)
     with pytest.raises(ConfigError, match="no rates.json of benchmarks/gpu.sh with products of l16"):
         measured_rates(str(tmp_path / "rates.json"), "l16")
+
+
+def test_every_product_is_made_and_the_means_are_of_all_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import rates
+    from benchmarks.timing import Lines
+
+    shape = rates.Shape("tiny", "student fc1", 256, 768, 1024, "bias, GELU")
+    monkeypatch.setattr(rates, "shapes_of", lambda model: [shape])
+    lines = Lines(tmp_path, "rates.jsonl")
+    rates.products(lines, ["tiny"])
+    rows = [json.loads(line) for line in (tmp_path / "rates.jsonl").read_text().splitlines()]
+    made = {entry[:3] for entry in rates.eight_bit_calls(shape)}  # a CPU would take minutes to call them
+    found = made | {(row["kind"], row["pass"], row["epilogue"]) for row in rows}
+    fp8 = {(f"fp8 {kind}", name, "") for kind in ("tensor", "row", "block") for name in ("forward", "dgrad", "wgrad")}
+    native = {(rates.NAME, name, "") for name in ("forward", "dgrad", "wgrad")}
+    assert found >= fp8 | native | {("int8", "forward", ""), ("int8", "forward", "quantize, bias")}
+    timed = [row for row in rows if row["kind"] == rates.NAME]
+    flops = 2 * 256 * 768 * 1024
+    assert all(row["tflops"] == pytest.approx(flops / row["seconds"] / 1e12, rel=1e-3) for row in timed)
+    mean = rates.summary(lines)["products"]["tiny"][rates.NAME]
+    plain = [row["seconds"] for row in timed if not row["epilogue"]]
+    assert mean == pytest.approx(3 * flops / sum(plain) / 1e12, rel=1e-2), "of all products together, not of rates"
+    rates.products(lines, ["tiny"])
+    again = (tmp_path / "rates.jsonl").read_text().splitlines()
+    assert sum("error" not in json.loads(line) for line in again) == sum("error" not in row for row in rows), (
+        "known ones"
+    )
