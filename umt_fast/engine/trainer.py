@@ -2,9 +2,9 @@
 
 An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save, with
 `shard_units` for run.parallel fsdp (see sharding.py); `flops_per_clip()`; optionally `has_unused_parameters`, true where some
-get no gradient, the same in every step; and `pieces()`, what run.compile compiles with several ranks (see compiling.py). A loader is iterable and sized,
-with set_epoch, state_dict and load_state_dict; optionally with `identity`, a text that differs where its clips do: a
-checkpoint is continued with the same alone.
+get no gradient, the same in every step; and `pieces()`, what run.compile compiles with several ranks (see compiling.py). A
+loader is iterable and sized, with set_epoch, state_dict (as of the last batch it gave) and load_state_dict; optionally with
+`identity`, a text that differs where its clips do: a checkpoint is continued with the same alone.
 
 Randomness: before each micro-step the generators are seeded from (run.seed, rank, step, micro-step), and the objective
 gets the same number as a device tensor. A run continued from a checkpoint therefore needs no generator state to draw what
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from umt_fast.config import ConfigError, OptimConfig, RunConfig
 from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
