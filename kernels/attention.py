@@ -369,9 +369,10 @@ def require_attention(road: AttentionRoad, device: torch.device, dtype: torch.dt
         ValueError: the road is missing, does not fit these tensors, or fails when it runs.
     """
     every = torch.ones(1, 16, device=device, dtype=torch.bool)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        q = torch.randn(1, 16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
     try:
-        with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            q = torch.randn(1, 16, 2, head_dim, device=device, dtype=dtype, requires_grad=True)
+        with torch.enable_grad():
             for mask in (None, every):
                 attention(q, q, q, key_mask=mask, prefer=road).sum().backward()
         if not torch.isfinite(q.grad).all():

@@ -174,7 +174,6 @@ def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], t
     with (
         numerics(config.run), distributed_run(config.run) as ranks, own_folder(Path(config.run.out), first=ranks.first)
     ):  # fmt: skip
-        require_attention(config, ranks.device)
         loader = build_loader(config, ranks.rank, ranks.world_size, ranks.device)
         tuning.settle(config, ranks)
         # A packed step has as many images as clips besides.
@@ -182,6 +181,7 @@ def fit_objective(config: AnyConfig, objective: torch.nn.Module | Callable[[], t
         towers = {name: getattr(config, name) for name in ("student", "teacher", "text") if hasattr(config, name)}
         sizes = ", ".join(f"{name}.width {tower.width} and depth {tower.depth}" for name, tower in towers.items())
         with room_for(f"the model ({sizes})"):
+            require_attention(config, ranks.device)
             objective = objective if isinstance(objective, torch.nn.Module) else objective()
             trainer = Trainer(
                 config.run,

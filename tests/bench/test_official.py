@@ -71,7 +71,9 @@ def test_the_plain_step_is_the_official_one() -> None:
 
 @needs_official
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_official_loop_runs_and_prints_the_keys_of_our_bench(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_official_loop_runs_and_prints_the_keys_of_our_bench(
+    dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     official.stage1(Path(FOLDER), "tiny", 2, "cpu", dtype, 1)
     line = json.loads(capsys.readouterr().out)
     assert line["road"] == "official" and line["clips_per_s"] > 0 and line["bench"] == "stage1"

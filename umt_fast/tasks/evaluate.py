@@ -124,7 +124,8 @@ def evaluate_checkpoint(
             write_json(scores, {"clips": found})
         return figures
     require(
-        described["task"] == "video_text", f"--model names a model of task {described['task']}, which nothing is judged by"
+        described["task"] == "video_text",
+        f"--model names a model of task {described['task']}, which nothing is judged by",
     )
     usual = DataConfig()
     for name in ("separator", "frame_pattern"):
