@@ -14,6 +14,7 @@ import kernels
 from tests.parity_files import parity_files
 from umt_fast.bench.plain_stage2 import PlainStage2
 from umt_fast.config import ConfigError, OptimConfig, TextConfig, VitConfig
+from umt_fast.config.core import MOST_SCORES
 from umt_fast.engine.optim import build_optimizer, parameter_groups
 from umt_fast.engine.schedule import warmup_cosine
 from umt_fast.engine.sharding import load_states
@@ -284,7 +285,11 @@ def test_masks_hide_as_many_as_officially(path: Path) -> None:
         assert seen["random"] == grid.size - row[column["random: masked in all"]]
         assert seen["tube"] == grid.size - row[column["tube: masked in all"]]
         assert num_visible(grid.per_frame, ratio) == grid.per_frame - row[column["tube: masked per frame"]]
-        for kind in ("random", "tube"):
+        for kind, drawn in (("random", grid.size), ("tube", grid.per_frame)):
+            if drawn > MOST_SCORES:
+                with pytest.raises(ValueError, match=f"{drawn} tokens"):
+                    draw_uniform(kind, 2, grid, ratio, torch.tensor([7]))
+                continue
             visible = draw_uniform(kind, 2, grid, ratio, torch.tensor([7])).long()
             assert visible.shape == (2, seen[kind]) and all(len(set(clip)) == seen[kind] for clip in visible.tolist())
             if kind == "tube":

@@ -1,17 +1,10 @@
 """The one training loop. It knows no model and no data set: an objective turns a batch into a loss, a loader gives batches.
 
 An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save, with
-<<<<<<< HEAD
 `shard_units` for run.parallel fsdp (see sharding.py); `flops_per_clip()`; `pieces()`, what run.compile compiles with several
 ranks (see compiling.py); optionally `has_unused_parameters`, true where some get no gradient, the same in every step. A
-loader is iterable and sized, with set_epoch, state_dict and load_state_dict; optionally with `identity`, a text that differs
-where its clips do: a checkpoint is continued with the same alone.
-=======
-`shard_units` for run.parallel fsdp (see sharding.py); `flops_per_clip()`; optionally `has_unused_parameters`, true where some
-get no gradient, the same in every step; and `pieces()`, what run.compile compiles with several ranks (see compiling.py). A
 loader is iterable and sized, with set_epoch, state_dict (as of the last batch it gave) and load_state_dict; optionally with
 `identity`, a text that differs where its clips do: a checkpoint is continued with the same alone.
->>>>>>> w_f
 
 Randomness: before each micro-step the generators are seeded from (run.seed, rank, step, micro-step), and the objective
 gets the same number as a device tensor. A run continued from a checkpoint therefore needs no generator state to draw what
