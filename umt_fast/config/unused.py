@@ -30,6 +30,8 @@ def check_used(config: Stage1Config | Stage2Config | FinetuneConfig, world_size:
     run = config.run
     if world_size == 1:
         unread("run.parallel run.compress", "there is one rank: start several with torchrun")
+    if run.tune == "off":
+        unread("run.tune_axes run.tune_deadline", "run.tune is off")
     if run.warmup_epochs == 0:
         unread("optim.warmup_lr", "run.warmup_epochs is 0, so that no step has that rate", 0.0)
     if config.data.workers == 0 and config.data.reader != "dali":
