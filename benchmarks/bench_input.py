@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from umt_fast.config import DataConfig
-from umt_fast.data.cpu import ClipReader
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import Clip, read_list
-from umt_fast.data.prepare import prepare
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.reader import ClipReader
+from umt_fast.data.prepare.shards import prepare
+from umt_fast.data.sources.lists import Clip, read_list
 
 SHARED = Path(os.environ.get("UMT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 DEFAULT = ":".join(str(SHARED / "videos" / name) for name in ("test.mp4", "demo.mp4", "part_0.mp4"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from umt_fast.bench.stage1 import fast_steps, plain_steps, stage1_config
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 MODEL = os.environ.get("UMT_BENCH", "tiny")
 BATCH = int(os.environ.get("UMT_BENCH_BATCH", "4"))

@@ -27,7 +27,7 @@ from umt_fast.bench.fidelity import compare
 from umt_fast.bench.measure import random_video
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import ConfigError
-from umt_fast.models.quantized import require_precision
+from umt_fast.models.teachers.quantized import require_precision
 
 TOKENS = (98, 160, 197, 320, 784, 1568)
 # Of a tensor's relative error: bf16 keeps 8 bits of each factor, fp32 24.

@@ -37,8 +37,8 @@ from umt_fast.bench.measure import Model, random_video
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import ConfigError, Stage1Config
 from umt_fast.engine.compiling import OPTIONS
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
 from umt_fast.plan import SHEETS
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 GENERATED = "generated: "
 NOT_COUNTED = (

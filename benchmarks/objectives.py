@@ -11,7 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-from umt_fast import quickstart
+from umt_fast.sample_world import quickstart
 from umt_fast.train import train
 
 VARIANTS = {"all four": None, "without VTC": "vtc", "without VTM": "vtm", "without MLM": "mlm", "without UTA": "uta"}

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from umt_fast.bench.measure import Clock, Model, Steps, autocast, checked_case, normalised, random_video
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import ConfigError, Stage1Config
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 TIMM = "0.4.12"
 MODULES = ("models", "engines.engine_for_pretraining_umt", "utils", "optim_factory")

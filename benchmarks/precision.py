@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from umt_fast import quickstart
 from umt_fast.bench.fidelity import compare
 from umt_fast.config import ConfigError, DataConfig, Stage1Config
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import read_list
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.sources.lists import read_list
 from umt_fast.engine.precision import pick_device
-from umt_fast.models.quantized import QuantizedLinear, require_precision
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.models.teachers.quantized import QuantizedLinear, require_precision
+from umt_fast.sample_world import quickstart
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 from umt_fast.train import fit_objective
 
 BATCH = 48

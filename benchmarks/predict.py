@@ -35,8 +35,8 @@ from umt_fast.bench.measure import Model, random_video
 from umt_fast.bench.profile import costs
 from umt_fast.bench.stage1 import fast_steps, plain_steps, stage1_config
 from umt_fast.config import ConfigError, Stage1Config, check_number
+from umt_fast.masking import num_visible
 from umt_fast.plan import SHEETS, work_of
-from umt_fast.tokens import num_visible
 
 CAPABILITIES = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0)}
 # Assumed, in bytes/s: copies from memory that CUDA has pinned, over PCIe 4 (A100) or 5, and from all other memory.

@@ -26,7 +26,7 @@ from benchmarks.bench_kernels import spans_of
 from benchmarks.timing import DEVICE, GPU, Clocks, Lines, Row, about, out_folder, short, spread
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.engine.precision import cpu_has_bf16
-from umt_fast.tokens import TokenGrid, visible_per_clip
+from umt_fast.masking import TokenGrid, visible_per_clip
 
 DTYPE = torch.bfloat16 if GPU or cpu_has_bf16() else torch.float32
 NAME = "bf16" if DTYPE == torch.bfloat16 else "fp32"

@@ -15,10 +15,10 @@ from typing import Annotated
 import tyro
 
 from umt_fast.config import DataConfig
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import read_list
-from umt_fast.data.prepare import prepare
-from umt_fast.data.prepared import Settings
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.prepare.shards import prepare
+from umt_fast.data.sources.lists import read_list
+from umt_fast.data.sources.prepared import Settings
 
 
 def resident_mib() -> dict[str, float]:

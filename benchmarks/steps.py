@@ -29,8 +29,8 @@ from umt_fast.bench.stage1 import plain_steps, stage1_config
 from umt_fast.config import Stage1Config
 from umt_fast.engine.host_memory import keep_freed_memory
 from umt_fast.engine.trainer import Trainer
-from umt_fast.models.quantized import require_precision
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.models.teachers.quantized import require_precision
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 WARM, STEPS, ROUNDS = (3, 20, 3) if GPU else (1, 2, 2)
 HOW = (

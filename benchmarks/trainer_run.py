@@ -26,9 +26,9 @@ from benchmarks.steps import clips_of
 from benchmarks.timing import DEVICE, GPU, Clocks, Lines, Row, out_folder, short
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import DataConfig, Stage1Config
-from umt_fast.data.prepare import prepare
-from umt_fast.data.prepared import Settings
-from umt_fast.data.sample_world import FRAMES, draw_scene, render
+from umt_fast.data.prepare.shards import prepare
+from umt_fast.data.sources.prepared import Settings
+from umt_fast.sample_world.world import FRAMES, draw_scene, render
 from umt_fast.train import train
 
 FILES, STEPS, COMPARED = (64, 30, 5) if GPU else (6, 4, 2)

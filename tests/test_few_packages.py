@@ -33,9 +33,9 @@ def run(program: str) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        "umt_fast.models.clip_text", "umt_fast.models.weights", "umt_fast.objectives.stage2", "umt_fast.engine.trainer",
-        "umt_fast.bench.stage1", "umt_fast.bench.stage2", "umt_fast.train", "umt_fast.plan", "umt_fast.data.captions",
-        "umt_fast.data.prepare", "umt_fast.tasks.retrieval", "umt_fast.quickstart",
+        "umt_fast.models.teachers.clip_text", "umt_fast.models.weights", "umt_fast.tasks.video_text", "umt_fast.engine.trainer",
+        "umt_fast.bench.stage1", "umt_fast.bench.stage2", "umt_fast.train", "umt_fast.plan", "umt_fast.data.loaders.captions",
+        "umt_fast.data.prepare.shards", "umt_fast.tasks.retrieval", "umt_fast.sample_world.quickstart",
         "benchmarks.gpu", "benchmarks.rates", "benchmarks.checks", "benchmarks.steps", "benchmarks.trainer_run",
         "benchmarks.bench_kernels", "benchmarks.report", "benchmarks.predict",
     ],
@@ -48,8 +48,8 @@ def test_frame_folders_are_prepared_and_read(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
 from benchmarks.trainer_run import FRAMES, Settings, _write, prepare, DataConfig
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import read_list
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.sources.lists import read_list
 folder = Path({str(tmp_path)!r})
 for number in range(2):
     _write((number, str(folder / str(number))))

@@ -106,7 +106,7 @@ def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
         "def scan(rest):\n"
         "    interrupts.raise_again()\n"
         "    print('started', flush=True)\n"
-        "    with workers.worker_pool(1, 'umt_fast.data.captions') as pool:\n"
+        "    with workers.worker_pool(1, 'umt_fast.data.loaders.captions') as pool:\n"
         "        pool.submit(abs, 1).result()\n"
         "        raise AssertionError('not interrupted')\n"
         "command_line.COMMANDS['scan'] = scan\n"

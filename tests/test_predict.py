@@ -17,7 +17,7 @@ from umt_fast.bench.measure import random_video
 from umt_fast.bench.profile import costs
 from umt_fast.bench.stage1 import fast_steps, stage1_config
 from umt_fast.config import ConfigError
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 pytestmark = pytest.mark.skipif(
     TORCH < OLDEST_TORCH, reason=f"predictions need torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}; nothing else does"

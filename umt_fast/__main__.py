@@ -144,7 +144,7 @@ def _plan(arguments: list[str]) -> None:
 
 def _scan(arguments: list[str]) -> None:
     from umt_fast.config import DataConfig
-    from umt_fast.data.scan import scan, verify
+    from umt_fast.data.prepare.scan import scan, verify
 
     def command(
         list_path: Annotated[Path, tyro.conf.Positional],
@@ -182,8 +182,8 @@ def _scan(arguments: list[str]) -> None:
 
 def _prepare(arguments: list[str]) -> None:
     from umt_fast.config import DataConfig
-    from umt_fast.data.prepare import prepare, verify
-    from umt_fast.data.prepared import Settings
+    from umt_fast.data.prepare.shards import prepare, verify
+    from umt_fast.data.sources.prepared import Settings
 
     def command(
         list_path: Annotated[Path, tyro.conf.Positional],
@@ -286,7 +286,7 @@ def _report(arguments: list[str]) -> None:
 
 
 def _quickstart(arguments: list[str]) -> None:
-    from umt_fast import quickstart
+    from umt_fast.sample_world import quickstart
 
     def command(out: Path = Path("runs/quickstart"), seed: int = 0, stage2: bool = False) -> None:
         """Render the sample world, train its teacher, pre-train, compare, report.
@@ -310,7 +310,7 @@ COMMANDS = {
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What a user's input can cause, reported in one line. Anything else is our fault and keeps its stack."""
-    from umt_fast.data.manifest import DataError
+    from umt_fast.data.sources.lists import DataError
     from umt_fast.engine.checkpoint import CheckpointError
     from umt_fast.engine.trainer import NonFiniteError
     from umt_fast.models.weights import WeightsError

@@ -24,11 +24,11 @@ import torch
 from torch import nn
 
 from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, VitConfig, check_numbers, require
-from umt_fast.data.manifest import read_list
-from umt_fast.objectives import flops as counted
-from umt_fast.objectives.stage2 import VideoTextPretraining
-from umt_fast.objectives.supervised import Supervised
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.data.sources.lists import read_list
+from umt_fast.models import flops as counted
+from umt_fast.tasks.pretraining import UnmaskedAlignment
+from umt_fast.tasks.supervised import Supervised
+from umt_fast.tasks.video_text import VideoTextPretraining
 
 AnyConfig = Stage1Config | Stage2Config | FinetuneConfig
 Gpu = Literal["a100", "h100", "h200"]

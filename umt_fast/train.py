@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from umt_fast import tuning
 from umt_fast.config import (
     ConfigError,
     DataConfig,
@@ -21,10 +20,12 @@ from umt_fast.config import (
     from_dict,
     to_dict,
 )
-from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_corpora
-from umt_fast.data.cotraining import AlternatingLoader, PackedLoader
-from umt_fast.data.loader import ClipLoader, open_loader
-from umt_fast.data.manifest import Clip, check_labels, read_list
+from umt_fast.data.loaders.captions import CaptionLoader
+from umt_fast.data.loaders.clips import ClipLoader, open_loader
+from umt_fast.data.loaders.joint import AlternatingLoader, PackedLoader
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.sources.captions import read_corpora
+from umt_fast.data.sources.lists import Clip, check_labels, read_list
 from umt_fast.engine.checkpoint import checkpoints, own_folder
 from umt_fast.engine.distributed import current_ranks, distributed_run
 from umt_fast.engine.numerics import numerics
@@ -34,11 +35,12 @@ from umt_fast.engine.trainer import Trainer
 from umt_fast.models.attention import require_attention
 from umt_fast.models.classifier import pretraining_grid
 from umt_fast.models.description import describe, found_in, vit_config
-from umt_fast.models.quantized import require_precision
+from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.models.weights import read_weights
-from umt_fast.objectives.stage2 import VideoTextPretraining
-from umt_fast.objectives.supervised import Supervised
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tasks import tuning
+from umt_fast.tasks.pretraining import UnmaskedAlignment
+from umt_fast.tasks.supervised import Supervised
+from umt_fast.tasks.video_text import VideoTextPretraining
 
 log = logging.getLogger("umt_fast")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks import official
-from umt_fast.bench.plain import PlainStage1
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import ConfigError
+from umt_fast.reference.stage1 import PlainStage1
 
 FOLDER = os.environ.get("UMT_OFFICIAL", "")
 needs_official = pytest.mark.skipif(

@@ -10,7 +10,7 @@ from umt_fast.__main__ import main
 from umt_fast.bench.fidelity import compare
 from umt_fast.bench.profile import costs
 from umt_fast.bench.stage1 import stage1_config
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 
 @pytest.mark.parametrize("model", ["tiny", "b16", "l16"])

@@ -22,8 +22,8 @@ from umt_fast.config import (
     check_used,
     to_dict,
 )
+from umt_fast.masking import TokenGrid, visible_per_clip
 from umt_fast.plan import PlanOptions
-from umt_fast.tokens import TokenGrid, visible_per_clip
 from umt_fast.train import train
 
 KINDS = (Stage1Config, Stage2Config)

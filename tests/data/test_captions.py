@@ -8,16 +8,11 @@ import pytest
 import torch
 
 from umt_fast.config import DataConfig
-from umt_fast.data.captions import (
-    CaptionLoader,
-    Tokens,
-    clean_caption,
-    load_tokenizer,
-    read_captions,
-    read_corpora,
-)
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import Clip, DataError
+from umt_fast.data.loaders.captions import CaptionLoader
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.sources.captions import clean_caption, read_captions, read_corpora
+from umt_fast.data.sources.lists import Clip, DataError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "thing", "moves", "left", "##s"]
 

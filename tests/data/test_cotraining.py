@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 from umt_fast.config import DataConfig
-from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer
-from umt_fast.data.cotraining import AlternatingLoader, PackedLoader
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import Clip
+from umt_fast.data.loaders.captions import CaptionLoader
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.joint import AlternatingLoader, PackedLoader
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.sources.lists import Clip
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "thing", "moves", "left", "##s"]
 

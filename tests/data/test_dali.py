@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from umt_fast.config import DataConfig
-from umt_fast.data.loader import ClipLoader, open_loader
-from umt_fast.data.manifest import Clip, DataError, read_list
-from umt_fast.data.prepare import prepare
-from umt_fast.data.prepared import Settings
+from umt_fast.data.loaders.clips import ClipLoader, open_loader
+from umt_fast.data.prepare.shards import prepare
+from umt_fast.data.sources.lists import Clip, DataError, read_list
+from umt_fast.data.sources.prepared import Settings
 
 dali = pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (pip install 'umt_fast[dali]')")
 CPU = torch.device("cpu")
@@ -157,7 +157,7 @@ def test_a_decoder_error_is_traced_to_its_clip(
     clips: list[Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file that passes the checks and fails in DALI: the clips beside it come through, it gets a stand-in."""
-    from umt_fast.data import dali as road
+    from umt_fast.data.loaders import dali as road
 
     real = road.outline
     lying = tmp_path / "lying.webm"
@@ -183,8 +183,8 @@ def test_workers_hand_over_the_bytes(clips: list[Clip]) -> None:
 
 def test_turned_videos() -> None:
     """A window of the stored picture, turned afterwards, is the crop of the turned picture."""
-    from umt_fast.data.dali import stored_window
-    from umt_fast.data.transforms import Crop
+    from umt_fast.data.decode.transforms import Crop
+    from umt_fast.data.loaders.dali import stored_window
 
     picture = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
     for turns in range(4):

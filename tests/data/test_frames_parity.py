@@ -13,10 +13,10 @@ from safetensors import safe_open
 
 from tests.parity_files import parity_files
 from umt_fast.config import DataConfig
-from umt_fast.data import sampling
-from umt_fast.data.cpu import ClipReader
-from umt_fast.data.manifest import Clip
-from umt_fast.data.video import limited
+from umt_fast.data.decode import sampling
+from umt_fast.data.decode.video import limited
+from umt_fast.data.loaders.reader import ClipReader
+from umt_fast.data.sources.lists import Clip
 
 Case = tuple[dict[str, Any], dict[str, np.ndarray]]
 

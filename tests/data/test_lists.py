@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from umt_fast.config import DataConfig
-from umt_fast.data.captions import read_captions, read_corpora
-from umt_fast.data.manifest import Clip, DataError, read_list
+from umt_fast.data.sources.captions import read_captions, read_corpora
+from umt_fast.data.sources.lists import Clip, DataError, read_list
 
 
 def entries(folder: Path, text: str, separator: str = ",") -> list[Clip]:
@@ -107,7 +107,7 @@ def test_what_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_prepared_folder_that_is_not_there(tmp_path: Path, tiny_list: Path) -> None:
-    from umt_fast.data.loader import ClipLoader
+    from umt_fast.data.loaders.clips import ClipLoader
 
     data = DataConfig(prepared=(str(tmp_path / "none"),))
     with pytest.raises(DataError, match="no folder of prepared clips at .*/none; make one with"):

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from umt_fast.config import DataConfig
-from umt_fast.data import sampling, transforms
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import Clip
+from umt_fast.data.decode import sampling, transforms
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.sources.lists import Clip
 
 
 @pytest.fixture
@@ -148,8 +148,8 @@ def test_workers_end_when_their_process_is_killed(tiny_list: Path) -> None:
     program = (
         "import sys, time\n"
         "from umt_fast.config import DataConfig\n"
-        "from umt_fast.data.loader import ClipLoader\n"
-        "from umt_fast.data.manifest import read_list\n"
+        "from umt_fast.data.loaders.clips import ClipLoader\n"
+        "from umt_fast.data.sources.lists import read_list\n"
         "if __name__ == '__main__':\n"
         "    data = DataConfig(workers=1)\n"
         "    loader = ClipLoader(read_list(sys.argv[1], data), data, num_frames=2, image_size=16, batch_size=1)\n"

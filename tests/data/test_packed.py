@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from umt_fast.data.clip import Clip, DataError
-from umt_fast.data.entries import read_entries
-from umt_fast.data.manifest import read_list
-from umt_fast.data.packed import Clips, Strings, first_of_each
+from umt_fast.data.sources.clip import Clip, DataError
+from umt_fast.data.sources.columns import Clips, Strings, first_of_each
+from umt_fast.data.sources.entries import read_entries
+from umt_fast.data.sources.lists import read_list
 
 
 def test_strings_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def test_strings_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(packed) == texts and packed[-1] == texts[-1] and packed[1:6:2] == texts[1:6:2]
     assert packed.blob.dtype == torch.uint8 and len(Strings.of([])) == 0
     for at_once in (2, 7, 1 << 16):
-        monkeypatch.setattr("umt_fast.data.packed._AT_ONCE", at_once)
+        monkeypatch.setattr("umt_fast.data.sources.columns._AT_ONCE", at_once)
         assert [text.decode("utf-8", "surrogatepass") for text in packed.encoded()] == texts
     assert list(Strings.of([]).encoded()) == []
     with pytest.raises(IndexError):
@@ -64,7 +64,7 @@ def test_rows_of_one_name_also_where_hashes_collide() -> None:
 
 def test_long_lists_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries and blanks cut at every place by blocks of a few characters; an entry longer than a block."""
-    monkeypatch.setattr("umt_fast.data.entries._BLOCK", 7)
+    monkeypatch.setattr("umt_fast.data.sources.entries._BLOCK", 7)
     rng = random.Random(0)
     entries = [{"video": f"{n}.mp4", "caption": 'ä\\"[{,' * rng.randrange(9)} for n in range(40)]
     (tmp_path / "list.json").write_text("\ufeff \n" + json.dumps(entries, indent=3, ensure_ascii=False) + "\n\n ")

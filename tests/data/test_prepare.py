@@ -17,16 +17,18 @@ import torch
 from PIL import Image
 
 from umt_fast.config import DataConfig
-from umt_fast.data import prepared
-from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_captions
-from umt_fast.data.cpu import ClipReader
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import Clip, DataError, read_list
-from umt_fast.data.prepare import prepare, verify
-from umt_fast.data.prepared import Settings, StoredChooser, candidates, read_prepared
-from umt_fast.data.sampling import sparse_train
-from umt_fast.data.scan import scan
-from umt_fast.data.video import VideoError
+from umt_fast.data.decode.sampling import sparse_train
+from umt_fast.data.decode.video import VideoError
+from umt_fast.data.loaders.captions import CaptionLoader
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.reader import ClipReader
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.prepare.scan import scan
+from umt_fast.data.prepare.shards import prepare, verify
+from umt_fast.data.sources import prepared
+from umt_fast.data.sources.captions import read_captions
+from umt_fast.data.sources.lists import Clip, DataError, read_list
+from umt_fast.data.sources.prepared import Settings, StoredChooser, candidates, read_prepared
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KIND = {"num_frames": 4, "image_size": 32, "batch_size": 2, "seed": 3}
@@ -201,7 +203,7 @@ def test_a_damaged_index_is_one_line(damage: Callable[[str], str], expected: str
 
 
 def test_jpegs_are_close_to_the_frames(tmp_path: Path, shared: Path) -> None:
-    from umt_fast.data.video import decode_frames
+    from umt_fast.data.decode.video import decode_frames
 
     name = str(shared / "videos" / "part_0.mp4")
     (tmp_path / "list.csv").write_text(f"{name},0\n")

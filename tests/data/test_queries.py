@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from umt_fast.data.clip import DataError
-from umt_fast.data.queries import Queries, read_queries
+from umt_fast.data.sources.clip import DataError
+from umt_fast.data.sources.queries import Queries, read_queries
 
 
 def written(folder: Path, entries: object) -> Path:

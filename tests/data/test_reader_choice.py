@@ -8,14 +8,14 @@ import torch
 
 from umt_fast.__main__ import main
 from umt_fast.config import ConfigError, DataConfig, from_dict, to_dict
-from umt_fast.data.loader import ClipLoader, open_loader
-from umt_fast.data.manifest import DataError, read_list
+from umt_fast.data.loaders.clips import ClipLoader, open_loader
+from umt_fast.data.sources.lists import DataError, read_list
 
 
 def test_dali_on_request_says_what_is_missing(tiny_list: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.setitem(sys.modules, "nvidia.dali.fn", None)
-    monkeypatch.delitem(sys.modules, "umt_fast.data.dali", raising=False)
+    monkeypatch.delitem(sys.modules, "umt_fast.data.loaders.dali", raising=False)
     clips = read_list(tiny_list, DataConfig())
     kind = {"device": torch.device("cpu"), "num_frames": 2, "image_size": 32, "batch_size": 1}
     with pytest.raises(DataError, match="not installed.*data.reader cpu"):
@@ -63,8 +63,8 @@ def test_options_that_change_something_are_taken() -> None:
 
 
 def test_random_crops_are_mirrored_unless_that_is_switched_off() -> None:
-    from umt_fast.data.cpu import ClipReader
-    from umt_fast.data.manifest import Clip
+    from umt_fast.data.loaders.reader import ClipReader
+    from umt_fast.data.sources.lists import Clip
 
     for flip, expected in ((None, {False, True}), (True, {False, True}), (False, {False})):
         for augment in ("multi_scale_crop", "random_resized_crop"):

@@ -13,11 +13,11 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop, Resize
 from torchvision.transforms import functional as torchvision
 
 from umt_fast.config import DataConfig, Stage2Config
-from umt_fast.data import transforms
-from umt_fast.data.cpu import ClipReader
-from umt_fast.data.manifest import Clip, read_list
-from umt_fast.data.prepare import prepare
-from umt_fast.data.prepared import Settings, read_prepared
+from umt_fast.data.decode import transforms
+from umt_fast.data.loaders.reader import ClipReader
+from umt_fast.data.prepare.shards import prepare
+from umt_fast.data.sources.lists import Clip, read_list
+from umt_fast.data.sources.prepared import Settings, read_prepared
 
 BICUBIC = InterpolationMode.BICUBIC
 KIND = {"num_frames": 4, "image_size": 32, "seed": 0}

@@ -6,9 +6,9 @@ import av
 import numpy as np
 import pytest
 
-from umt_fast.data import selective, video
-from umt_fast.data.selective import Packet, groups_to_feed, regular
-from umt_fast.data.video import decode_frames
+from umt_fast.data.decode import selective, video
+from umt_fast.data.decode.selective import Packet, groups_to_feed, regular
+from umt_fast.data.decode.video import decode_frames
 
 COUNT = 48
 

@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from umt_fast.config import DataConfig
-from umt_fast.data.captions import CaptionLoader, Tokens, load_tokenizer, read_captions, read_corpora
-from umt_fast.data.clip import Clip, DataError
-from umt_fast.data.cpu import ClipReader
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.tars import expand
-from umt_fast.data.video import VideoError
+from umt_fast.data.decode.video import VideoError
+from umt_fast.data.loaders.captions import CaptionLoader
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.reader import ClipReader
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.sources.captions import read_captions, read_corpora
+from umt_fast.data.sources.clip import Clip, DataError
+from umt_fast.data.sources.tars import expand
 
 
 def picture(colour: tuple[int, int, int], kind: str) -> bytes:
@@ -93,7 +95,7 @@ def test_samples_are_paired_by_base_name_and_indexed_once(
         raise AssertionError("the index was to be used")
 
     with monkeypatch.context() as patch:
-        patch.setattr("umt_fast.data.tars._index", again)
+        patch.setattr("umt_fast.data.sources.tars._index", again)
         assert list(read_captions(tars).clips) == list(found.clips)
         write_tar(tmp_path / "10.tar", {"9.jpg": b"..", "9.txt": b"new"})
         with pytest.raises(AssertionError):

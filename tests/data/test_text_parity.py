@@ -10,7 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tests.parity_files import parity_files
-from umt_fast.data.captions import Tokens, clean_caption, load_tokenizer
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.sources.captions import clean_caption
 
 Case = tuple[dict[str, Any], dict[str, Tensor]]
 

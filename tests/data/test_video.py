@@ -15,14 +15,14 @@ from av.error import FFmpegError
 from PIL import Image
 
 from umt_fast.config import DataConfig
-from umt_fast.data.cpu import ClipReader
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import Clip, DataError, read_list
-from umt_fast.data.prepare import record_of
-from umt_fast.data.prepared import Settings
-from umt_fast.data.sampling import sparse_train
-from umt_fast.data.scan import scan
-from umt_fast.data.video import VideoError, decode_frames, limited, outline
+from umt_fast.data.decode.sampling import sparse_train
+from umt_fast.data.decode.video import VideoError, decode_frames, limited, outline
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.reader import ClipReader
+from umt_fast.data.prepare.scan import scan
+from umt_fast.data.prepare.shards import record_of
+from umt_fast.data.sources.lists import Clip, DataError, read_list
+from umt_fast.data.sources.prepared import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("UMT_SHARED", REPOSITORY.parent / "shared"))
@@ -203,7 +203,7 @@ def test_what_is_no_video_is_named(content: bytes, tmp_path: Path) -> None:
 
 
 def test_bad_clips_are_replaced_and_too_many_stop(tmp_path: Path) -> None:
-    from umt_fast.data.manifest import DataError
+    from umt_fast.data.sources.lists import DataError
 
     for number in range(6):
         grey_clip(tmp_path / f"{number}.mp4")
@@ -264,7 +264,7 @@ def test_scan_continues_after_a_kill(tmp_path: Path) -> None:
 
 
 def test_scan_without_workers(tiny_list: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("umt_fast.data.scan.worker_pool")
+    monkeypatch.delattr("umt_fast.data.prepare.scan.worker_pool")
     assert scan(tiny_list, tiny_list.with_name("manifest.jsonl"), workers=0)["good"] == 2
 
 

@@ -19,8 +19,8 @@ from umt_fast.engine import trainer as trainer_module
 from umt_fast.engine.compiling import compiled_graphs
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.trainer import Trainer
-from umt_fast.objectives.stage2 import VideoTextPretraining
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tasks.pretraining import UnmaskedAlignment
+from umt_fast.tasks.video_text import VideoTextPretraining
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -214,7 +214,7 @@ def test_pinned_buffers_really_are() -> None:
 def test_every_loader_of_ours_continues_where_training_was(kind: str, tmp_path: Path, tiny_list: Path) -> None:
     """Fetched one ahead, stopped after each number of batches, over two epochs: no clip twice, none left out."""
     from tests.data.test_cotraining import WORDS, both_kinds
-    from umt_fast.data.cotraining import AlternatingLoader, PackedLoader
+    from umt_fast.data.loaders.joint import AlternatingLoader, PackedLoader
 
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
 

@@ -11,7 +11,7 @@ import torch
 from tests.assets import tiny
 from umt_fast.config import ConfigError, RunConfig
 from umt_fast.engine.numerics import numerics
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 from umt_fast.train import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]

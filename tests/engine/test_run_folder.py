@@ -15,11 +15,11 @@ from PIL import Image
 
 from umt_fast.__main__ import main
 from umt_fast.config import DataConfig
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import read_list
-from umt_fast.data.prepare import prepare
-from umt_fast.data.prepared import Settings
-from umt_fast.data.scan import scan
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.prepare.scan import scan
+from umt_fast.data.prepare.shards import prepare
+from umt_fast.data.sources.lists import read_list
+from umt_fast.data.sources.prepared import Settings
 from umt_fast.engine.checkpoint import CheckpointError, checkpoints, own_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -34,8 +34,8 @@ from umt_fast.engine import trainer as trainer_module
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.trainer import NonFiniteError, Stopped, Trainer
 from umt_fast.models.weights import load_state
-from umt_fast.objectives.stage2 import VideoTextPretraining
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tasks.pretraining import UnmaskedAlignment
+from umt_fast.tasks.video_text import VideoTextPretraining
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Without drop path and with every token visible a rank's place decides nothing: two ranks see what one process sees.

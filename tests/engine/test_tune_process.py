@@ -12,7 +12,7 @@ import pytest
 from umt_fast.config import to_dict
 from umt_fast.engine import trainer as trainer_module
 from umt_fast.engine.tune_process import Result, failure, measure, run_candidate
-from umt_fast.tuning import with_settings
+from umt_fast.tasks.tuning import with_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REQUEST = {"candidate": {"compile": True}}
@@ -137,7 +137,7 @@ def request(settings: dict) -> dict:
 
     config = tiny.tiny()
     return {
-        "builder": "umt_fast.tuning:build_case",
+        "builder": "umt_fast.tasks.tuning:build_case",
         "kind": "Stage1Config",
         "record": to_dict(with_settings(config, settings)),
         "reference": to_dict(config),

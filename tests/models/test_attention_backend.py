@@ -7,9 +7,9 @@ import kernels
 from tests.assets import tiny
 from umt_fast.config import ConfigError, Stage2Config
 from umt_fast.models.attention import require_attention
-from umt_fast.objectives.stage2 import VideoTextPretraining
-from umt_fast.objectives.supervised import Supervised
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tasks.pretraining import UnmaskedAlignment
+from umt_fast.tasks.supervised import Supervised
+from umt_fast.tasks.video_text import VideoTextPretraining
 
 
 def batch(packed: bool) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from umt_fast import recipe
 from umt_fast.config import ConfigError, VitConfig
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.description import MODELS, complete, describe, found_in, text_config, vit_config
-from umt_fast.models.multimodal import VideoText
+from umt_fast.models.video_text import VideoText
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 # What checkpoints held under `config` before they held descriptions.

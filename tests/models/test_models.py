@@ -17,12 +17,13 @@ from umt_fast.config import (
     TextConfig,
     VitConfig,
 )
+from umt_fast.masking import TokenGrid, draw_uniform, num_visible, visible_per_clip
 from umt_fast.models.classifier import Classifier
-from umt_fast.models.clip_teacher import ClipTeacher, Mlp
-from umt_fast.models.multimodal import VideoText
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.models.student import Student
+from umt_fast.models.teachers.clip import ClipTeacher, Mlp
 from umt_fast.models.text import TextEncoder
+from umt_fast.models.video_text import VideoText
 from umt_fast.models.vit import Block, VisionTransformer, path_factors, resized_table, sinusoid_table
 from umt_fast.models.vit import Mlp as WideMlp
 from umt_fast.models.weights import (
@@ -35,8 +36,7 @@ from umt_fast.models.weights import (
     load_video_text,
     save_state,
 )
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
-from umt_fast.tokens import TokenGrid, draw_uniform, num_visible, visible_per_clip
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 SMALL = VitConfig(width=32, depth=3, num_heads=2, image_size=32, num_frames=4, drop_path=0.0)
 TEACHER = TeacherConfig(
@@ -292,7 +292,7 @@ def test_teacher_takes_clip_layouts_and_resizes_its_grid(prefix: str, tmp_path: 
 
 def test_teacher_equals_open_clip() -> None:
     """The same weights in open_clip's own tower give the same image embedding (class token, pooled by us)."""
-    from umt_fast.tasks.small_clip import build_clip
+    from umt_fast.sample_world.small_clip import build_clip
 
     torch.manual_seed(0)
     clip = build_clip(TEACHER).eval()

@@ -15,7 +15,7 @@ import kernels
 from tests.parity_files import parity_files
 from umt_fast.config import AlignConfig, MaskConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
 from umt_fast.models.weights import fit
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 CASES = parity_files("stage1") + parity_files("tubelet2")
 ROADS = ["reference", "triton"]

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.assets import tiny
-from umt_fast.models import clip_teacher
 from umt_fast.models.resize import _windows, bicubic
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.models.teachers import clip as clip_teacher
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 
 @pytest.mark.parametrize(

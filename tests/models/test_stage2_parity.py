@@ -14,10 +14,10 @@ from torch import Tensor
 import kernels
 from tests.parity_files import parity_files
 from umt_fast.config import AlignConfig, Stage2Losses, TextConfig, VitConfig
-from umt_fast.models.multimodal import HEAD_EPS, VideoText
+from umt_fast.models.video_text import HEAD_EPS, VideoText
 from umt_fast.models.weights import fit
-from umt_fast.objectives import vision_text
-from umt_fast.objectives.stage2 import stage2_losses
+from umt_fast.tasks import video_text_losses as vision_text
+from umt_fast.tasks.video_text import stage2_losses
 
 CASES = parity_files("stage2")
 LIMIT = 1e-4

@@ -8,7 +8,7 @@ import torch
 
 from umt_fast import recipe
 from umt_fast.config import TeacherConfig
-from umt_fast.models.clip_teacher import ClipTeacher
+from umt_fast.models.teachers.clip import ClipTeacher
 from umt_fast.models.weights import WeightsError, load_teacher
 
 # open_clip's names of the architectures, by what its hub calls the repositories of their weights.

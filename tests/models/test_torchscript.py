@@ -13,7 +13,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
 from umt_fast.config import TeacherConfig
-from umt_fast.models.clip_teacher import ClipTeacher
+from umt_fast.models.teachers.clip import ClipTeacher
 from umt_fast.models.weights import WeightsError, load_state, load_teacher, load_teacher_text
 
 SIZES = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 16, "output_dim": 12}

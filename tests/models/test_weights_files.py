@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from umt_fast.config import TextConfig, VitConfig
 from umt_fast.models.classifier import Classifier
-from umt_fast.models.multimodal import VideoText
 from umt_fast.models.student import Student
+from umt_fast.models.video_text import VideoText
 from umt_fast.models.weights import WeightsError, kind_of, load_student, read_weights, save_state, start_video_text
 
 VIT = VitConfig(width=32, depth=2, num_heads=2, image_size=32, num_frames=4, drop_path=0.0)

@@ -12,15 +12,15 @@ from torch import Tensor
 
 import kernels
 from tests.parity_files import parity_files
-from umt_fast.bench.plain_stage2 import PlainStage2
 from umt_fast.config import ConfigError, OptimConfig, TextConfig, VitConfig
 from umt_fast.config.core import MOST_SCORES
 from umt_fast.engine.optim import build_optimizer, parameter_groups
 from umt_fast.engine.schedule import warmup_cosine
 from umt_fast.engine.sharding import load_states
-from umt_fast.models.multimodal import HEAD_EPS, VideoText
-from umt_fast.objectives import vision_text
-from umt_fast.tokens import TokenGrid, draw_uniform, num_visible, visible_per_clip
+from umt_fast.masking import TokenGrid, draw_uniform, num_visible, visible_per_clip
+from umt_fast.models.video_text import HEAD_EPS, VideoText
+from umt_fast.reference.stage2 import PlainStage2
+from umt_fast.tasks import video_text_losses as vision_text
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:

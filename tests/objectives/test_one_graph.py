@@ -18,9 +18,9 @@ from umt_fast.config import Stage1Config
 from umt_fast.engine.feeding import Feed
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.engine.trainer import Trainer
-from umt_fast.models.clip_text import ClipText
-from umt_fast.objectives.stage2 import VideoTextPretraining
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.models.teachers.clip_text import ClipText
+from umt_fast.tasks.pretraining import UnmaskedAlignment
+from umt_fast.tasks.video_text import VideoTextPretraining
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # Operators whose result, or its shape, the host must read.

@@ -18,7 +18,7 @@ from umt_fast.config import (
     VitConfig,
 )  # fmt: skip
 from umt_fast.models.vit import Packing, path_factors
-from umt_fast.objectives.stage2 import VideoTextPretraining
+from umt_fast.tasks.video_text import VideoTextPretraining
 
 
 def small(**changes: object) -> Stage2Config:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tests.parity_files import parity_files
 from umt_fast.config import Stage2Losses, TextConfig, VitConfig
-from umt_fast.models.multimodal import VideoText
-from umt_fast.objectives import vision_text
-from umt_fast.objectives.stage2 import stage2_losses
+from umt_fast.models.video_text import VideoText
+from umt_fast.tasks import video_text_losses as vision_text
+from umt_fast.tasks.video_text import stage2_losses
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

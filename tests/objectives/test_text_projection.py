@@ -11,7 +11,7 @@ from transformers import BertTokenizerFast
 
 from tests.objectives.test_stage2 import batch_of, gradients, objective, small
 from umt_fast.config import CLIP_TEXT_LENGTH, ConfigError, Stage2Config, Stage2Losses, TeacherConfig
-from umt_fast.data.captions import Tokens
+from umt_fast.data.loaders.tokens import Tokens
 from umt_fast.models.weights import WeightsError, load_teacher_text, save_state
 
 open_clip = pytest.importorskip("open_clip")
@@ -125,7 +125,7 @@ def test_the_tower_is_frozen_and_runs_once_a_batch(weights: Path, tmp_path: Path
 
 
 def test_switched_off_there_is_no_text_tower(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("umt_fast.objectives.stage2.load_teacher_text", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr("umt_fast.tasks.video_text.load_teacher_text", lambda config: pytest.fail("loaded"))
     module = objective(aligned(weights))
     assert module.teacher_text is None
     found = module(batch_of(2, 3, 7, 0), torch.tensor([5]))

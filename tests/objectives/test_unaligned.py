@@ -10,8 +10,9 @@ from torch import Tensor
 from tests.objectives.test_stage2 import batch_of, objective, small
 from umt_fast import train
 from umt_fast.config import AlignConfig, MaskConfig, Stage2Config, Stage2Losses
-from umt_fast.objectives import stage2, unmasked_alignment
 from umt_fast.plan import work_of
+from umt_fast.tasks import pretraining as unmasked_alignment
+from umt_fast.tasks import video_text as stage2
 
 UNALIGNED = Stage2Losses(uta=0.0)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from umt_fast.__main__ import main
-from umt_fast.data import sample_world
-from umt_fast.quickstart import write_vocabulary
+from umt_fast.sample_world import world as sample_world
+from umt_fast.sample_world.quickstart import write_vocabulary
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 TINY, STAGE2 = f"{ASSETS}/tiny.py", "quickstart:stage2"

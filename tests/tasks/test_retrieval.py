@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import BertTokenizerFast
 
 from umt_fast.config import DataConfig, TextConfig, VitConfig
-from umt_fast.data.captions import Tokens
-from umt_fast.data.clip import DataError
-from umt_fast.data.queries import Queries, read_queries
+from umt_fast.data.loaders.tokens import Tokens
+from umt_fast.data.sources.clip import DataError
+from umt_fast.data.sources.queries import Queries, read_queries
 from umt_fast.engine.distributed import Ranks
-from umt_fast.models.multimodal import VideoText
+from umt_fast.models.video_text import VideoText
 from umt_fast.models.weights import WeightsError
 from umt_fast.tasks.retrieval import Keeper, both_ways, evaluate, judge, listing, ranks_of, recalls, rerank, search
 
@@ -112,7 +112,7 @@ def judged(world: Path, ranks: Ranks = ONE, model: VideoText | None = None, **op
 @torch.no_grad()
 def pair_by_pair(model: VideoText, world: Path, queries: Queries) -> tuple[Tensor, Tensor]:
     """Products of embeddings and matching logits (V, N), each clip and caption by itself."""
-    from umt_fast.data.cpu import ClipReader
+    from umt_fast.data.loaders.reader import ClipReader
 
     reader = ClipReader(queries.clips, DataConfig(), num_frames=2, image_size=32, seed=0, train=False)
     tokens = Tokens(queries.captions, BertTokenizerFast.from_pretrained(str(world)), max_length=6)

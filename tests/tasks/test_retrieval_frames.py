@@ -13,9 +13,9 @@ from torchvision.transforms import InterpolationMode, Resize
 from recipes import stage2
 from umt_fast.__main__ import main
 from umt_fast.config import Stage2Config
-from umt_fast.data import cpu
-from umt_fast.data.video import decode_frames
-from umt_fast.models.multimodal import VisionTower
+from umt_fast.data.decode.video import decode_frames
+from umt_fast.data.loaders import reader as cpu
+from umt_fast.models.video_text import VisionTower
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "thing"]

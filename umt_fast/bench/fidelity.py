@@ -14,8 +14,8 @@ from torch import Tensor
 from umt_fast.bench.stage1 import Model, stage1_config
 from umt_fast.config import ConfigError, DataConfig, Stage1Config
 from umt_fast.engine.precision import pick_device, usable_dtype
-from umt_fast.models.quantized import require_precision
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.models.teachers.quantized import require_precision
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ from umt_fast.config import Stage1Config
 from umt_fast.engine.host_memory import keep_freed_memory
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
-from umt_fast.tokens import TokenGrid, visible_per_clip
+from umt_fast.masking import TokenGrid, visible_per_clip
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 # Elements a token, in widths, that a transformer block reads and writes: norm 2, qkv 4, attention 4, projection and
 # residual 3, norm 2, first linear 5, second linear and residual 6.

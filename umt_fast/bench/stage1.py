@@ -26,13 +26,13 @@ from umt_fast.bench.measure import (
     normalised,
     random_video,
 )
-from umt_fast.bench.plain import PlainStage1, draw_mask, fill_at_random, official_optimizer
 from umt_fast.config import AlignConfig, ConfigError, RunConfig, Stage1Config, TeacherPrecision
 from umt_fast.engine import compiling
 from umt_fast.engine.optim import build_optimizer
-from umt_fast.models.quantized import require_precision
 from umt_fast.models.sizes import student_size, teacher_size
-from umt_fast.objectives.unmasked_alignment import UnmaskedAlignment
+from umt_fast.models.teachers.quantized import require_precision
+from umt_fast.reference.stage1 import PlainStage1, draw_mask, fill_at_random, official_optimizer
+from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 
 def stage1_config(model: Model, batch_size: int, dtype: str, precision: TeacherPrecision = "native") -> Stage1Config:

@@ -25,13 +25,13 @@ from umt_fast.bench.measure import (
     normalised,
     random_video,
 )
-from umt_fast.bench.plain import fill_at_random, official_optimizer
-from umt_fast.bench.plain_stage2 import PlainStage2
 from umt_fast.config import AlignConfig, ConfigError, RunConfig, Stage2Config, TextConfig
 from umt_fast.engine import compiling
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.models.sizes import student_size, teacher_size
-from umt_fast.objectives.stage2 import VideoTextPretraining
+from umt_fast.reference.stage1 import fill_at_random, official_optimizer
+from umt_fast.reference.stage2 import PlainStage2
+from umt_fast.tasks.video_text import VideoTextPretraining
 
 Media = Literal["video", "image"]
 TEXTS = {

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, VitConfig
+from umt_fast.masking import TokenGrid
 from umt_fast.models.attention import Attends
-from umt_fast.tokens import TokenGrid
 
 
 def sinusoid_table(positions: int, width: int) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from umt_fast.config import DataConfig
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import read_list
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.sources.lists import read_list
 from umt_fast.engine.distributed import gather
 from umt_fast.models.weights import WeightsError
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from umt_fast.config import ConfigError, DataConfig, require
-from umt_fast.data.captions import Tokens, load_tokenizer
-from umt_fast.data.manifest import DataError, check_labels, read_list
-from umt_fast.data.queries import Joining, read_queries
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.sources.lists import DataError, check_labels, read_list
+from umt_fast.data.sources.queries import Joining, read_queries
 from umt_fast.engine.checkpoint import CheckpointError
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.description import MODELS, complete, found_in, text_config, vit_config
-from umt_fast.models.multimodal import VideoText
+from umt_fast.models.video_text import VideoText
 from umt_fast.models.weights import (
     UnreadableError,
     WeightsError,

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from umt_fast.config import DataConfig
-from umt_fast.data.captions import Tokens
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import DataError
-from umt_fast.data.queries import Queries
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.tokens import Tokens
+from umt_fast.data.sources.lists import DataError
+from umt_fast.data.sources.queries import Queries
 from umt_fast.engine.distributed import Ranks, gather
-from umt_fast.models.multimodal import VideoText
+from umt_fast.models.video_text import VideoText
 from umt_fast.models.weights import WeightsError
 
 # Queries whose scores for all items are held at once.

@@ -13,7 +13,7 @@ from umt_fast.models.weights.files import WeightsError, load_state
 
 if TYPE_CHECKING:
     from umt_fast.models.classifier import Classifier
-    from umt_fast.models.multimodal import VideoText
+    from umt_fast.models.video_text import VideoText
 
 log = logging.getLogger("umt_fast.weights")
 

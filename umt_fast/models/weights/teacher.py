@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from umt_fast.config import CLIP_TEXT_LENGTH, CLIP_TEXT_WORDS, TeacherConfig
-from umt_fast.models.clip_teacher import ClipTeacher
+from umt_fast.models.teachers.clip import ClipTeacher
 from umt_fast.models.weights.files import WeightsError, load_state
 from umt_fast.models.weights.layouts import fit
 
 if TYPE_CHECKING:
-    from umt_fast.models.clip_text import ClipText
+    from umt_fast.models.teachers.clip_text import ClipText
 
 log = logging.getLogger("umt_fast.weights")
 
@@ -74,7 +74,10 @@ def load_teacher_text(config: TeacherConfig) -> ClipText:
 
     Raises WeightsError: no weights, weights of the visual tower alone, a text tower of another kind than CLIP's.
     """
-    from umt_fast.models.clip_text import HEAD_WIDTH, ClipText  # open_clip is slow to import, and few runs need it
+    from umt_fast.models.teachers.clip_text import (  # open_clip is slow to import, and few runs need it
+        HEAD_WIDTH,
+        ClipText,
+    )
 
     source, need = f"teacher.weights {config.weights}", "losses.text_projection needs"
     if config.weights == "untrained":
@@ -114,7 +117,7 @@ def _check_plain_text(arch: str, need: str) -> None:
     """Refuses open_clip's text towers that have CLIP's names and compute something else."""
     import open_clip
 
-    from umt_fast.models.clip_text import HEAD_WIDTH
+    from umt_fast.models.teachers.clip_text import HEAD_WIDTH
 
     text = (open_clip.get_model_config(arch) or {}).get("text_cfg", {})
     other = set(text) - {"context_length", "vocab_size", "width", "heads", "layers"}

@@ -1,0 +1,100 @@
+"""Token ids of captions, made when they are asked for: by the decoding processes, ahead of the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from umt_fast.config import CLIP_TEXT_LENGTH
+from umt_fast.data.sources.clip import DataError
+from umt_fast.data.sources.columns import Strings
+
+
+class Tokens:
+    """Token ids of captions, made when they are asked for: by the decoding processes, ahead of the training step.
+
+    Sequences are [CLS] and word pieces without a closing [SEP], as released UMT checkpoints were trained (`sep` adds it).
+    Batches are as long as their longest text, or always `max_length` where `fixed`: compiled steps want one shape.
+    `teacher` adds what CLIP's text tower reads of the same (cleaned) captions, see teacher_ids.
+    """
+
+    def __init__(
+        self, captions: Sequence[str], tokenizer: Any, *, max_length: int, sep: bool = False, fixed: bool = False,
+        teacher: bool = False,
+    ) -> None:  # fmt: skip
+        self.captions = captions if isinstance(captions, Strings) else Strings.of(captions)
+        # The Rust object alone: a decoding process need not import transformers.
+        self.tokenizer = tokenizer.backend_tokenizer
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.cls, self.pad = tokenizer.cls_token_id, tokenizer.pad_token_id
+        self.end = [tokenizer.sep_token_id] if sep else []
+        self.pieces = max_length - 1 - len(self.end)
+        self.least = max_length if fixed else 1
+        self.fixed, self.teacher = fixed, teacher
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 ids and bool mask (B, l) of some rows."""
+        texts = [self.captions[row] for row in rows.tolist()]
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        sequences = [[self.cls, *text.ids[: self.pieces], *self.end] for text in encoded]
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        longest = max(self.least, int(lengths.max()))
+        ids = torch.tensor([sequence + [self.pad] * (longest - len(sequence)) for sequence in sequences])
+        return ids, torch.arange(longest) < lengths[:, None]
+
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """The same by the names of a batch, and `teacher_ids` where they were asked for."""
+        ids, mask = self[rows]
+        return {"ids": ids, "mask": mask} | ({"teacher_ids": self.teacher_ids(rows)} if self.teacher else {})
+
+    def teacher_ids(self, rows: Tensor) -> Tensor:
+        """int64 (B, l): start token, CLIP's word pieces, end token, zeros; longer captions lose their last pieces."""
+        import open_clip  # slow to import, and most runs need no such ids
+
+        ids = open_clip.tokenize([self.captions[row] for row in rows.tolist()], CLIP_TEXT_LENGTH)
+        # The end token has the largest id.
+        return ids if self.fixed else ids[:, : int(ids.argmax(1).max()) + 1]
+
+
+def load_tokenizer(name: str) -> Any:
+    """A BERT tokenizer by name (fetched) or from a local folder with a vocab.txt.
+
+    Raises DataError where it is neither.
+    """
+    from transformers import BertTokenizerFast
+
+    # Of a folder without a vocabulary a tokenizer is made all the same, to which every word is unknown.
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("vocab.txt", "tokenizer.json")):
+        raise DataError(f"the folder {name} holds no tokenizer: neither vocab.txt nor tokenizer.json")
+    missing = f"no tokenizer {name!r}: neither a folder with a vocab.txt nor a name that can be fetched"
+    try:
+        # Where it cannot be reached, Hugging Face would be asked for each of ten files for half a minute.
+        unreachable = not Path(name).is_dir() and not _reached(name)
+        tokenizer = BertTokenizerFast.from_pretrained(name, local_files_only=unreachable)
+    except (OSError, ValueError) as error:
+        raise DataError(missing) from error
+    # What cannot be fetched may come as its special tokens alone, without an error.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise DataError(missing)
+    return tokenizer
+
+
+def _reached(name: str) -> bool:
+    """Whether Hugging Face answers, or has answered before, when asked for the first file of a tokenizer."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        hf_hub_download(name, "tokenizer_config.json")
+    except errors.LocalEntryNotFoundError:
+        return False
+    except (OSError, ValueError):  # an answer: no such name, or no such file
+        pass
+    return True

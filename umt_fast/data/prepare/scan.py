@@ -1,0 +1,243 @@
+"""`scan`: decodes every clip of a list once and writes a manifest, so that training knows true frame counts and no bad file.
+
+The manifest is one JSON line per good clip in the list's order. Bad files go to `<manifest>.bad.jsonl` with reasons.
+While it runs, results are appended to `<manifest>.partial`; a scan started again goes on from there.
+
+A manifest holds the checksum of every clip. Training does not look at it, which would read each file as a whole; `verify`
+does, for instance after files were copied to another machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from umt_fast.config import DataConfig
+from umt_fast.data.decode.video import VideoError, iterate_frames, open_video, rate_of, rotation_of
+from umt_fast.data.sources.lists import Clip, DataError, read_list
+from umt_fast.workers import worker_pool
+
+log = logging.getLogger("umt_fast.data")
+
+# Clips between two progress lines.
+_PROGRESS = 1000
+
+
+def checksum(paths: Iterable[str | Path]) -> str:
+    """BLAKE2b-128 of the bytes of some files, one after another, in hexadecimal. Raises OSError."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _files(clip: Clip, frame_pattern: str) -> list[Path]:
+    if not clip.frame_folder:
+        return [Path(clip.path)]
+    return [Path(clip.path) / frame_pattern.format(number) for number in range(1, clip.num_frames + 1)]
+
+
+def probe(clip: Clip, frame_pattern: str) -> Clip:
+    """The clip with everything a full decode tells. Raises VideoError if nothing can be decoded."""
+    if clip.frame_folder:
+        return _probe_folder(clip, frame_pattern)
+    if not Path(clip.path).exists():
+        raise VideoError(f"{clip.path}: no such file")
+    container, stream = open_video(clip.path)
+    with container:
+        rate = rate_of(stream)
+        codec = stream.codec_context.name
+    frames = keys = 0
+    sizes = set()
+    rotation = 0
+    for frame in iterate_frames(clip.path):
+        rotation = rotation_of(frame) if frames == 0 else rotation
+        frames += 1
+        keys += frame.key_frame
+        sizes.add((frame.width, frame.height))
+    if len(sizes) > 1:
+        raise VideoError(f"{clip.path}: frames change size: {sorted(sizes)}")
+    ((width, height),) = sizes
+    return replace(
+        clip,
+        num_frames=frames,
+        rate=round(rate, 3),
+        width=width,
+        height=height,
+        rotation=rotation,
+        codec=codec,
+        key_frame_spacing=round(frames / max(1, keys), 2),
+        checksum=checksum([clip.path]),
+    )
+
+
+def _probe_folder(clip: Clip, frame_pattern: str) -> Clip:
+    sizes = set()
+    files = _files(clip, frame_pattern)
+    for path in files:
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+                sizes.add(picture.size)
+        except (OSError, UnidentifiedImageError) as error:
+            raise VideoError(f"{path}: {error}") from error
+    if len(sizes) > 1:
+        raise VideoError(f"{clip.path}: frames change size: {sorted(sizes)}")
+    ((width, height),) = sizes
+    return replace(
+        clip, width=width, height=height, codec="pictures", key_frame_spacing=1.0, checksum=checksum(files)
+    )  # fmt: skip
+
+
+def _probe_one(work: tuple[int, Clip, str]) -> tuple[int, dict | None, str]:
+    number, clip, frame_pattern = work
+    try:
+        return number, asdict(probe(clip, frame_pattern)), ""
+    except VideoError as error:
+        return number, None, str(error)
+    except Exception as error:  # one odd file must not end a scan of a million
+        return number, None, f"{clip.path}: {type(error).__name__}: {error}"
+
+
+def _journal(path: Path, clips: list[Clip]) -> dict[int, tuple[dict | None, str]]:
+    """Good clips of an interrupted scan that still belong to this list; bad ones are tried again."""
+    done: dict[int, tuple[dict | None, str]] = {}
+    if not path.exists():
+        return done
+    for line in path.read_text().splitlines():
+        try:
+            number, name, entry, reason = json.loads(line)
+        except ValueError:  # the line being written when the scan was killed
+            continue
+        if number < len(clips) and clips[number].path == name and not reason:
+            done[number] = (entry, reason)
+    return done
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    """Replaces a file as a whole, or leaves it as it was."""
+    temporary = path.with_name(path.name + ".writing")
+    with open(temporary, "w") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: DataConfig | None = None) -> dict[str, int]:
+    """Scans a list into a manifest.
+
+    Args:
+        list_path: a list or an older manifest.
+        out: manifest to write. Paths in it are absolute.
+        workers: processes; 0 decodes in this one.
+        data: separator, root and frame pattern of the list.
+
+    Returns:
+        {"good": ..., "bad": ..., "resumed": ...} clip counts.
+
+    Raises:
+        DataError: an unusable list, no good clip at all, or a decoding process that was killed.
+    """
+    data, out = data or DataConfig(), Path(out)
+    clips = read_list(list_path, data)
+    if any(clip.shard for clip in clips):
+        raise DataError(f"{list_path} holds prepared clips; check them with `prepare` and --verify True")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    done = _journal(partial, clips)
+    resumed = len(done)
+    if resumed:
+        log.info("scan: %d of %d clips were scanned before", resumed, len(clips))
+    work = [(number, clip, data.frame_pattern) for number, clip in enumerate(clips) if number not in done]
+    with contextlib.ExitStack() as stack:
+        journal = stack.enter_context(open(partial, "a"))
+        pool = stack.enter_context(worker_pool(workers, __name__)) if workers else None
+        results = pool.map(_probe_one, work, chunksize=4) if pool else map(_probe_one, work)
+        journal.write("\n" if resumed else "")  # ends a line cut short by a kill
+        try:
+            for count, (number, entry, reason) in enumerate(results, resumed + 1):
+                done[number] = (entry, reason)
+                journal.write(json.dumps([number, clips[number].path, entry, reason]) + "\n")
+                journal.flush()
+                if reason:
+                    log.warning("bad clip: %s", reason)
+                if count % _PROGRESS == 0:
+                    log.info("scan: %d of %d clips", count, len(clips))
+        except BrokenProcessPool as error:
+            raise DataError("a scanning process was killed; run the same command again, it continues") from error
+    good = [Clip(**entry).to_json() for _, (entry, _) in sorted(done.items()) if entry is not None]
+    bad = [
+        json.dumps({"path": clips[number].path, "reason": reason})
+        for number, (entry, reason) in sorted(done.items())
+        if entry is None
+    ]
+    _write(out.with_name(out.name + ".bad.jsonl"), bad)
+    if not good:
+        raise DataError(f"none of the {len(clips)} clips of {list_path} can be read; reasons in {out}.bad.jsonl")
+    _write(out, good)
+    partial.unlink()
+    log.info("scan: %d good clips in %s, %d bad ones in %s.bad.jsonl", len(good), out, len(bad), out)
+    return {"good": len(good), "bad": len(bad), "resumed": resumed}
+
+
+def _differs(work: tuple[Clip, str]) -> str:
+    """Why the files of a clip are not those that were scanned; empty: they are."""
+    clip, frame_pattern = work
+    try:
+        return (
+            "" if checksum(_files(clip, frame_pattern)) == clip.checksum else f"{clip.path}: other bytes than scanned"
+        )
+    except OSError as error:
+        return f"{error.filename or clip.path}: {error.strerror}"
+
+
+def verify(manifest: str | Path, *, workers: int = 4, data: DataConfig | None = None) -> int:
+    """Reads every file of a manifest against its checksum; how many clips are good. Each other one is logged.
+
+    Args:
+        manifest: written by `scan`.
+        workers: reading processes; 0 reads in this one.
+        data: root and frame pattern.
+
+    Raises:
+        DataError: files that are missing or not as they were scanned (counted), no manifest, or entries without a checksum.
+    """
+    data = data or DataConfig()
+    clips = read_list(manifest, data)
+    if any(clip.shard for clip in clips):
+        raise DataError(f"{manifest} holds prepared clips; check them with `prepare` and --verify True")
+    bare = sum(not clip.checksum for clip in clips)
+    if bare:
+        raise DataError(
+            f"{manifest} has no checksum for {bare} of {len(clips)} clips; write a manifest of it: `scan {manifest} --out FILE`"
+        )
+    work = [(clip, data.frame_pattern) for clip in clips]
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(worker_pool(workers, __name__)) if workers else None
+        try:
+            found = [
+                reason for reason in (pool.map(_differs, work, chunksize=16) if pool else map(_differs, work)) if reason
+            ]
+        except BrokenProcessPool as error:
+            raise DataError("a reading process was killed; run the same command again") from error
+    for reason in found:
+        log.warning("bad clip: %s", reason)
+    if found:
+        raise DataError(
+            f"{len(found)} of the {len(clips)} clips of {manifest} are not as they were scanned, the first: {found[0]}; fetch "
+            "them again, or `scan` the list again"
+        )
+    log.info("scan: %d clips verified", len(clips))
+    return len(clips)
