@@ -372,7 +372,7 @@ class Trainer:
 
     def stepper(self) -> Callable[[], None]:
         """What makes the next optimizer step and nothing else, for those who measure it; the loader must not end."""
-        run_step, batches = self._wrapped(), iter(self.loader)
+        run_step, batches = self._wrapped(), Feed(self.loader, self.lane, self.ring)
         return lambda: self._train_step(run_step, batches, 0)
 
     def _announce(self) -> None:

@@ -131,6 +131,7 @@ def measure(request: dict[str, Any], say: Callable[[str], None]) -> dict[str, An
 
     from umt_fast.engine.distributed import current_ranks
     from umt_fast.engine.host_memory import keep_freed_memory
+    from umt_fast.engine.numerics import numerics
 
     run = from_dict(RunConfig, request["record"]["run"])
     device = current_ranks(run).device
@@ -138,7 +139,8 @@ def measure(request: dict[str, Any], say: Callable[[str], None]) -> dict[str, An
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    return _measured(request, say, device, run.dtype)
+    with numerics(run):
+        return _measured(request, say, device, run.dtype)
 
 
 def _measured(

@@ -31,11 +31,12 @@ from umt_fast.config import (
     to_dict,
 )
 from umt_fast.engine import checkpoint, tune, tune_store
-from umt_fast.engine.distributed import Ranks
+from umt_fast.engine.distributed import Ranks, current_ranks
 from umt_fast.engine.graphed import require_graphs
 from umt_fast.engine.sharded_checkpoint import REST
 from umt_fast.engine.tune_measure import Case
 from umt_fast.engine.tune_process import Result, run_candidate
+from umt_fast.models.attention import require_attention
 from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 from umt_fast.tasks.supervised import Supervised
@@ -226,6 +227,7 @@ def build_case(kind: str, record: dict[str, Any], exact: bool) -> Case:
         config.student.drop_path = 0.0
         if isinstance(config, Stage2Config):
             config.text.hidden_dropout = config.text.attention_dropout = 0.0
+    require_attention(config, current_ranks(config.run).device)
     torch.manual_seed(config.run.seed)
     objective = _untrained(config)
     return Case(
