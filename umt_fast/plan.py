@@ -12,25 +12,19 @@ decode: the clips at the rate of this GPU's share of the cores, beside the rest.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, VitConfig, check_numbers, require
-from umt_fast.data.sources.lists import read_list
-from umt_fast.models import flops as counted
-from umt_fast.tasks.pretraining import UnmaskedAlignment
-from umt_fast.tasks.supervised import Supervised
-from umt_fast.tasks.video_text import VideoTextPretraining
+from umt_fast.config import ConfigError, check_numbers, require
+from umt_fast.tasks import task_of
 
-AnyConfig = Stage1Config | Stage2Config | FinetuneConfig
 Gpu = Literal["a100", "h100", "h200"]
 
 
@@ -54,7 +48,6 @@ SHEETS: dict[str, GpuSheet] = {
 GPUS_PER_NODE = 8
 # Assumed share of the matmul rate.
 SHARE = 0.3
-K710_CLIPS = 650_000
 # Bytes that AdamW moves for a parameter: reads value, gradient and two moments, writes value and moments, all fp32.
 OPTIMIZER_BYTES = 28
 # Bytes held for a trained parameter: value, gradient, two moments.
@@ -135,34 +128,19 @@ class Projection:
     fits: bool
 
 
-def meta_objective(config: AnyConfig) -> nn.Module:
+def meta_objective(config: Any) -> nn.Module:
     """The objective without any weights: its shapes and FLOPs."""
-    config = copy.deepcopy(config)
-    config.init = ""
     log = logging.getLogger("umt_fast")
     level = log.level
     log.setLevel(logging.ERROR)  # weights are not wanted here: no warning that there are none
     try:
         with torch.device("meta"):
-            if isinstance(config, FinetuneConfig):
-                return Supervised(config)
-            config.teacher.weights = "untrained"
-            if isinstance(config, Stage1Config):
-                return UnmaskedAlignment(config)
-            config.bert = "untrained"
-            return VideoTextPretraining(config, mask_id=0, special=())
+            return task_of(config).untrained(config)
     finally:
         log.setLevel(level)
 
 
-def _visible(config: AnyConfig) -> int:
-    vit: VitConfig = config.student
-    if isinstance(config, FinetuneConfig):
-        return counted.visible_of(vit, None)
-    return counted.visible_of(vit, config.mask_of(image=False) if isinstance(config, Stage2Config) else config.mask)
-
-
-def work_of(config: AnyConfig) -> Work:
+def work_of(config: Any) -> Work:
     """Counts what one clip of a configuration costs."""
     objective = meta_objective(config)
     flops = objective.flops_per_clip()
@@ -173,7 +151,7 @@ def work_of(config: AnyConfig) -> Work:
     kept = vit.depth - vit.checkpoint_blocks
     per_token = kept * ACTIVATION_BYTES * vit.width + vit.checkpoint_blocks * 4 * vit.width
     # Two thirds of what is trained is backward; the blocks' products stand for the rest in proportion.
-    n = _visible(config)
+    n = task_of(config).visible_tokens(config)
     span = n if vit.attention == "joint" else n // (vit.num_frames // vit.tubelet_size)
     block = n * vit.width**2 * (8 + 4 * vit.mlp_ratio) + 4 * n * span * vit.width
     backward = min(1.0, 2 * vit.depth * block / flops)
@@ -226,17 +204,17 @@ def _measured(path: str) -> tuple[float, float, str]:
         ) from error
 
 
-def _clips(config: AnyConfig, options: PlanOptions) -> tuple[int, str]:
+def _clips(config: Any, options: PlanOptions) -> tuple[int, str]:
     if options.clips:
         return options.clips, "given"
-    if config.data.train and not isinstance(config, Stage2Config):
-        return len(read_list(config.data.train, config.data)), f"counted in {config.data.train}"
-    if isinstance(config, Stage2Config):
-        raise ConfigError("a plan of stage 2 needs the number of captioned clips and images: --clips N")
-    return K710_CLIPS, "assumed: about Kinetics-710"
+    task = task_of(config)
+    known = task.clips_of_epoch(config)
+    if known is None:
+        raise ConfigError(f"a plan of task {task.name} needs the number of its clips (and images): --clips N")
+    return known
 
 
-def report(name: str, config: AnyConfig, options: PlanOptions) -> str:
+def report(name: str, config: Any, options: PlanOptions) -> str:
     """The plan as text."""
     sheet, run = SHEETS[options.gpu], config.run
     matmul, share, where = sheet.matmul, options.share, ""

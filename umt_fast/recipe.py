@@ -14,9 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config
+from umt_fast.config import ConfigError
 
-CONFIGS = (Stage1Config, Stage2Config, FinetuneConfig)
 HERE = Path(__file__).resolve().parent
 # A wheel carries the repository's pages within the package (pyproject.toml); a checkout has them beside it.
 BUNDLED = HERE / "recipes" if (HERE / "recipes").is_dir() else HERE.parent / "recipes"
@@ -78,6 +77,8 @@ def load(recipe: str) -> Any:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"recipe {page} has no variant {variant!r}{hint} It has: {', '.join(sorted(variants))}")
     config = variants[variant]()
-    if not isinstance(config, CONFIGS):
+    from umt_fast.tasks import TASKS  # imports torch, which `--help` and mistyped names need not wait for
+
+    if not any(type(config) is task.Config for task in TASKS.values()):
         raise ConfigError(f"{page}:{variant} returns {type(config).__name__}, not one of the run configurations")
     return config

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from umt_fast.bench.stage1 import Model, stage1_config
 from umt_fast.config import ConfigError, DataConfig, Stage1Config
+from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.precision import pick_device, usable_dtype
 from umt_fast.models.teachers.quantized import require_precision
+from umt_fast.tasks import task_of
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 
@@ -84,10 +86,8 @@ def main(
     config = replace(config, teacher=replace(config.teacher, weights=weights))
     require_precision(replace(config.teacher, precision=precision), place)
     if videos:
-        from umt_fast.train import build_loader
-
         config.data = DataConfig(train=videos, workers=0)
-        loader = build_loader(config, 0, 1, place)
+        loader = task_of(config).loader(config, Ranks(0, 1, place))
         if batches > len(loader):
             raise ConfigError(
                 f"batches is {batches}, but {videos} fills {len(loader)} of batch_size {batch_size}; lower one of them"

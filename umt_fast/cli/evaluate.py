@@ -10,10 +10,12 @@ import tyro
 
 from umt_fast import recipe
 from umt_fast.cli.outputs import check_output
-from umt_fast.config import ConfigError, DataConfig, RunConfig, Stage2Config, require
+from umt_fast.config import ConfigError, DataConfig, RunConfig, require
 from umt_fast.engine.distributed import distributed_run
-from umt_fast.models.description import MODELS, TOKENIZERS, describe
-from umt_fast.tasks.evaluate import evaluate_checkpoint, write_json
+from umt_fast.files import write_json
+from umt_fast.models.description import MODELS, TOKENIZERS
+from umt_fast.tasks import EvalOptions, task_of
+from umt_fast.tasks.evaluate import evaluate_checkpoint
 
 
 def command(
@@ -75,12 +77,18 @@ def command(
     data = DataConfig(
         workers=workers, separator=separator, root=root, frame_pattern=frame_pattern, max_seconds=max_seconds
     )
+    options = EvalOptions(
+        batch_size=batch_size,
+        top_k=top_k,
+        joining=captions,
+        max_length=max_length,
+        memory_gib=memory_gib,
+        scores=scores,
+        tokenizer=tokenizer,
+        usual_tokenizer=usual_tokenizer,
+    )
     with distributed_run(RunConfig(device=device)) as ranks:
-        figures = evaluate_checkpoint(
-            checkpoint, list_path, data, batch_size=batch_size, top_k=top_k, ranks=ranks, joining=captions,
-            max_length=max_length, memory_gib=memory_gib, scores=scores, tokenizer=tokenizer, model=described,
-            usual_tokenizer=usual_tokenizer,
-        )  # fmt: skip
+        figures = evaluate_checkpoint(checkpoint, list_path, data, ranks=ranks, options=options, model=described)
         if ranks.first:
             print(json.dumps(figures))
             if out is not None:
@@ -100,8 +108,8 @@ def _named(model: str, num_frames: int, image_size: int) -> tuple[dict[str, Any]
             config = recipe.load(model)
         except ConfigError as error:
             raise ConfigError(f"--model {model} is none of {', '.join(MODELS)}, and no recipe: {error}") from error
-        described = describe(config)
-        tokenizer = config.tokenizer if isinstance(config, Stage2Config) else ""
+        described = task_of(config).describe(config)
+        tokenizer = getattr(config, "tokenizer", "")
     given = {"num_frames": num_frames, "image_size": image_size}
     described["vit"] |= {name: value for name, value in given.items() if value}
     return described, tokenizer

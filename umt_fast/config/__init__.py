@@ -28,7 +28,6 @@ from umt_fast.config.models import (
 )
 from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
-from umt_fast.config.unused import check_used
 
 __all__ = [
     "CLIP_TEXT_LENGTH",
@@ -54,7 +53,6 @@ __all__ = [
     "VitConfig",
     "check_number",
     "check_numbers",
-    "check_used",
     "from_dict",
     "require",
     "to_dict",

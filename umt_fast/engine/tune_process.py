@@ -123,8 +123,8 @@ def measure(request: dict[str, Any], say: Callable[[str], None]) -> dict[str, An
     """The child's work: {status, detail} or {status, ms, peak_gib, warm_up_s}.
 
     Args:
-        request: `builder`, "module:function" that makes a tune_measure.Case of (kind, record, exact); `kind`; `record`, the
-            candidate's configuration, and `reference`, the eager one, as to_dict gives them.
+        request: `builder`, "module:function" that makes a tune_measure.Case of (task, record, exact); `task`, its name;
+            `record`, the candidate's configuration, and `reference`, the eager one, as to_dict gives them.
         say: takes the name of each part as it begins.
     """
     import torch
@@ -150,10 +150,10 @@ def _measured(
 
     from umt_fast.engine import tune_measure
 
-    build, kind, record, reference = (request[key] for key in ("builder", "kind", "record", "reference"))
+    build, task, record, reference = (request[key] for key in ("builder", "task", "record", "reference"))
     build = _imported(build)
     say("building")
-    case = build(kind, reference, exact=True)
+    case = build(task, reference, exact=True)
     say("eager reference")
     expected = tune_measure.observe(case)
     wrong = tune_measure.not_finite(expected)
@@ -163,7 +163,7 @@ def _measured(
     if record != reference:
         tune_measure.forget(device)
         say("comparison with eager")
-        case = build(kind, record, exact=True)
+        case = build(task, record, exact=True)
         # Compiled code draws its random numbers otherwise than eager code does, unless it is told to.
         with torch._inductor.config.patch(fallback_random=True):
             found = tune_measure.observe(case)
@@ -174,7 +174,7 @@ def _measured(
     del expected
     tune_measure.forget(device)
     say("timing")
-    return {"status": "ok"} | tune_measure.time_steps(build(kind, record, exact=False))
+    return {"status": "ok"} | tune_measure.time_steps(build(task, record, exact=False))
 
 
 def failure(error: BaseException) -> dict[str, Any]:

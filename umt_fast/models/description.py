@@ -8,14 +8,13 @@ A description may lack sizes (None); `complete` takes those from the tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, Stage2Config, TextConfig, VitConfig
+from umt_fast.config import ConfigError, TextConfig, VitConfig
 from umt_fast.models.sizes import STUDENTS
 
-Task = Literal["pretraining", "classification", "video_text"]
 # Raised when what is stored no longer means the same.
 VERSION = 1
 
@@ -26,18 +25,15 @@ _VIT = (
 _TEXT = ("width", "depth", "fusion_layer", "num_heads", "vocab_size", "max_positions")
 
 
-def describe(config: Stage1Config | Stage2Config | FinetuneConfig) -> dict[str, Any]:
-    """The description of the model that a run with this configuration saves."""
+def base_description(task: str, config: Any) -> dict[str, Any]:
+    """What the description of every task's model begins with: task, tower, and the dtype it was computed in."""
     vit = {key: getattr(config.student, key) for key in _VIT} | {"position_grid": list(config.student.position_grid)}
-    base = {"version": VERSION, "vit": vit, "dtype": config.run.dtype}
-    if isinstance(config, FinetuneConfig):
-        return base | {"task": "classification", "num_classes": config.num_classes}
-    heads = {"num_layers": config.align.num_layers, "output_dim": config.teacher.output_dim}
-    if isinstance(config, Stage1Config):
-        return base | {"task": "pretraining"} | heads
-    text = {key: getattr(config.text, key) for key in _TEXT}
-    words = {"max_length": config.max_length, "sep_token": config.sep_token}
-    return base | {"task": "video_text"} | heads | {"text": text, "embed_dim": config.embed_dim} | words
+    return {"version": VERSION, "task": task, "vit": vit, "dtype": config.run.dtype}
+
+
+def text_description(text: TextConfig) -> dict[str, Any]:
+    """The text encoder's part of a description."""
+    return {key: getattr(text, key) for key in _TEXT}
 
 
 def from_record(record: dict[str, Any]) -> dict[str, Any]:

@@ -40,15 +40,16 @@ from umt_fast.data.sources.prepared import Settings
 from umt_fast.engine.checkpoint import checkpoints
 from umt_fast.engine.distributed import current_ranks
 from umt_fast.engine.precision import pick_device
+from umt_fast.files import write_json
 from umt_fast.models.teachers.clip import ClipTeacher
 from umt_fast.models.weights import load_teacher
 from umt_fast.report import read_results, write_report
 from umt_fast.sample_world import small_clip
 from umt_fast.sample_world import world as sample_world
 from umt_fast.sample_world.frame_teacher import FrameSupervised
-from umt_fast.tasks.classification import accuracy
-from umt_fast.tasks.evaluate import evaluate_checkpoint, write_json
-from umt_fast.tasks.supervised import Supervised
+from umt_fast.tasks import EvalOptions
+from umt_fast.tasks.classification import Supervised, accuracy
+from umt_fast.tasks.evaluate import evaluate_checkpoint
 from umt_fast.train import fit_objective, train
 from umt_fast.workers import worker_pool
 
@@ -253,9 +254,8 @@ def retrieve(out: Path, config: Stage2Config, show: int = 8) -> dict[str, Any]:
     data, table = DataConfig(workers=config.data.workers), out / "world" / "test_captions.json"
     run = Path(config.run.out)
     checkpoint, scores = Path(newest_weights(run)), run / "retrieval.json"
-    figures = evaluate_checkpoint(
-        checkpoint, table, data, batch_size=32, top_k=128, ranks=current_ranks(config.run), scores=scores
-    )  # fmt: skip
+    options = EvalOptions(batch_size=32, scores=scores)
+    figures = evaluate_checkpoint(checkpoint, table, data, ranks=current_ranks(config.run), options=options)
     few = json.loads(scores.read_text())["t2v"][:show]
     if few:
         best = [[name for name, _ in query["found"][:3]] for query in few]

@@ -1,19 +1,131 @@
-"""Accuracy of a classifier on a list of clips."""
+"""Supervised classification of clips: fine-tuning and linear probes, and the accuracy of what they made."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import logging
+import pickle
 from collections.abc import Callable, Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from umt_fast.config import DataConfig
+from umt_fast.config import DataConfig, FinetuneConfig
+from umt_fast.config.unused import Refuse
 from umt_fast.data.loaders.clips import ClipLoader
-from umt_fast.data.sources.lists import read_list
-from umt_fast.engine.distributed import gather
-from umt_fast.models.weights import WeightsError
+from umt_fast.data.sources.lists import check_labels, read_list
+from umt_fast.engine.checkpoint import checkpoints
+from umt_fast.engine.distributed import Ranks, current_ranks, gather
+from umt_fast.engine.sharded_checkpoint import REST
+from umt_fast.files import write_json
+from umt_fast.models import flops
+from umt_fast.models.attention import use_attention
+from umt_fast.models.classifier import Classifier, pretraining_grid
+from umt_fast.models.description import base_description, found_in, vit_config
+from umt_fast.models.weights import WeightsError, WeightsFile, fit_classifier, load_encoder, read_weights
+from umt_fast.tasks.base import EvalOptions, register
+from umt_fast.tasks.clips import clip_loader, listed_or_assumed, random_clips, random_integers, training_list
+
+log = logging.getLogger("umt_fast")
+
+
+class Supervised(nn.Module):
+    """batch with labels -> loss and top-1 accuracy."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.classifier = Classifier(config.student, config.num_classes, config.head_scale)
+        if config.init:
+            load_encoder(self.classifier, config.init)
+        if config.freeze:
+            for name, parameter in self.classifier.named_parameters():
+                parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
+        use_attention(self, config.run.attention)
+
+    @property
+    def trainable(self) -> nn.Module:
+        """The module that checkpoints hold, in the official classifier layout."""
+        return self.classifier
+
+    def layer_id(self, name: str) -> int:
+        """0 for the patch embedding, i + 1 for block i, depth + 1 for what follows the blocks."""
+        if name.startswith("patch_embed."):
+            return 0
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        return self.config.student.depth + 1
+
+    def logits(self, video: Tensor) -> Tensor:
+        """(B, num_classes) fp32."""
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=self.config.run.dtype == "bf16"):
+            return self.classifier(video).float()
+
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods that are compiled apart where gradients cross the network."""
+        return self.classifier.pieces()
+
+    def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
+        """batch: `video` as in pre-training; `label`, int64 (B,) classes or floating (B, num_classes) probabilities, which
+        are taken as they are, without label_smoothing. Returns fp32 scalars `loss` and `top1` (a share)."""
+        logits, label = self.logits(batch["video"]), batch["label"]
+        if label.is_floating_point():
+            loss, label = F.cross_entropy(logits, label), label.argmax(1)
+        else:
+            loss = F.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing)
+        return {"loss": loss, "top1": (logits.detach().argmax(1) == label).float().mean()}
+
+    def flops_per_clip(self) -> float:
+        """Matrix-product FLOPs of a clip, forward and backward (forward alone through frozen blocks)."""
+        vit, n = self.config.student, self.classifier.grid.size
+        span = n if vit.attention == "joint" else n // self.classifier.grid.frames
+        block = n * vit.width**2 * (8 + 4 * vit.mlp_ratio) + 4 * n * span * vit.width
+        patch = n * vit.width * 6 * vit.tubelet_size * vit.patch_size**2
+        passes = 1 if self.config.freeze else 3
+        return passes * vit.depth * block + min(passes, 2) * patch
+
+
+def trained_grid(checkpoint: Path) -> tuple[int, ...] | None:
+    """The grid that the position table of a file was made for; None where the file does not describe its model."""
+    try:
+        if checkpoint.is_dir():
+            rest = torch.load(checkpoint / REST, map_location="cpu", weights_only=True)
+        else:
+            rest = read_weights(checkpoint).rest
+        described = found_in(rest, checkpoint)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        return None  # who loads the weights says what is wrong with them
+    if described is None:
+        return None
+    vit = vit_config(described)
+    return vit.position_grid or (
+        pretraining_grid(vit.patch_size) if described["task"] == "classification" else vit.grid
+    )
+
+
+def with_position_grid(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration with student.position_grid set; one line says so where the table is resized.
+
+    As given; else that of the run which continues; else that which `init` was trained at; else the official one.
+    """
+    vit, run = config.student, config.run
+    if vit.position_grid:
+        return config
+    sources = [path for _, path in reversed(checkpoints(Path(run.out)))] if run.resume else []
+    sources += [Path(config.init)] if config.init else []
+    found = ((grid, str(path)) for path in sources if (grid := trained_grid(path)))
+    grid, source = next(found, (pretraining_grid(vit.patch_size), "the official pre-training"))
+    if tuple(grid) != vit.grid and current_ranks(run).first:
+        log.info(
+            "the position table is made for the %s tokens of %s and resized to %s; --student.position_grid sets another",
+            " x ".join(map(str, grid)), source, " x ".join(map(str, vit.grid)),
+        )  # fmt: skip
+    return dataclasses.replace(config, student=dataclasses.replace(vit, position_grid=tuple(grid)))
 
 
 @torch.no_grad()
@@ -70,3 +182,78 @@ def accuracy(
     yield "top1", top1
     yield "top5", top5
     yield "clips", count
+
+
+class Classification:
+    """Fine-tuning of a classifier, or of its head alone."""
+
+    name = "classification"
+    Config = FinetuneConfig
+
+    def settled(self, config: FinetuneConfig) -> FinetuneConfig:
+        return with_position_grid(config)
+
+    def refuse_unread(self, config: FinetuneConfig, refuse: Refuse, world_size: int) -> None:
+        if config.freeze:
+            refuse("optim.layer_decay", "freeze leaves only the head to be trained", 1.0)
+            refuse("student.checkpoint_blocks", "freeze needs no backward pass through the blocks", 0)
+
+    def objective(self, config: FinetuneConfig) -> Supervised:
+        return Supervised(config)
+
+    def untrained(self, config: FinetuneConfig) -> Supervised:
+        config = copy.deepcopy(config)
+        config.init = ""
+        return Supervised(config)
+
+    def loader(self, config: FinetuneConfig, ranks: Ranks) -> ClipLoader:
+        clips = training_list(config)
+        check_labels(clips, config.num_classes, config.data.train)
+        return clip_loader(config, clips, config.student.num_frames, ranks)
+
+    def random_batches(self, config: FinetuneConfig) -> list[dict[str, Tensor]]:
+        batch = random_clips(config, config.student.num_frames)
+        return [batch | {"label": random_integers(config.num_classes, len(batch["index"]))}]
+
+    def without_noise(self, config: FinetuneConfig) -> FinetuneConfig:
+        return dataclasses.replace(config, student=dataclasses.replace(config.student, drop_path=0.0))
+
+    def clips_of_epoch(self, config: FinetuneConfig) -> tuple[int, str]:
+        return listed_or_assumed(config)
+
+    def visible_tokens(self, config: FinetuneConfig) -> int:
+        return flops.visible_of(config.student, None)
+
+    def describe(self, config: FinetuneConfig) -> dict[str, Any]:
+        return base_description(self.name, config) | {"num_classes": config.num_classes}
+
+    def evaluate(
+        self, file: WeightsFile, described: dict[str, Any], source: Path, list_path: Path, data: DataConfig,
+        options: EvalOptions, ranks: Ranks,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Top-1 and top-5 on labelled clips, one centred view of each."""
+        retrieval = ("top_k", "joining", "max_length", "memory_gib", "tokenizer")
+        options.refuse(retrieval, f"for retrieval, and {source} is a classifier")
+        remedy = "this classifier knows no others: give a list of its classes"
+        check_labels(read_list(list_path, data), described["num_classes"], str(list_path), remedy)
+        vit = vit_config(described)
+        classifier = Classifier(vit, described["num_classes"])
+        fit_classifier(classifier, file.state, str(source))
+        classifier.to(ranks.device).eval()
+
+        def logits(video: Tensor) -> Tensor:
+            with torch.autocast(video.device.type, torch.bfloat16, enabled=described["dtype"] == "bf16"):
+                return classifier(video).float()
+
+        found: list[dict[str, Any]] | None = None if options.scores is None else []
+        figures = accuracy(
+            logits, str(list_path), data, num_frames=vit.num_frames, image_size=vit.image_size,
+            batch_size=options.batch_size, device=ranks.device, rank=ranks.rank, world_size=ranks.world_size, found=found,
+        )  # fmt: skip
+        figures = dict(figures)
+        if found is not None and ranks.first:
+            write_json(options.scores, {"clips": found})
+        return figures
+
+
+register(Classification())

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 import kernels
-from umt_fast.config import Stage1Config
+from umt_fast.config import DataConfig, Stage1Config
+from umt_fast.config.unused import Refuse
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.engine.distributed import Ranks
+from umt_fast.engine.precision import pick_device
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
+from umt_fast.models.description import base_description
 from umt_fast.models.student import Student
 from umt_fast.models.teachers.clip import ClipTeacher
-from umt_fast.models.weights import load_student, load_teacher
+from umt_fast.models.teachers.quantized import require_precision
+from umt_fast.models.weights import WeightsError, WeightsFile, load_student, load_teacher
+from umt_fast.tasks.base import EvalOptions, register
+from umt_fast.tasks.clips import listed_clips, listed_or_assumed, random_clips
 
 
 class UnmaskedAlignment(nn.Module):
@@ -75,3 +88,63 @@ class UnmaskedAlignment(nn.Module):
         visible = flops.visible_of(vit, config.mask)
         student = flops.tower_flops(vit, visible, num_layers=layers, output_dim=config.teacher.output_dim)
         return student + flops.teacher_flops(config.teacher, vit, config.mask, num_layers=layers)
+
+
+class Pretraining:
+    """Masked pre-training of the student, against a frozen teacher."""
+
+    name = "pretraining"
+    Config = Stage1Config
+
+    def settled(self, config: Stage1Config) -> Stage1Config:
+        require_precision(config.teacher, pick_device(config.run.device))
+        return config
+
+    def refuse_unread(self, config: Stage1Config, refuse: Refuse, world_size: int) -> None:
+        refuse_teacher(config, refuse)
+
+    def objective(self, config: Stage1Config) -> UnmaskedAlignment:
+        return UnmaskedAlignment(config)
+
+    def untrained(self, config: Stage1Config) -> UnmaskedAlignment:
+        config = copy.deepcopy(config)
+        config.init, config.teacher.weights = "", "untrained"
+        return UnmaskedAlignment(config)
+
+    def loader(self, config: Stage1Config, ranks: Ranks) -> ClipLoader:
+        return listed_clips(config, ranks)
+
+    def random_batches(self, config: Stage1Config) -> list[dict[str, Tensor]]:
+        return [random_clips(config, config.student.num_frames)]
+
+    def without_noise(self, config: Stage1Config) -> Stage1Config:
+        return dataclasses.replace(config, student=dataclasses.replace(config.student, drop_path=0.0))
+
+    def clips_of_epoch(self, config: Stage1Config) -> tuple[int, str]:
+        return listed_or_assumed(config)
+
+    def visible_tokens(self, config: Stage1Config) -> int:
+        return flops.visible_of(config.student, config.mask)
+
+    def describe(self, config: Stage1Config) -> dict[str, Any]:
+        heads = {"num_layers": config.align.num_layers, "output_dim": config.teacher.output_dim}
+        return base_description(self.name, config) | heads
+
+    def evaluate(
+        self, file: WeightsFile, described: dict[str, Any], source: Path, list_path: Path, data: DataConfig,
+        options: EvalOptions, ranks: Ranks,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Raises WeightsError: there is nothing to judge such a model by."""
+        raise WeightsError(
+            f"{source} is of a stage-1 run; eval judges fine-tuned classifiers (accuracy) and stage-2 models (retrieval)"
+        )
+
+
+def refuse_teacher(config: Any, refuse: Refuse) -> None:
+    """What pre-training with a teacher does not read, in either stage."""
+    if config.teacher.depth == 1:
+        refuse("teacher.precision", "the last block is always exact, and teacher.depth is 1")
+    refuse("optim.layer_decay", "only fine-tuning has a rate for each layer", 1.0)
+
+
+register(Pretraining())

@@ -1,4 +1,4 @@
-"""run.tune for the three kinds of training: which settings it may change, what it times, and where a run has its choice from.
+"""run.tune for every task: which settings it may change, what it times, and where a run has its choice from.
 
 The choice of a continued run is the one in its checkpoint, whatever the cache says. Else the device is asked (engine/tune.py)
 with random clips and random weights, on the first rank's device alone: the ranks' exchange of gradients, which hides behind
@@ -16,20 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from umt_fast.config import (
-    CLIP_TEXT_LENGTH,
-    CLIP_TEXT_WORDS,
-    ConfigError,
-    FinetuneConfig,
-    RunConfig,
-    Stage1Config,
-    Stage2Config,
-    TeacherConfig,
-    from_dict,
-    to_dict,
-)
+from umt_fast.config import ConfigError, RunConfig, TeacherConfig, from_dict, to_dict
 from umt_fast.engine import checkpoint, tune, tune_store
 from umt_fast.engine.distributed import Ranks, current_ranks
 from umt_fast.engine.graphed import require_graphs
@@ -38,14 +26,10 @@ from umt_fast.engine.tune_measure import Case
 from umt_fast.engine.tune_process import Result, run_candidate
 from umt_fast.models.attention import require_attention
 from umt_fast.models.teachers.quantized import require_precision
-from umt_fast.tasks.pretraining import UnmaskedAlignment
-from umt_fast.tasks.supervised import Supervised
-from umt_fast.tasks.video_text import VideoTextPretraining
+from umt_fast.tasks.base import task_named, task_of
 
 log = logging.getLogger("umt_fast")
 
-AnyConfig = Stage1Config | Stage2Config | FinetuneConfig
-KINDS = {kind.__name__: kind for kind in (Stage1Config, Stage2Config, FinetuneConfig)}
 
 # Settings that may be chosen: section and field.
 AXES = {
@@ -67,7 +51,7 @@ _IRRELEVANT = (
 _NUMBERS = ("lr", "min_lr", "warmup_lr", "lr_batch", "betas", "eps", "weight_decay")
 
 
-def settings_of(config: AnyConfig) -> tune.Candidate:
+def settings_of(config: Any) -> tune.Candidate:
     """The values that a configuration has for AXES, as far as its kind has them."""
     found = {}
     for name, (section, field) in AXES.items():
@@ -82,12 +66,12 @@ def _default(name: str) -> Any:
     return getattr(_SECTIONS[section](), field)
 
 
-def free(config: AnyConfig) -> list[str]:
+def free(config: Any) -> list[str]:
     """The settings left at their default: whoever set one keeps it."""
     return [name for name, value in settings_of(config).items() if value == _default(name)]
 
 
-def with_settings(config: AnyConfig, settings: tune.Candidate) -> AnyConfig:
+def with_settings(config: Any, settings: tune.Candidate) -> Any:
     """A copy with these settings. Raises ConfigError where they do not go together."""
     changes: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
@@ -97,7 +81,7 @@ def with_settings(config: AnyConfig, settings: tune.Candidate) -> AnyConfig:
     return dataclasses.replace(config, **parts)
 
 
-def why_not(config: AnyConfig, settings: tune.Candidate, ranks: Ranks) -> str:
+def why_not(config: Any, settings: tune.Candidate, ranks: Ranks) -> str:
     """Why a run of this configuration cannot have these settings here, or an empty text."""
     if ranks.device.type != "cuda" and settings.get("attention") in _GPU_ONLY:
         return f"run.attention {settings['attention']} needs a GPU"
@@ -114,7 +98,7 @@ def why_not(config: AnyConfig, settings: tune.Candidate, ranks: Ranks) -> str:
     return ""
 
 
-def space(config: AnyConfig, ranks: Ranks) -> list[tune.Candidate]:
+def space(config: Any, ranks: Ranks) -> list[tune.Candidate]:
     """Every combination of the free settings in run.tune_axes that is possible here, the configured one first."""
     given = settings_of(config)
     values = []
@@ -128,7 +112,7 @@ def space(config: AnyConfig, ranks: Ranks) -> list[tune.Candidate]:
     return [settings for settings in every if settings == given or not why_not(config, settings, ranks)]
 
 
-def _of_checkpoint(config: AnyConfig, ranks: Ranks) -> tune.Candidate | None:
+def _of_checkpoint(config: Any, ranks: Ranks) -> tune.Candidate | None:
     """The settings with which a tuned run saved its newest checkpoint; None where there is none, or this is no place for them.
 
     Settings that are not free now stay as they are configured.
@@ -159,7 +143,7 @@ def _of_checkpoint(config: AnyConfig, ranks: Ranks) -> tune.Candidate | None:
     return settings
 
 
-def key_of(config: AnyConfig, world_size: int, machine: dict[str, Any]) -> dict[str, Any]:
+def key_of(config: Any, world_size: int, machine: dict[str, Any]) -> dict[str, Any]:
     """What the fastest way may depend on: machine and software, model, shapes, and the settings that are not free."""
     record = to_dict(config)
     run = {name: value for name, value in record.pop("run").items() if name not in _IRRELEVANT}
@@ -175,10 +159,10 @@ def key_of(config: AnyConfig, world_size: int, machine: dict[str, Any]) -> dict[
     optim = {name: value for name, value in optim.items() if name not in _NUMBERS} | {
         "clip_grad": optim["clip_grad"] > 0
     }
-    return {"machine": machine, "kind": type(config).__name__, "shapes": shapes, "optim": optim, "model": record}
+    return {"machine": machine, "task": task_of(config).name, "shapes": shapes, "optim": optim, "model": record}
 
 
-def settle(config: AnyConfig, ranks: Ranks) -> None:
+def settle(config: Any, ranks: Ranks) -> None:
     """Writes the settings that run.tune chooses into the configuration, the same on every rank; nothing where it is off.
 
     Raises ConfigError: ranks with different devices. CheckpointError: no checkpoint of the run can be read.
@@ -201,88 +185,40 @@ def settle(config: AnyConfig, ranks: Ranks) -> None:
             setattr(config, section, getattr(settled, section))
 
 
-def _ask(config: AnyConfig, candidate: tune.Candidate) -> Result:
+def _ask(config: Any, candidate: tune.Candidate) -> Result:
     eager = with_settings(config, candidate | {"compile": False, "cuda_graph": False})
     if "attention" in candidate:
         eager = with_settings(eager, {"attention": settings_of(config)["attention"]})
     request = {
         "candidate": candidate,
         "builder": "umt_fast.tasks.tuning:build_case",
-        "kind": type(config).__name__,
+        "task": task_of(config).name,
         "record": to_dict(with_settings(config, candidate)),
         "reference": to_dict(eager),
     }
     return run_candidate(request, config.run.tune_deadline)
 
 
-def build_case(kind: str, record: dict[str, Any], exact: bool) -> Case:
+def build_case(task: str, record: dict[str, Any], exact: bool) -> Case:
     """The training step of a configuration's record, with random weights and random batches, the same at every call.
 
-    kind: the configuration's class. exact: without drop path and dropout, so that two ways of computing can be compared.
+    task: its name. exact: without drop path and dropout, so that two ways of computing can be compared.
     """
-    config = from_dict(KINDS[kind], record)
+    kind = task_named(task)
+    config = from_dict(kind.Config, record)
     # A trainer of one process, which saves nothing.
     config.run = dataclasses.replace(config.run, parallel="ddp", compress="none")
     if exact:
-        config.student.drop_path = 0.0
-        if isinstance(config, Stage2Config):
-            config.text.hidden_dropout = config.text.attention_dropout = 0.0
+        config = kind.without_noise(config)
     require_attention(config, current_ranks(config.run).device)
     torch.manual_seed(config.run.seed)
-    objective = _untrained(config)
+    objective = kind.untrained(config)
     return Case(
-        run=config.run, optim=config.optim, objective=objective, batches=_batches(config),
-        num_sample=config.data.num_sample, layer_of=getattr(objective, "layer_id", None),
+        run=config.run,
+        optim=config.optim,
+        objective=objective,
+        batches=kind.random_batches(config),
+        num_sample=config.data.num_sample,
+        layer_of=getattr(objective, "layer_id", None),
         num_layers=config.student.depth + 1,
-    )  # fmt: skip
-
-
-# Places in the vocabulary of random text: the class token, what is never hidden, the mask's.
-_CLS, _SPECIAL, _MASK = 1, (0, 1, 2), 3
-
-
-def _untrained(config: AnyConfig) -> torch.nn.Module:
-    config.init = ""
-    if isinstance(config, FinetuneConfig):
-        return Supervised(config)
-    # CLIP's text tower has no untrained form.
-    if not isinstance(config, Stage2Config) or not config.losses.text_projection:
-        config.teacher.weights = "untrained"
-    if isinstance(config, Stage1Config):
-        return UnmaskedAlignment(config)
-    config.bert = "untrained"
-    return VideoTextPretraining(config, mask_id=_MASK, special=_SPECIAL)
-
-
-def _batches(config: AnyConfig) -> list[dict[str, Tensor]]:
-    """One batch of each kind as the loaders give them, texts of full length."""
-    generator = torch.Generator().manual_seed(0)
-    rows, side = config.run.batch_size * config.data.num_sample, config.student.image_size
-    index = torch.arange(config.run.batch_size).repeat_interleave(config.data.num_sample)
-
-    def numbers(most: int, *shape: int, least: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.randint(least, most, shape, generator=generator, dtype=dtype)
-
-    def clips(frames: int) -> dict[str, Tensor]:
-        batch = {"video": numbers(256, rows, frames, side, side, 3, dtype=torch.uint8), "index": index}
-        if not isinstance(config, Stage2Config):
-            return batch | {"label": numbers(getattr(config, "num_classes", 1), rows)}
-        ids = numbers(config.text.vocab_size, rows, config.max_length, least=min(_MASK + 1, config.text.vocab_size - 1))
-        ids[:, 0] = _CLS
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        batch |= {"label": torch.zeros_like(index), "ids": ids, "mask": mask, "sample": index}
-        if config.losses.text_projection:
-            teacher_ids = numbers(CLIP_TEXT_WORDS - 1, rows, CLIP_TEXT_LENGTH)
-            teacher_ids[:, -1] = CLIP_TEXT_WORDS - 1  # the end token has the largest id
-            batch["teacher_ids"] = teacher_ids
-        return batch
-
-    if not isinstance(config, Stage2Config):
-        return [clips(config.student.num_frames)]
-    kinds = [(config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)]
-    found = [clips(frames) for entries, frames in kinds if entries]
-    if config.co_training == "packed":
-        clip, image = found
-        images = {f"image_{name}": value for name, value in image.items()}
-        return [clip | images | {"index": torch.cat([index] * 2)}]
-    return found
+    )

@@ -11,165 +11,43 @@ of each kind, negatives included, and the step's loss is their mean.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
-from umt_fast.config import AlignConfig, Stage2Config, Stage2Losses
+from umt_fast.config import (
+    CLIP_TEXT_LENGTH,
+    CLIP_TEXT_WORDS,
+    ConfigError,
+    DataConfig,
+    Stage2Config,
+    require,
+)
+from umt_fast.config.unused import Refuse
+from umt_fast.data.loaders.captions import CaptionLoader
+from umt_fast.data.loaders.joint import AlternatingLoader, PackedLoader
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.sources.captions import read_corpora
+from umt_fast.engine.distributed import Ranks
+from umt_fast.engine.precision import pick_device
 from umt_fast.masking import draw_uniform
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
+from umt_fast.models.description import base_description, text_description
 from umt_fast.models.teachers.clip import ClipTeacher
-from umt_fast.models.video_text import HEAD_EPS, VideoText
-from umt_fast.models.weights import load_bert, load_teacher, load_teacher_text, start_video_text
+from umt_fast.models.teachers.quantized import require_precision
+from umt_fast.models.video_text import VideoText
+from umt_fast.models.weights import WeightsFile, load_bert, load_teacher, load_teacher_text, start_video_text
+from umt_fast.tasks import retrieval
 from umt_fast.tasks import video_text_losses as vision_text
-
-
-def stage2_losses(
-    model: VideoText,
-    losses: Stage2Losses,
-    *,
-    video: Tensor,
-    visible: Tensor,
-    ids: Tensor,
-    mask: Tensor,
-    index: Tensor,
-    masked_ids: Tensor,
-    labels: Tensor,
-    seed: Tensor,
-    targets: Tensor | None = None,
-    negatives: tuple[Tensor, Tensor] | None = None,
-    rank: int = 0,
-    capacity: int | None = None,
-    pooled: int = 1,
-    align: AlignConfig | None = None,
-) -> dict[str, Tensor]:
-    """The losses of one batch of clips (or of images, as clips of one frame).
-
-    Args:
-        video: uint8 (B, T, H, W, 3), or normalised (B, 3, T, H, W).
-        visible: int32 (B, n), the tokens the tower sees.
-        ids, mask: int64 (B, l) text with the class token first, and bool (B, l), False at padding.
-        index: int64 (B,), equal for rows of one sample.
-        masked_ids, labels: as vision_text.mask_tokens makes them.
-        seed: int64 (1,), draws the hard negatives unless they are given.
-        targets: (K, B, n, D) teacher outputs at visible, for the alignment loss; None: that loss is left out.
-        negatives: (clip of each text, text of each clip), int64 (B,) each, rows of this rank.
-        rank: this rank's place among the gathered rows.
-        capacity: most positions of a batch that masked-language logits are computed for; None: all of them.
-        pooled: equal parts of the tokens that are pooled apart; similarities are their mean. 1: all tokens together.
-        align: normalisation and distance of the alignment loss; None: the official ones.
-
-    The model's temperature is first brought into its bounds, in place.
-
-    Returns:
-        fp32 scalars: `loss`, the weighted sum, and `vtc`, `vtm`, `mlm`, `uta` (detached) as far as their weights are not 0.
-    """
-    pairs = Pairs(video, visible, ids, mask, index, masked_ids, labels, seed, targets, negatives, capacity=capacity)
-    return joint_losses(model, losses, [pairs._replace(pooled=pooled)], rank, align)
-
-
-class Pairs(NamedTuple):
-    """A batch of clips, or of images, with their captions; see stage2_losses for each.
-
-    image, caption: fp32 (B, D) CLIP's embeddings of the clip and of its caption, for the alignment of the projected ones,
-    or None.
-    """
-
-    video: Tensor
-    visible: Tensor
-    ids: Tensor
-    mask: Tensor
-    index: Tensor
-    masked_ids: Tensor
-    labels: Tensor
-    seed: Tensor
-    targets: Tensor | None = None
-    negatives: tuple[Tensor, Tensor] | None = None
-    image: Tensor | None = None
-    caption: Tensor | None = None
-    capacity: int | None = None
-    pooled: int = 1
-
-
-def joint_losses(
-    model: VideoText, losses: Stage2Losses, batches: Sequence[Pairs], rank: int = 0, align: AlignConfig | None = None
-) -> dict[str, Tensor]:
-    """As stage2_losses, the mean of several batches: what the mean of their single steps would give, gradients too."""
-    align, temperature = align or AlignConfig(), model.bound_temperature()
-    heads = losses.uta > 0 and all(pairs.targets is not None for pairs in batches)
-    if len(batches) == 1:
-        seen = [model.vision_encoder.embed(batches[0].video, batches[0].visible, heads=heads)]
-    else:
-        seen = model.vision_encoder.embed_packed([(pairs.video, pairs.visible) for pairs in batches], heads=heads)
-    texts = _encode(model, batches)
-    found: dict[str, Tensor] = {}
-    for pairs, (tokens, outputs), (plain, masked) in zip(batches, seen, texts, strict=True):
-        parts = _losses_of(model, losses, align, temperature, pairs, tokens, outputs, plain, masked, rank)
-        for name, value in parts.items():
-            found[name] = found.get(name, 0) + value / len(batches)
-    total = sum(getattr(losses, name) * value for name, value in found.items())
-    return {"loss": total} | {name: value.detach() for name, value in found.items()}
-
-
-def _encode(model: VideoText, batches: Sequence[Pairs]) -> list[tuple[Tensor, Tensor]]:
-    """Plain and masked text (B, l, W) of each batch, all in one pass, padded to the longest of all batches."""
-    longest = max(pairs.ids.shape[1] for pairs in batches)
-
-    def joined(parts: list[Tensor]) -> Tensor:
-        return torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])
-
-    ids = joined([pairs.ids for pairs in batches] + [pairs.masked_ids for pairs in batches])
-    mask = joined([pairs.mask for pairs in batches] * 2)
-    parts = model.text_encoder.encode(ids, mask).split([len(pairs.ids) for pairs in batches] * 2)
-    every = zip(batches, parts[: len(batches)], parts[len(batches) :], strict=True)
-    return [tuple(part[:, : pairs.ids.shape[1]] for part in both) for pairs, *both in every]
-
-
-def _losses_of(
-    model: VideoText, losses: Stage2Losses, align: AlignConfig, temperature: Tensor, pairs: Pairs, tokens: Tensor,
-    heads: Tensor | None, plain: Tensor, masked: Tensor, rank: int,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The losses of one kind by name, from its vision tokens (B, n, C) and its plain and masked text (B, l, W)."""
-    text, tower, found = model.text_encoder, model.vision_encoder, {}
-    vision, caption = model.project_vision(tower.pool(tokens, pairs.pooled)), model.project_text(plain)
-    sim = vision_text.similarity(vision, caption, pairs.index, temperature, losses.gather)
-    if losses.vtc:
-        found["vtc"] = vision_text.contrastive_loss(sim)
-    if losses.vtm or losses.mlm:
-        mask, labels = pairs.mask, pairs.labels
-        clip_of, text_of = pairs.negatives or vision_text.draw_negatives(sim, pairs.seed, rank)
-        # Groups of texts: masked, matched, with a wrong text; last, the texts that ask a wrong clip.
-        groups = torch.stack([masked, plain, plain[text_of], plain])
-        masks = torch.stack([mask, mask, mask[text_of], mask])
-        filled, judged = text.fuse_for_losses(groups, masks, text.clip_keys(tokens), clip_of)
-        if losses.vtm:
-            found["vtm"] = vision_text.matching_loss(*(model.match(judged[group]) for group in (0, 2, 1)))
-        if losses.mlm:
-            rows, asked = vision_text.masked_rows(labels, pairs.capacity or labels.numel())
-            logits = text.cls.predictions(filled.flatten(0, 1)[rows])
-            found["mlm"] = vision_text.masked_language_loss(logits, asked)
-    if heads is not None:
-        found["uta"] = kernels.align_loss(
-            heads,
-            pairs.targets,
-            tower.norm_weight,
-            tower.norm_bias,
-            eps=HEAD_EPS,
-            normalize=align.normalize,
-            loss=align.loss,
-        )
-    if losses.vision_projection and pairs.image is not None:
-        found["vision_projection"] = (1 - F.cosine_similarity(vision, pairs.image, dim=-1)).mean()
-    if losses.text_projection and pairs.caption is not None:
-        found["text_projection"] = (1 - F.cosine_similarity(caption, pairs.caption, dim=-1)).mean()
-    return found
+from umt_fast.tasks.base import EvalOptions, register
+from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
+from umt_fast.tasks.pretraining import refuse_teacher
 
 
 class VideoTextPretraining(nn.Module):
@@ -221,7 +99,7 @@ class VideoTextPretraining(nn.Module):
         stage2_losses'."""
         return self.losses(self.prepare(batch, seed))
 
-    def prepare(self, batch: dict[str, Tensor], seed: Tensor) -> list[Pairs]:
+    def prepare(self, batch: dict[str, Tensor], seed: Tensor) -> list[vision_text.Pairs]:
         """What needs no gradient: masks, teacher, hidden words; clips first where the batch has both kinds."""
         kinds = [self._pairs(batch, "", seed)]
         if "image_video" in batch:
@@ -229,14 +107,14 @@ class VideoTextPretraining(nn.Module):
             kinds.append(self._pairs(batch, "image_", seed + 3))
         return kinds
 
-    def losses(self, batches: list[Pairs]) -> dict[str, Tensor]:
+    def losses(self, batches: list[vision_text.Pairs]) -> dict[str, Tensor]:
         """The losses of prepared batches."""
         device = batches[0].video.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.config.run.dtype == "bf16"):
             rank = dist.get_rank() if dist.is_initialized() else 0
-            return joint_losses(self.model, self.config.losses, batches, rank, self.config.align)
+            return vision_text.joint_losses(self.model, self.config.losses, batches, rank, self.config.align)
 
-    def _pairs(self, batch: dict[str, Tensor], prefix: str, seed: Tensor) -> Pairs:
+    def _pairs(self, batch: dict[str, Tensor], prefix: str, seed: Tensor) -> vision_text.Pairs:
         config = self.config
         video, ids, mask, sample = (batch[prefix + name] for name in ("video", "ids", "mask", "sample"))
         visible, targets, clip_image, frames = self._visible(video, seed)
@@ -245,7 +123,7 @@ class VideoTextPretraining(nn.Module):
             special=self.special,
         )  # fmt: skip
         caption = None if self.teacher_text is None else self.teacher_text(batch[prefix + "teacher_ids"])
-        return Pairs(
+        return vision_text.Pairs(
             video, visible, ids, mask, sample, masked, labels, seed, targets, image=clip_image, caption=caption,
             capacity=vision_text.masked_capacity(labels.numel(), config.mask_words),
             pooled=frames if config.pools_frames else 1,
@@ -297,3 +175,145 @@ class VideoTextPretraining(nn.Module):
             text, length=config.max_length, visible=visible, pooled=flops.grid_of(vit).frames if config.pools_frames else 1,
             vision_width=vit.width, embed_dim=config.embed_dim, asked=asked, fuses=losses.vtm > 0 or losses.mlm > 0,
         )  # fmt: skip
+
+
+# Places in the vocabulary of random text: the class token, what is never hidden, the mask's.
+_CLS, _SPECIAL, _MASK = 1, (0, 1, 2), 3
+
+
+class VideoTextTask:
+    """Pre-training on captioned clips and images; judged by zero-shot retrieval."""
+
+    name = "video_text"
+    Config = Stage2Config
+
+    def settled(self, config: Stage2Config) -> Stage2Config:
+        if config.runs_teacher:
+            require_precision(config.teacher, pick_device(config.run.device))
+        return config
+
+    def refuse_unread(self, config: Stage2Config, refuse: Refuse, world_size: int) -> None:
+        refuse_teacher(config, refuse)
+        _refuse_unread(config, refuse, world_size)
+
+    def objective(self, config: Stage2Config) -> VideoTextPretraining:
+        tokenizer = load_tokenizer(config.tokenizer)
+        if len(tokenizer) > config.text.vocab_size:
+            raise ConfigError(
+                f"text.vocab_size is {config.text.vocab_size}, but the tokenizer {config.tokenizer} has {len(tokenizer)} words"
+            )
+        special = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+        return VideoTextPretraining(config, mask_id=tokenizer.mask_token_id, special=special)
+
+    def untrained(self, config: Stage2Config) -> VideoTextPretraining:
+        config = copy.deepcopy(config)
+        config.init, config.bert = "", "untrained"
+        if not config.losses.text_projection:  # CLIP's text tower has no untrained form
+            config.teacher.weights = "untrained"
+        return VideoTextPretraining(config, mask_id=_MASK, special=_SPECIAL)
+
+    def loader(self, config: Stage2Config, ranks: Ranks) -> AlternatingLoader | PackedLoader:
+        """Captioned clips and images, in turn or packed."""
+        if not config.videos and not config.images:
+            raise ConfigError("videos and images are both empty; give caption lists: --videos list.json=folder")
+        packed = config.co_training == "packed"
+        if packed and not (config.videos and config.images):
+            missing = "images" if config.videos else "videos"
+            raise ConfigError(f"co_training 'packed' needs clips and images, but {missing} is empty; use 'alternating'")
+        tokenizer = load_tokenizer(config.tokenizer)
+        # With run.tune the winner is not known yet, and the candidates were timed with this shape.
+        fixed = config.run.compile or config.run.cuda_graph or config.run.tune != "off"
+        parts = []
+        for entries, frames in (
+            (config.videos, config.student.num_frames),
+            (config.images, config.student.tubelet_size),
+        ):
+            if entries:
+                corpus = read_corpora(entries, workers=config.data.workers)
+                tokens = Tokens(
+                    corpus.captions, tokenizer, max_length=config.max_length, sep=config.sep_token, fixed=fixed,
+                    teacher=config.losses.text_projection > 0,
+                )  # fmt: skip
+                # Single pictures cost a CPU little, and are no videos to DALI.
+                data = config.data if entries is config.videos else dataclasses.replace(config.data, reader="cpu")
+                sample = corpus.sample if config.same_sample == "media" else torch.arange(len(corpus.sample))
+                parts.append(CaptionLoader(clip_loader(config, corpus.clips, frames, ranks, data), tokens, sample))
+        return PackedLoader(*parts) if packed else AlternatingLoader(parts, config.run.seed)
+
+    def random_batches(self, config: Stage2Config) -> list[dict[str, Tensor]]:
+        """Texts are of full length."""
+        kinds = [(config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)]
+        found = [self._random_batch(config, frames) for entries, frames in kinds if entries]
+        if config.co_training == "alternating":
+            return found
+        clip, image = found
+        images = {f"image_{name}": value for name, value in image.items()}
+        return [clip | images | {"index": torch.cat([clip["index"], image["index"]])}]
+
+    def _random_batch(self, config: Stage2Config, num_frames: int) -> dict[str, Tensor]:
+        batch, words = random_clips(config, num_frames), config.text.vocab_size
+        rows = len(batch["index"])
+        ids = random_integers(words, rows, config.max_length, least=min(_MASK + 1, words - 1))
+        ids[:, 0] = _CLS
+        batch |= {"ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool), "sample": batch["index"]}
+        if config.losses.text_projection:
+            teacher_ids = random_integers(CLIP_TEXT_WORDS - 1, rows, CLIP_TEXT_LENGTH)
+            teacher_ids[:, -1] = CLIP_TEXT_WORDS - 1  # the end token has the largest id
+            batch["teacher_ids"] = teacher_ids
+        return batch
+
+    def without_noise(self, config: Stage2Config) -> Stage2Config:
+        student = dataclasses.replace(config.student, drop_path=0.0)
+        text = dataclasses.replace(config.text, hidden_dropout=0.0, attention_dropout=0.0)
+        return dataclasses.replace(config, student=student, text=text)
+
+    def clips_of_epoch(self, config: Stage2Config) -> None:
+        """Lists of tens of millions are not read for a plan."""
+
+    def visible_tokens(self, config: Stage2Config) -> int:
+        return flops.visible_of(config.student, config.mask_of(image=False))
+
+    def describe(self, config: Stage2Config) -> dict[str, Any]:
+        return base_description(self.name, config) | {
+            "num_layers": config.align.num_layers,
+            "output_dim": config.teacher.output_dim,
+            "text": text_description(config.text),
+            "embed_dim": config.embed_dim,
+            "max_length": config.max_length,
+            "sep_token": config.sep_token,
+        }
+
+    def evaluate(
+        self, file: WeightsFile, described: dict[str, Any], source: Path, list_path: Path, data: DataConfig,
+        options: EvalOptions, ranks: Ranks,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Zero-shot retrieval on a caption list."""
+        return retrieval.zero_shot(file, described, source, list_path, data, options, ranks)
+
+
+def _refuse_unread(config: Stage2Config, refuse: Refuse, world_size: int) -> None:
+    """What only stage 2 has or does not read. And a contrastive loss whose joint batch is a single pair is refused."""
+    losses, one_frame = config.losses, config.student.num_frames == config.student.tubelet_size
+    refuse("data.train", "stage 2 reads caption lists: give them with --videos and --images")
+    refuse("data.root", "caption lists carry their folders: give LIST=FOLDER")
+    refuse("data.separator data.frame_pattern", "caption lists have neither columns nor frame folders")
+    if not losses.mlm:
+        refuse("mask_words", "losses.mlm is 0, so that no word is asked for")
+    if config.videos and not config.images and not one_frame:
+        refuse("image_mask.kind", "images is empty", config.mask.kind)
+        refuse("image_mask.ratio", "images is empty")
+    if config.images and not config.videos:
+        refuse("mask.kind", "videos is empty, and images have image_mask", config.image_mask.kind)
+        refuse("mask.ratio", "videos is empty, and images have image_mask", config.image_mask.ratio)
+    elif one_frame:
+        why = "clips of one token frame are masked as images are, by image_mask"
+        refuse("mask.kind", why, config.image_mask.kind)
+        refuse("mask.ratio", why, config.image_mask.ratio)
+    require(
+        not losses.vtc or config.run.batch_size * world_size >= 2,
+        f"run.batch_size is {config.run.batch_size} on {world_size} rank, and losses.vtc compares pairs with each other; "
+        "raise it, or set losses.vtc to 0",
+    )
+
+
+register(VideoTextTask())

@@ -1,4 +1,4 @@
-"""The losses of stage 2 as functions of embeddings (paper section 3.2): contrastive, matching, masked language.
+"""The losses of stage 2 (paper section 3.2): contrastive, matching, masked language, alignment, and all of a batch together.
 
 Legend: B pairs of this rank, G of all ranks, E embedding width, l text positions. All return fp32 device scalars.
 """
@@ -6,6 +6,7 @@ Legend: B pairs of this rank, G of all ranks, E embedding width, l text position
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from umt_fast.config import AlignConfig, Stage2Losses
+from umt_fast.models.video_text import HEAD_EPS, VideoText
 
 _IGNORED = -100
 
@@ -147,3 +150,144 @@ def masked_language_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy over asked positions, 0 where none is; logits (m, vocabulary), labels int64 (m,), -100 for none."""
     total = F.cross_entropy(logits.float(), labels, ignore_index=_IGNORED, reduction="sum")
     return total / (labels != _IGNORED).sum().clamp_min(1)
+
+
+def stage2_losses(
+    model: VideoText,
+    losses: Stage2Losses,
+    *,
+    video: Tensor,
+    visible: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    index: Tensor,
+    masked_ids: Tensor,
+    labels: Tensor,
+    seed: Tensor,
+    targets: Tensor | None = None,
+    negatives: tuple[Tensor, Tensor] | None = None,
+    rank: int = 0,
+    capacity: int | None = None,
+    pooled: int = 1,
+    align: AlignConfig | None = None,
+) -> dict[str, Tensor]:
+    """The losses of one batch of clips (or of images, as clips of one frame).
+
+    Args:
+        video: uint8 (B, T, H, W, 3), or normalised (B, 3, T, H, W).
+        visible: int32 (B, n), the tokens the tower sees.
+        ids, mask: int64 (B, l) text with the class token first, and bool (B, l), False at padding.
+        index: int64 (B,), equal for rows of one sample.
+        masked_ids, labels: as mask_tokens makes them.
+        seed: int64 (1,), draws the hard negatives unless they are given.
+        targets: (K, B, n, D) teacher outputs at visible, for the alignment loss; None: that loss is left out.
+        negatives: (clip of each text, text of each clip), int64 (B,) each, rows of this rank.
+        rank: this rank's place among the gathered rows.
+        capacity: most positions of a batch that masked-language logits are computed for; None: all of them.
+        pooled: equal parts of the tokens that are pooled apart; similarities are their mean. 1: all tokens together.
+        align: normalisation and distance of the alignment loss; None: the official ones.
+
+    The model's temperature is first brought into its bounds, in place.
+
+    Returns:
+        fp32 scalars: `loss`, the weighted sum, and `vtc`, `vtm`, `mlm`, `uta` (detached) as far as their weights are not 0.
+    """
+    pairs = Pairs(video, visible, ids, mask, index, masked_ids, labels, seed, targets, negatives, capacity=capacity)
+    return joint_losses(model, losses, [pairs._replace(pooled=pooled)], rank, align)
+
+
+class Pairs(NamedTuple):
+    """A batch of clips, or of images, with their captions; see stage2_losses for each.
+
+    image, caption: fp32 (B, D) CLIP's embeddings of the clip and of its caption, for the alignment of the projected ones,
+    or None.
+    """
+
+    video: Tensor
+    visible: Tensor
+    ids: Tensor
+    mask: Tensor
+    index: Tensor
+    masked_ids: Tensor
+    labels: Tensor
+    seed: Tensor
+    targets: Tensor | None = None
+    negatives: tuple[Tensor, Tensor] | None = None
+    image: Tensor | None = None
+    caption: Tensor | None = None
+    capacity: int | None = None
+    pooled: int = 1
+
+
+def joint_losses(
+    model: VideoText, losses: Stage2Losses, batches: Sequence[Pairs], rank: int = 0, align: AlignConfig | None = None
+) -> dict[str, Tensor]:
+    """As stage2_losses, the mean of several batches: what the mean of their single steps would give, gradients too."""
+    align, temperature = align or AlignConfig(), model.bound_temperature()
+    heads = losses.uta > 0 and all(pairs.targets is not None for pairs in batches)
+    if len(batches) == 1:
+        seen = [model.vision_encoder.embed(batches[0].video, batches[0].visible, heads=heads)]
+    else:
+        seen = model.vision_encoder.embed_packed([(pairs.video, pairs.visible) for pairs in batches], heads=heads)
+    texts = _encode(model, batches)
+    found: dict[str, Tensor] = {}
+    for pairs, (tokens, outputs), (plain, masked) in zip(batches, seen, texts, strict=True):
+        parts = _losses_of(model, losses, align, temperature, pairs, tokens, outputs, plain, masked, rank)
+        for name, value in parts.items():
+            found[name] = found.get(name, 0) + value / len(batches)
+    total = sum(getattr(losses, name) * value for name, value in found.items())
+    return {"loss": total} | {name: value.detach() for name, value in found.items()}
+
+
+def _encode(model: VideoText, batches: Sequence[Pairs]) -> list[tuple[Tensor, Tensor]]:
+    """Plain and masked text (B, l, W) of each batch, all in one pass, padded to the longest of all batches."""
+    longest = max(pairs.ids.shape[1] for pairs in batches)
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(part, (0, longest - part.shape[1])) for part in parts])
+
+    ids = joined([pairs.ids for pairs in batches] + [pairs.masked_ids for pairs in batches])
+    mask = joined([pairs.mask for pairs in batches] * 2)
+    parts = model.text_encoder.encode(ids, mask).split([len(pairs.ids) for pairs in batches] * 2)
+    every = zip(batches, parts[: len(batches)], parts[len(batches) :], strict=True)
+    return [tuple(part[:, : pairs.ids.shape[1]] for part in both) for pairs, *both in every]
+
+
+def _losses_of(
+    model: VideoText, losses: Stage2Losses, align: AlignConfig, temperature: Tensor, pairs: Pairs, tokens: Tensor,
+    heads: Tensor | None, plain: Tensor, masked: Tensor, rank: int,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The losses of one kind by name, from its vision tokens (B, n, C) and its plain and masked text (B, l, W)."""
+    text, tower, found = model.text_encoder, model.vision_encoder, {}
+    vision, caption = model.project_vision(tower.pool(tokens, pairs.pooled)), model.project_text(plain)
+    sim = similarity(vision, caption, pairs.index, temperature, losses.gather)
+    if losses.vtc:
+        found["vtc"] = contrastive_loss(sim)
+    if losses.vtm or losses.mlm:
+        mask, labels = pairs.mask, pairs.labels
+        clip_of, text_of = pairs.negatives or draw_negatives(sim, pairs.seed, rank)
+        # Groups of texts: masked, matched, with a wrong text; last, the texts that ask a wrong clip.
+        groups = torch.stack([masked, plain, plain[text_of], plain])
+        masks = torch.stack([mask, mask, mask[text_of], mask])
+        filled, judged = text.fuse_for_losses(groups, masks, text.clip_keys(tokens), clip_of)
+        if losses.vtm:
+            found["vtm"] = matching_loss(*(model.match(judged[group]) for group in (0, 2, 1)))
+        if losses.mlm:
+            rows, asked = masked_rows(labels, pairs.capacity or labels.numel())
+            logits = text.cls.predictions(filled.flatten(0, 1)[rows])
+            found["mlm"] = masked_language_loss(logits, asked)
+    if heads is not None:
+        found["uta"] = kernels.align_loss(
+            heads,
+            pairs.targets,
+            tower.norm_weight,
+            tower.norm_bias,
+            eps=HEAD_EPS,
+            normalize=align.normalize,
+            loss=align.loss,
+        )
+    if losses.vision_projection and pairs.image is not None:
+        found["vision_projection"] = (1 - F.cosine_similarity(vision, pairs.image, dim=-1)).mean()
+    if losses.text_projection and pairs.caption is not None:
+        found["text_projection"] = (1 - F.cosine_similarity(caption, pairs.caption, dim=-1)).mean()
+    return found

@@ -14,6 +14,8 @@ from umt_fast.data.loaders.tokens import Tokens
 class CaptionLoader:
     """A ClipLoader's batches with the captions of their clips: adds `ids`, `mask` and `sample` to each."""
 
+    kinds = 1
+
     def __init__(self, clips: ClipLoader, tokens: Tokens, sample: Tensor) -> None:
         self.clips, self.sample = clips, sample
         clips.add_columns(tokens.columns)

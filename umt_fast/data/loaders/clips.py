@@ -100,6 +100,8 @@ class ClipLoader:
     just {epoch, position}, and the number of workers changes nothing.
     """
 
+    kinds = 1
+
     def __init__(
         self,
         clips: Sequence[Clip],

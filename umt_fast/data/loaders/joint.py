@@ -55,6 +55,8 @@ class AlternatingLoader(_Joint):
     Every loader runs to its end in every epoch.
     """
 
+    kinds = 1
+
     def __init__(self, parts: list[CaptionLoader], seed: int) -> None:
         super().__init__(parts)
         self.seed = seed
@@ -90,6 +92,8 @@ class PackedLoader(_Joint):
     An epoch is as long as the longer list is. The shorter one starts over whenever it ends, in its own next epoch's order,
     and goes on where it was in the next epoch of both.
     """
+
+    kinds = 2
 
     def __init__(self, clips: CaptionLoader, images: CaptionLoader) -> None:
         super().__init__([clips, images])
