@@ -11,12 +11,15 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # What each part of umt_fast may import of umt_fast, besides itself.
 ALLOWED = {
     "config": set(),
-    "tokens": {"config"},
-    "data": {"config", "tokens"},
-    "models": {"config", "tokens"},
-    "engine": {"config"},
-    "objectives": {"config", "tokens", "models"},
-    "tasks": {"config", "tokens", "data", "models", "objectives", "engine"},
+    "files": set(),
+    "masking": {"config"},
+    "workers": set(),
+    "data": {"config", "workers"},
+    "models": {"config", "masking"},
+    "engine": {"config", "interrupts"},
+    "tasks": {"config", "files", "masking", "data", "models", "engine"},
+    "reference": {"config", "masking"},
+    "bench": {"config", "masking", "models", "engine", "tasks", "reference"},
 }
 FILES = sorted((REPOSITORY / "umt_fast").rglob("*.py")) + sorted((REPOSITORY / "kernels").rglob("*.py"))
 

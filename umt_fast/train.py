@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from umt_fast.config import ConfigError, from_dict, to_dict
-from umt_fast.config.unused import refuse_unread, refuser
 from umt_fast.engine.checkpoint import own_folder
 from umt_fast.engine.distributed import current_ranks, distributed_run
 from umt_fast.engine.numerics import numerics
 from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.trainer import Trainer
 from umt_fast.models.attention import require_attention
-from umt_fast.tasks import task_of, tuning
+from umt_fast.tasks import check_used, task_of, tuning
 
 
 def train(config: Any) -> Path:
@@ -42,10 +41,8 @@ def fit_objective(config: Any, objective: torch.nn.Module | Callable[[], torch.n
     """
     if config.run.tune != "off" and isinstance(objective, torch.nn.Module):
         raise ConfigError(f"run.tune is {config.run.tune!r}, and this objective is built already; set --run.tune off")
-    task, refuse, world_size = task_of(config), refuser(config), current_ranks(config.run).world_size
-    refuse_unread(config, refuse, world_size)
-    task.refuse_unread(config, refuse, world_size)
-    config.data.require_used()
+    task = task_of(config)
+    check_used(config, current_ranks(config.run).world_size)
     with (
         numerics(config.run),
         distributed_run(config.run) as ranks,

@@ -19,11 +19,11 @@ from umt_fast.config import (
     Stage2Losses,
     TeacherConfig,
     VitConfig,
-    check_used,
     to_dict,
 )
 from umt_fast.masking import TokenGrid, visible_per_clip
 from umt_fast.plan import PlanOptions
+from umt_fast.tasks import check_used
 from umt_fast.train import train
 
 KINDS = (Stage1Config, Stage2Config)

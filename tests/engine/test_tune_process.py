@@ -87,11 +87,11 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
     builder = tmp_path / "endless.py"
     builder.write_text(
         "import os, time\n"
-        "def build(kind, record, exact):\n"
+        "def build(task, record, exact):\n"
         f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "    time.sleep(600)\n"
     )
-    request = {"candidate": {}, "builder": "endless:build", "kind": "", "record": {}, "reference": {}}
+    request = {"candidate": {}, "builder": "endless:build", "task": "", "record": {}, "reference": {}}
     program = f"from umt_fast.engine.tune_process import run_candidate; run_candidate({request!r}, 600)"
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
     parent = subprocess.Popen([sys.executable, "-c", program], env=environment)
@@ -138,7 +138,7 @@ def request(settings: dict) -> dict:
     config = tiny.tiny()
     return {
         "builder": "umt_fast.tasks.tuning:build_case",
-        "kind": "Stage1Config",
+        "task": "pretraining",
         "record": to_dict(with_settings(config, settings)),
         "reference": to_dict(config),
     }

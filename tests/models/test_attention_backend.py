@@ -7,8 +7,8 @@ import kernels
 from tests.assets import tiny
 from umt_fast.config import ConfigError, Stage2Config
 from umt_fast.models.attention import require_attention
+from umt_fast.tasks.classification import Supervised
 from umt_fast.tasks.pretraining import UnmaskedAlignment
-from umt_fast.tasks.supervised import Supervised
 from umt_fast.tasks.video_text import VideoTextPretraining
 
 

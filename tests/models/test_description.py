@@ -10,8 +10,9 @@ from torch import Tensor
 from umt_fast import recipe
 from umt_fast.config import ConfigError, VitConfig
 from umt_fast.models.classifier import Classifier
-from umt_fast.models.description import MODELS, complete, describe, found_in, text_config, vit_config
+from umt_fast.models.description import MODELS, complete, found_in, text_config, vit_config
 from umt_fast.models.video_text import VideoText
+from umt_fast.tasks import task_of
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 # What checkpoints held under `config` before they held descriptions.
@@ -21,13 +22,13 @@ RECORDS = json.loads((ASSETS / "config_records.json").read_text())
 @pytest.mark.parametrize("name", ["tiny", "classes", "captions"])
 def test_a_description_is_plain_and_holds_nothing_of_the_run(name: str) -> None:
     config = recipe.load(f"{ASSETS}/tiny.py:{name}")
-    described = describe(config)
+    described = task_of(config).describe(config)
     assert json.loads(json.dumps(described)) == described
     config.run.out, config.run.batch_size, config.optim.lr, config.data.train = "elsewhere", 99, 0.5, "a.csv"
     config.student.drop_path, config.student.checkpoint_blocks = 0.3, 1
-    assert describe(config) == described
+    assert task_of(config).describe(config) == described
     config.student.num_frames = 8
-    assert describe(config) != described
+    assert task_of(config).describe(config) != described
 
 
 @pytest.mark.parametrize("name", ["tiny", "classes", "captions"])
@@ -35,7 +36,7 @@ def test_records_of_older_checkpoints_mean_the_same(name: str) -> None:
     record = RECORDS[name]
     config = recipe.load(f"{ASSETS}/tiny.py:{name}")
     # They had the clip's own table, which records of today may leave unsaid.
-    expected = describe(config)
+    expected = task_of(config).describe(config)
     expected["vit"]["position_grid"] = list(config.student.grid)
     assert found_in({"config": record}, "x.pt") == expected
     # Options come and go: what is not of the model is not read.
@@ -65,7 +66,12 @@ def test_a_video_text_model_by_name(name: str, layers: int) -> None:
     with torch.device("meta"):
         built = VideoText(config.student, config.text, num_layers=layers, output_dim=77, embed_dim=33)
     described = complete(MODELS[name](), built.state_dict(), "x.pth")
-    wanted = describe(config) | {"num_layers": layers, "output_dim": 77, "embed_dim": 33, "dtype": "fp32"}
+    wanted = task_of(config).describe(config) | {
+        "num_layers": layers,
+        "output_dim": 77,
+        "embed_dim": 33,
+        "dtype": "fp32",
+    }
     assert described == wanted
     with torch.device("meta"):
         again = VideoText(

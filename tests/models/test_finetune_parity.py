@@ -14,7 +14,7 @@ import kernels
 from tests.parity_files import parity_files
 from umt_fast.config import FinetuneConfig, RunConfig, VitConfig
 from umt_fast.models.weights import fit
-from umt_fast.tasks.supervised import Supervised
+from umt_fast.tasks.classification import Supervised
 
 CASES = parity_files("finetune")
 LIMIT = 1e-4

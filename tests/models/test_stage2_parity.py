@@ -17,7 +17,7 @@ from umt_fast.config import AlignConfig, Stage2Losses, TextConfig, VitConfig
 from umt_fast.models.video_text import HEAD_EPS, VideoText
 from umt_fast.models.weights import fit
 from umt_fast.tasks import video_text_losses as vision_text
-from umt_fast.tasks.video_text import stage2_losses
+from umt_fast.tasks.video_text_losses import stage2_losses
 
 CASES = parity_files("stage2")
 LIMIT = 1e-4

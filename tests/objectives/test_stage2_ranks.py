@@ -15,7 +15,7 @@ from tests.parity_files import parity_files
 from umt_fast.config import Stage2Losses, TextConfig, VitConfig
 from umt_fast.models.video_text import VideoText
 from umt_fast.tasks import video_text_losses as vision_text
-from umt_fast.tasks.video_text import stage2_losses
+from umt_fast.tasks.video_text_losses import stage2_losses
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.objectives.test_stage2 import batch_of, objective, small
-from umt_fast import train
 from umt_fast.config import AlignConfig, MaskConfig, Stage2Config, Stage2Losses
+from umt_fast.engine.distributed import Ranks
 from umt_fast.plan import work_of
 from umt_fast.tasks import pretraining as unmasked_alignment
+from umt_fast.tasks import task_of
 from umt_fast.tasks import video_text as stage2
 
 UNALIGNED = Stage2Losses(uta=0.0)
@@ -149,7 +150,7 @@ def captions_config(tmp_path: Path, **changes: object) -> Stage2Config:
 def test_captions_of_one_picture_are_rows_apart_unless_asked(tmp_path: Path, rule: str, expected: set[int]) -> None:
     config = captions_config(tmp_path, same_sample=rule)
     assert rule == "media" or captions_config(tmp_path).same_sample == rule
-    loader = train.build_loader(config, 0, 1, torch.device("cpu"))
+    loader = task_of(config).loader(config, Ranks(0, 1, torch.device("cpu")))
     batch = next(iter(loader))
     assert set(batch["sample"].tolist()) == expected
     if rule == "row":

@@ -131,7 +131,9 @@ def test_stage_2_goes_on_as_a_new_run(
     for number, file in enumerate(files):
         caplog.clear()
         after = torch.load(train(tmp_path / str(number), stage2, 1, "--init", file, *still), weights_only=True)["model"]
-        assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before), file
+        assert after.keys() == before.keys() and all(
+            (after[key] - before[key]).abs().max() < 1e-20 for key in before
+        ), file
         assert f"{file} holds stage-2 weights, told by its keys" in caplog.text
 
 

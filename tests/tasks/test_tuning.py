@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from umt_fast.engine import trainer as trainer_module
 from umt_fast.engine import tune, tune_store
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.tune_process import Result
-from umt_fast.tasks import tuning
+from umt_fast.tasks import task_of, tuning
 from umt_fast.train import fit_objective
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def labels(config: tuning.AnyConfig, ranks: Ranks) -> list[str]:
+def labels(config: Any, ranks: Ranks) -> list[str]:
     return [tune.label(settings) for settings in tuning.space(config, ranks)]
 
 
@@ -99,15 +100,15 @@ def test_the_key_is_of_shapes_and_model(variant: str) -> None:
     machine = {"device": "a card"}
     config = getattr(tiny, variant)()
 
-    def path(change: Callable[[tuning.AnyConfig], None] = lambda config: None, world_size: int = 1) -> Path:
+    def path(change: Callable[[Any], None] = lambda config: None, world_size: int = 1) -> Path:
         changed = from_dict(type(config), to_dict(config))
         change(changed)
         return tune_store.path_of(tuning.key_of(changed, world_size, machine))
 
-    def setting(place: str, value: object) -> Callable[[tuning.AnyConfig], None]:
+    def setting(place: str, value: object) -> Callable[[Any], None]:
         *sections, name = place.split(".")
 
-        def change(config: tuning.AnyConfig) -> None:
+        def change(config: Any) -> None:
             setattr(getattr(config, sections[0]) if sections else config, name, value)
 
         return change
@@ -270,7 +271,7 @@ def test_a_deadline_of_nothing_is_refused() -> None:
 RANKS = """
 import json, os, sys, time
 from tests.assets import tiny
-from umt_fast import tuning
+from umt_fast.tasks import tuning
 from umt_fast.engine import tune, tune_store
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.engine.tune_process import Result
@@ -330,7 +331,7 @@ def test_ranks_agree(what: str, expected: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["classes", "captions", "packed"])
-def test_every_kind_of_training_has_a_case(variant: str) -> None:
+def test_every_task_has_a_case(variant: str) -> None:
     """What is timed has the loaders' fields and shapes, and its gate is as exact as it claims: two runs are the same."""
     from umt_fast.engine.tune_measure import difference, not_finite, observe
 
@@ -339,8 +340,8 @@ def test_every_kind_of_training_has_a_case(variant: str) -> None:
     if variant != "classes":
         config.videos, config.images = ("clips.json",), ("pictures.json",)
         config.co_training = "packed" if variant == "packed" else "alternating"
-    record, kind = to_dict(config), type(config).__name__
-    case = tuning.build_case(kind, record, exact=True)
+    record, task = to_dict(config), task_of(config).name
+    case = tuning.build_case(task, record, exact=True)
     frames = [batch["video"].shape for batch in case.batches]
     clips, images = (4, 4, 32, 32, 3), (4, 1, 32, 32, 3)
     assert frames == ([clips, images] if variant == "captions" else [clips])
@@ -348,10 +349,10 @@ def test_every_kind_of_training_has_a_case(variant: str) -> None:
     assert case.batches[0]["index"].tolist() == [0, 0, 1, 1] * (1 + (variant == "packed"))
     seen = observe(case)
     assert not not_finite(seen) and len(seen) == len(frames)
-    assert not difference(seen, observe(tuning.build_case(kind, record, exact=True)), "fp32")
+    assert not difference(seen, observe(tuning.build_case(task, record, exact=True)), "fp32")
     # Other weights are another step: the gate would see it.
     changed = to_dict(dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1)))
-    assert difference(seen, observe(tuning.build_case(kind, changed, exact=True)), "bf16")
+    assert difference(seen, observe(tuning.build_case(task, changed, exact=True)), "bf16")
 
 
 def test_the_machine_decides(tmp_path: Path, tiny_list: Path) -> None:

@@ -1,6 +1,6 @@
 """`bench stage1`: times a whole pre-training step on random clips and prints one JSON line.
 
-The fast road is the objective that `train` runs; the plain road is `bench/plain.py`. A step is teacher, mask, student,
+The fast road is the objective that `train` runs; the plain road is `reference/stage1.py`. A step is teacher, mask, student,
 loss, backward and optimizer; the video is on the device when the clock starts (uint8 for the fast road, normalised fp32
 for the plain one, as each trainer delivers it).
 """
@@ -81,7 +81,7 @@ def fast_steps(config: Stage1Config, video: Tensor, device: torch.device, compil
 
 
 def plain_steps(config: Stage1Config, video: Tensor, device: torch.device) -> Steps:
-    """The official step: see bench/plain.py."""
+    """The official step: see reference/stage1.py."""
     torch.backends.cudnn.benchmark = True  # as the official script sets it
     pixels = normalised(video)
     objective = PlainStage1(config).to(device).train()

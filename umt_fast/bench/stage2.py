@@ -1,6 +1,6 @@
 """`bench stage2`: times a whole stage-2 step on random captioned clips or images and prints one JSON line.
 
-The fast road is the objective that `train` runs; the plain road is `bench/plain_stage2.py`. A step is teacher, mask, tower,
+The fast road is the objective that `train` runs; the plain road is `reference/stage2.py`. A step is teacher, mask, tower,
 text, the four losses, backward and optimizer. Clips and token ids are on the device when the clock starts (uint8 and padded
 to the batch's longest for the fast road; normalised fp32 and padded to the longest allowed for the plain one, as each
 trainer delivers them); the official step also tokenises, which is left out here.
@@ -104,7 +104,7 @@ def fast_steps(
 
 
 def plain_steps(config: Stage2Config, video: Tensor, captions: dict[str, Tensor], device: torch.device) -> Steps:
-    """The official step: see bench/plain_stage2.py."""
+    """The official step: see reference/stage2.py."""
     pixels = normalised(video)
     objective = PlainStage2(config, MASK_ID).to(device).train()
     fill_at_random(objective.teacher)

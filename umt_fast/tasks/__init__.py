@@ -1,7 +1,7 @@
 """The kinds of training. Importing this package makes them known; see base.py."""
 
 from umt_fast.tasks import classification, pretraining, video_text
-from umt_fast.tasks.base import TASKS, EvalOptions, Loader, Objective, Task, register, task_named, task_of
+from umt_fast.tasks.base import TASKS, EvalOptions, Loader, Objective, Task, check_used, register, task_named, task_of
 
 __all__ = [
     "TASKS",
@@ -9,6 +9,7 @@ __all__ = [
     "Loader",
     "Objective",
     "Task",
+    "check_used",
     "classification",
     "pretraining",
     "register",

@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 from torch import Tensor, nn
 
 from umt_fast.config import ConfigError, DataConfig
-from umt_fast.config.unused import Refuse
+from umt_fast.config.unused import Refuse, refuse_unread, refuser
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.weights import WeightsFile
 
@@ -168,3 +168,11 @@ def task_of(config: Any) -> Task:
             return task
     known = ", ".join(task.Config.__name__ for task in TASKS.values())
     raise ConfigError(f"{type(config).__name__} is no configuration of a task; there are: {known}")
+
+
+def check_used(config: Any, world_size: int) -> None:
+    """Raises ConfigError for an option set away from its default that a run on world_size ranks would not read."""
+    refuse = refuser(config)
+    refuse_unread(config, refuse, world_size)
+    task_of(config).refuse_unread(config, refuse, world_size)
+    config.data.require_used()
