@@ -46,7 +46,7 @@ def test_import_directions(path: Path) -> None:
         own = {name.split(".")[1] for name in names if name.startswith("umt_fast.")}
         if len(parts) > 1 and parts[1] in ALLOWED:
             assert own <= ALLOWED[parts[1]] | {parts[1]}, f"imports {own - ALLOWED[parts[1]] - {parts[1]}}"
-    if parts != ("umt_fast", "data", "dali"):
+    if parts != ("umt_fast", "data", "loaders", "dali"):
         assert "nvidia" not in roots
     if parts != ("kernels", "attention"):
         assert not roots & {"flash_attn", "xformers"}

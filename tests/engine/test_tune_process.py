@@ -91,7 +91,7 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
         f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "    time.sleep(600)\n"
     )
-    request = {"candidate": {}, "builder": "endless:build", "task": "", "record": {}, "reference": {}}
+    request = {"candidate": {}, "builder": "endless:build", "task": "", "record": {"run": {}}, "reference": {}}
     program = f"from umt_fast.engine.tune_process import run_candidate; run_candidate({request!r}, 600)"
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
     parent = subprocess.Popen([sys.executable, "-c", program], env=environment)
