@@ -60,16 +60,17 @@ def _tile(
 ):  # fmt: skip
     """(HEIGHT, WIDTH) of a row-major matrix from (row, column) on; zeros outside."""
     if TMA:
-        return source.load([row, column])
-    i, j = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
-    place = source + i.to(tl.int64)[:, None] * stride + j[None, :]
-    if EVEN_ROWS and EVEN_COLUMNS:
-        return tl.load(place)
-    if EVEN_ROWS:
-        return tl.load(place, mask=(j < columns)[None, :], other=0)
-    if EVEN_COLUMNS:
-        return tl.load(place, mask=(i < rows)[:, None], other=0)
-    return tl.load(place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0)
+        tile = source.load([row, column])
+    else:
+        i, j = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
+        place = source + i.to(tl.int64)[:, None] * stride + j[None, :]
+        if EVEN_ROWS:
+            tile = tl.load(place, mask=(j < columns)[None, :], other=0)
+        elif EVEN_COLUMNS:
+            tile = tl.load(place, mask=(i < rows)[:, None], other=0)
+        else:
+            tile = tl.load(place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0)
+    return tile
 
 
 @triton.jit
@@ -96,13 +97,93 @@ def _store_quantized(
 
 
 @triton.jit
+def _epilogue(
+    acc, row, col, i_m, split,
+    out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+    KIND: tl.constexpr, BACKWARD: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_SCALES: tl.constexpr,
+    LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """From the sums of the tile at (row, col) to what is stored; see product_kernel."""
+    m, n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    value = acc.to(tl.float32)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    place = m.to(tl.int64)[:, None] * N + n[None, :]
+    if b_scale is not None:
+        if not BLOCK_SCALES:
+            value *= tl.load(a_scale + m, mask=m < M, other=0)[:, None]
+        value *= tl.load(b_scale + n, mask=n < N, other=0)[None, :]
+    if column is not None:
+        shift = tl.load(mean + m, mask=m < M, other=0)[:, None] * tl.load(column + n, mask=n < N, other=0)[None, :]
+        value = tl.load(rstd + m, mask=m < M, other=0)[:, None] * (value - shift)
+    if bias is not None:
+        value += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
+    if BACKWARD:
+        before = tl.load(pre + place, mask=inside, other=0).to(tl.float32)
+        value *= _activation_slope(before, KIND)
+        if hidden is not None:
+            tl.store(hidden + place, _activation(before, KIND).to(hidden.dtype.element_ty), mask=inside)
+        if sums is not None:
+            tl.store(sums + i_m.to(tl.int64) * N + n, tl.sum(value, 0), mask=n < N)
+    else:
+        if pre is not None:
+            tl.store(pre + place, value.to(pre.dtype.element_ty), mask=inside)
+        value = _activation(value, KIND)
+    if residual is not None:
+        value += tl.load(
+            residual + m.to(tl.int64)[:, None] * residual_row + n[None, :], mask=inside, other=0
+        ).to(tl.float32)  # fmt: skip
+    if out_scale is not None:
+        value = tl.where(inside, value, 0.0)
+        _store_quantized(out, out_scale, value, m, n, inside, col, M, N, BLOCK_M, BLOCK_N, LARGEST, TINY)
+    else:
+        place += split.to(tl.int64) * M * N
+        if ACCUMULATE:
+            value += tl.load(out + place, mask=inside, other=0).to(tl.float32)
+        tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of the columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _epilogue_in_parts(
+    acc, row, col, i_m, split,
+    out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+    KIND: tl.constexpr, BACKWARD: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_SCALES: tl.constexpr,
+    LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """_epilogue, part after part of the columns: beside the sums, registers then hold a part of its numbers alone."""
+    if PARTS == 1:
+        _epilogue(
+            acc, row, col, i_m, split,
+            out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+            KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        left, right = _halves(acc, BLOCK_M, BLOCK_N)
+        _epilogue(
+            left, row, col, i_m, split,
+            out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+            KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        _epilogue(
+            right, row, col + BLOCK_N // 2, i_m, split,
+            out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+            KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+
+
+@triton.jit
 def product_kernel(
     out, out_scale, pre, hidden, sums, a, b, a_scale, b_scale, mean, rstd, column, bias, residual,
     M, N, K, a_row, b_row, residual_row,
     A_T: tl.constexpr, B_T: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, KIND: tl.constexpr,
     BACKWARD: tl.constexpr, SPLITS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
     INTEGER: tl.constexpr, BLOCK_SCALES: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out = epilogue(A @ B.T); operands that are None are left out of it.
 
@@ -121,7 +202,7 @@ def product_kernel(
         i_m = first_m + i_tile % in_group % high
         i_n = i_tile % in_group // high
         row, col = i_m * BLOCK_M, i_n * BLOCK_N
-        m, n = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+        m = row + tl.arange(0, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if INTEGER and not BLOCK_SCALES else tl.float32)
         for step in tl.range(split * of_split, tl.minimum(steps, (split + 1) * of_split)):
             k = step * BLOCK_K
@@ -141,41 +222,24 @@ def product_kernel(
                 acc = tl.dot(left, right, acc, out_dtype=tl.int32)
             else:
                 acc = tl.dot(left, right, acc, input_precision=PRECISION)
-        value = acc.to(tl.float32)
-        inside = (m < M)[:, None] & (n < N)[None, :]
-        place = m.to(tl.int64)[:, None] * N + n[None, :]
-        if b_scale is not None:
-            if not BLOCK_SCALES:
-                value *= tl.load(a_scale + m, mask=m < M, other=0)[:, None]
-            value *= tl.load(b_scale + n, mask=n < N, other=0)[None, :]
-        if column is not None:
-            shift = tl.load(mean + m, mask=m < M, other=0)[:, None] * tl.load(column + n, mask=n < N, other=0)[None, :]
-            value = tl.load(rstd + m, mask=m < M, other=0)[:, None] * (value - shift)
-        if bias is not None:
-            value += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
-        if BACKWARD:
-            before = tl.load(pre + place, mask=inside, other=0).to(tl.float32)
-            value *= _activation_slope(before, KIND)
-            if hidden is not None:
-                tl.store(hidden + place, _activation(before, KIND).to(hidden.dtype.element_ty), mask=inside)
-            if sums is not None:
-                tl.store(sums + i_m.to(tl.int64) * N + n, tl.sum(value, 0), mask=n < N)
+        if PARTS == 4:
+            left, right = _halves(acc, BLOCK_M, BLOCK_N)
+            _epilogue_in_parts(
+                left, row, col, i_m, split,
+                out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+                KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N // 2, 2,
+            )  # fmt: skip
+            _epilogue_in_parts(
+                right, row, col + BLOCK_N // 2, i_m, split,
+                out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+                KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N // 2, 2,
+            )  # fmt: skip
         else:
-            if pre is not None:
-                tl.store(pre + place, value.to(pre.dtype.element_ty), mask=inside)
-            value = _activation(value, KIND)
-        if residual is not None:
-            value += tl.load(
-                residual + m.to(tl.int64)[:, None] * residual_row + n[None, :], mask=inside, other=0
-            ).to(tl.float32)  # fmt: skip
-        if out_scale is not None:
-            value = tl.where(inside, value, 0.0)
-            _store_quantized(out, out_scale, value, m, n, inside, col, M, N, BLOCK_M, BLOCK_N, LARGEST, TINY)
-        else:
-            place += split.to(tl.int64) * M * N
-            if ACCUMULATE:
-                value += tl.load(out + place, mask=inside, other=0).to(tl.float32)
-            tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+            _epilogue_in_parts(
+                acc, row, col, i_m, split,
+                out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+                KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N, PARTS,
+            )  # fmt: skip
 
 
 @functools.cache
@@ -188,11 +252,12 @@ def limits(device: torch.device) -> tuple[int, int, int]:
 
 
 def tiling(
-    M: int, N: int, itemsize: int, capability: int, sms: int, shared: int, *, wide: bool = False
+    M: int, N: int, itemsize: int, capability: int, sms: int, shared: int, *, wide: bool = False, saves: bool = False
 ) -> dict[str, int]:
     """Tile, warps and stages for an (M, N) result of operands of this many bytes a number.
 
     wide: the epilogue or loop holds a second tile of numbers, which halves the tile that registers allow.
+    saves: the pre-activation is stored too.
     """
     depth = 128 // itemsize
     high, across, warps = 128, 128, 8
@@ -202,12 +267,19 @@ def tiling(
         across = 128
     if -(-M // high) * -(-N // across) < sms // 2:
         high, warps = 64, 4
-    if capability < 90 and itemsize == 2:
-        depth = 32
+    if capability < 90 and wide and itemsize == 2:
+        # 64 sums a thread beside as many pre-activations would spill.
+        high, warps = 64, 8
     stage = (high + across) * depth * itemsize
     # Of the rest the epilogue takes its part, to bring tiles into the order of memory.
     stages = max(2, min(4, (shared - (8 << 10)) // stage))
-    return {"BLOCK_M": high, "BLOCK_N": across, "BLOCK_K": depth, "num_warps": warps, "num_stages": stages}
+    # What the registers of an epilogue beside the sums of such a tile allow, without spilling any.
+    parts = (
+        1 if capability < 90 else 4 if across == 256 and saves else 2 if across == 256 or wide and itemsize == 2 else 1
+    )
+    return {
+        "BLOCK_M": high, "BLOCK_N": across, "BLOCK_K": depth, "PARTS": parts, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
 
 
 def _aligned(matrix: Tensor) -> bool:
@@ -272,4 +344,4 @@ def tiles_for(out: Tensor, a: Tensor, operands: dict[str, Tensor | None], backwa
     by_blocks = scale is not None and scale.ndim == 2 and scale.shape[1] > 1
     wide = backward or by_blocks or operands.get("out_scale") is not None
     M, N = out.shape[-2:]
-    return tiling(M, N, a.element_size(), *limits(a.device), wide=wide)
+    return tiling(M, N, a.element_size(), *limits(a.device), wide=wide, saves=operands.get("pre") is not None)
