@@ -118,7 +118,7 @@ def product_case(
     pointers = {"out": out} | operands | pointers
     defaults = {
         "A_T": a_t, "B_T": b_t, "TMA": tma, "EVEN_K": K % depth == 0, "KIND": 0, "BACKWARD": False, "SPLITS": 1,
-        "ACCUMULATE": False, "PRECISION": "ieee", "INTEGER": kind == "i8", "BLOCK_SCALES": False,
+        "ACCUMULATE": False, "PRECISION": "ieee", "INTEGER": kind == "i8", "UPCAST": False, "BLOCK_SCALES": False,
         "LARGEST": {"*i8": 127.0, "*fp8e4nv": 448.0}.get(out, 0.0), "TINY": TINY, "GROUP": GROUP,
     }  # fmt: skip
     optional = (

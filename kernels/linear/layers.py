@@ -216,11 +216,18 @@ def _setup_linear(ctx, inputs, output):
 
 
 def _activation_backward(dy: Tensor, pre: Tensor, activation: str) -> Tensor:
-    """dy * activation'(pre), by PyTorch's own operators: in a compiled program one kernel, fused with its neighbors."""
+    """dy * activation'(pre) in fp32, by PyTorch's own operators: in a compiled program fused with their neighbors."""
+    dy, pre = dy.float(), pre.float()
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(dy, pre)
     # silu(1.702 x) / 1.702 has the derivative of silu at 1.702 x.
-    return torch.ops.aten.silu_backward(dy.float(), 1.702 * pre.float()).to(dy.dtype)
+    return torch.ops.aten.silu_backward(dy, 1.702 * pre)
+
+
+def _refuse_second_gradient() -> None:
+    # The pre-activation is kept as a number: a second derivative would be found, and lack its part.
+    if torch.is_grad_enabled():
+        no_second_gradient(None)
 
 
 def _backward_linear(ctx, dout, _):
@@ -228,12 +235,12 @@ def _backward_linear(ctx, dout, _):
         return (None,) * 9
     x, weight, pre = ctx.saved_tensors
     need = ctx.needs_input_grad
-    dy = dout.to(x.dtype)
-    if ctx.activation != "none":
-        dy = _activation_backward(dy, pre, ctx.activation)
+    _refuse_second_gradient()
+    dpre = dout if pre is None else _activation_backward(dout, pre, ctx.activation)
+    dy = dpre.to(x.dtype)
     dx = _input_gradient(dy, weight, None, "none", False)[0] if need[0] else None
     dw = _weight_gradient(dy, x).to(weight.dtype) if need[1] else None
-    db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need[2] else None
+    db = dpre.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need[2] else None
     return dx, dw, db, dout if need[3] else None, None, None, None, None, None
 
 
@@ -251,6 +258,7 @@ def _backward_mlp(ctx, dout, *_):
         return (None,) * 8
     x, w1, w2, pre, hidden = ctx.saved_tensors
     need = ctx.needs_input_grad
+    _refuse_second_gradient()
     dy = dout.to(x.dtype)
     again = hidden is None and need[3]
     dpre, sums, made = _input_gradient(dy, w2, pre, ctx.activation, again)
@@ -258,7 +266,7 @@ def _backward_mlp(ctx, dout, *_):
     dw1 = _weight_gradient(dpre, x).to(w1.dtype) if need[1] else None
     db1 = sums.to(ctx.bias_dtypes[0]) if need[2] else None
     dw2 = _weight_gradient(dy, made if again else hidden).to(w2.dtype) if need[3] else None
-    db2 = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtypes[1]) if need[4] else None
+    db2 = dout.sum(0, dtype=torch.float32).to(ctx.bias_dtypes[1]) if need[4] else None
     return dx, dw1, db1, dw2, db2, dout if need[5] else None, None, None
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels._launch import COMPILER_OPTIONS, on_device
+from kernels._launch import COMPILER_OPTIONS, interpreted, on_device
 from kernels.quantize import LARGEST, TINY
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2}
@@ -182,7 +182,8 @@ def product_kernel(
     M, N, K, a_row, b_row, residual_row,
     A_T: tl.constexpr, B_T: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, KIND: tl.constexpr,
     BACKWARD: tl.constexpr, SPLITS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
-    INTEGER: tl.constexpr, BLOCK_SCALES: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, GROUP: tl.constexpr,
+    INTEGER: tl.constexpr, UPCAST: tl.constexpr, BLOCK_SCALES: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out = epilogue(A @ B.T); operands that are None are left out of it.
@@ -214,6 +215,9 @@ def product_kernel(
                 right = _tile(b, k, col, K, N, b_row, BLOCK_K, BLOCK_N, TMA, EVEN_K, False)
             else:
                 right = _tile(b, col, k, N, K, b_row, BLOCK_N, BLOCK_K, TMA, False, EVEN_K).T
+            if UPCAST:
+                # The interpreter multiplies the bits of bf16 and fp8.
+                left, right = left.to(tl.float32), right.to(tl.float32)
             if BLOCK_SCALES:
                 part = tl.dot(left, right, out_dtype=tl.int32 if INTEGER else tl.float32)
                 scale = tl.load(a_scale + m.to(tl.int64) * steps + step, mask=m < M, other=0)
@@ -333,6 +337,7 @@ def constants(out: Tensor, a: Tensor, a_scale: Tensor | None) -> dict[str, Any]:
     tf32 = a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
         "PRECISION": "tf32" if tf32 else "ieee", "INTEGER": a.dtype == torch.int8,
+        "UPCAST": interpreted() and a.dtype in (torch.bfloat16, torch.float8_e4m3fn),
         "BLOCK_SCALES": a_scale is not None and a_scale.ndim == 2 and a_scale.shape[1] > 1,
         "LARGEST": LARGEST.get(out.dtype, 0.0), "TINY": TINY, "GROUP": GROUP,
     }  # fmt: skip

@@ -50,7 +50,8 @@ def compare(compute, truth, tensors: dict[str, Tensor], upstream: Tensor, dtype:
         if road != "truth":
             assert [part.dtype for part in results[road][1:]] == [tensor.dtype for tensor in tensors.values()]
     for ours, reference, exact in zip(*results.values(), strict=True):
-        assert_as_good_as_reference(ours, reference, exact, computed_in=dtype)
+        # What is kept for backward is rounded to dtype: the limit is in its units, for results in fp32 too.
+        assert_as_good_as_reference(ours.to(dtype), reference.to(dtype), exact, computed_in=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -232,8 +233,9 @@ def test_offsets_beyond_32_bits() -> None:
     x, residual = last_of_three(16, dtype=torch.float16), last_of_three(16, dtype=torch.float16)
     x[2], residual[2], weight = torch.randn(16), torch.randn(16), numbers(16, 16, dtype=torch.float16)
     ours = kernels.linear(x, weight, residual=residual, backend="triton")
-    torch.testing.assert_close(ours, kernels.linear(x, weight, residual=residual, backend="reference"))
-    assert ours[2].any()
+    exact = x[2].double() @ weight.double().T + residual[2].double()
+    torch.testing.assert_close(ours[2].double(), exact, rtol=2**-10, atol=1e-4)
+    assert not ours[:2].any()
 
 
 def test_launches_move_the_bytes_that_are_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,11 +306,13 @@ def test_operators_are_registered_soundly_and_compile() -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     x, weight = numbers(3, 4).requires_grad_(), numbers(5, 4)
-    (first,) = torch.autograd.grad(
-        kernels.linear(x, weight, activation="gelu", backend="triton").sum(), x, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(first.square().sum(), x)
+    """Even where the first alone would be found: what it lacks would show in the second."""
+    for out in (
+        kernels.linear(x, weight, activation="gelu", backend="triton"),
+        kernels.mlp(x, weight, None, weight.T.contiguous(), None, backend="triton"),
+    ):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(out.sum(), x, create_graph=True)
 
 
 def test_the_wrong_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
