@@ -7,6 +7,7 @@ function's docstring for shapes, formula and bytes moved.
 from kernels._launch import checked, force_road
 from kernels.align_loss import align_features, align_loss
 from kernels.attention import AttentionRoad, attention, attention_road, attention_varlen, require_attention
+from kernels.linear import DeferredNorm, defer_norm, linear, mlp, row_statistics, scaled_linear, weight_gradient
 from kernels.patch_gather import patch_gather
 from kernels.quantize import dequantize_product, quantize_rows
 from kernels.quantized_linear import quantize_weight, quantized_linear, quantized_road
@@ -15,6 +16,7 @@ from kernels.token_gather import gather_norm, token_gather
 
 __all__ = [
     "AttentionRoad",
+    "DeferredNorm",
     "align_features",
     "align_loss",
     "attention",
@@ -22,16 +24,22 @@ __all__ = [
     "attention_varlen",
     "checked",
     "class_attention",
+    "defer_norm",
     "dequantize_product",
     "force_road",
     "gather_norm",
+    "linear",
+    "mlp",
     "patch_gather",
     "quantize_rows",
     "quantize_weight",
     "quantized_linear",
     "quantized_road",
     "require_attention",
+    "row_statistics",
     "sample_visible",
+    "scaled_linear",
     "semantic_mask",
     "token_gather",
+    "weight_gradient",
 ]

@@ -23,6 +23,9 @@ from triton.compiler import ASTSource
 
 from kernels._launch import COMPILER_OPTIONS, power_of_two, warps_for
 from kernels.align_loss import align_loss_bwd_kernel, align_loss_fwd_kernel, rows_per_program
+from kernels.linear.layers import row_statistics_kernel
+from kernels.linear.product import GROUP, SCALE_BLOCK, product_kernel
+from kernels.linear.product import tiling as product_tiling
 from kernels.patch_gather import patch_gather_kernel
 from kernels.quantize import DTYPES, LARGEST, TINY, dequantize_kernel, quantize_rows_kernel, tile
 from kernels.semantic_mask import sample_visible_kernel, semantic_mask_kernel, tiling
@@ -52,6 +55,8 @@ class Case:
     """Read and written by the operation's definition, each tensor once."""
     oldest: int = 80
     """The first architecture that has its types."""
+    stages: int | None = None
+    """Tiles on their way at once, where the launch says so."""
 
 
 def semantic_mask_case(size: str, tokens: int, label: str = "") -> Case:
@@ -90,8 +95,120 @@ def quantized_cases(size: str) -> Iterator[Case]:
     )  # fmt: skip
 
 
-def cases() -> Iterator[Case]:
-    """Every kernel at B/16 and L/16, and the mask of frames of 384 pixels."""
+# SMs and shared bytes of a program: A100, H100, B200.
+GPUS = {80: (108, 163 << 10), 90: (132, 227 << 10), 100: (148, 227 << 10)}
+WIDTHS = {"bf16": 2, "i8": 1, "fp8e4nv": 1}
+
+
+def product_case(
+    name: str, architecture: int, kind: str, shape: tuple[int, int, int], out: str, pointers: dict[str, str],
+    bytes_moved: float, *, a_t: bool = False, b_t: bool = False, wide: bool = False, **constants: Any,
+) -> Case:  # fmt: skip
+    """product_kernel as its launcher would launch it: (M, N, K) of operands of `kind`, by TMA on 90 and above."""
+    M, N, K = shape
+    sms, shared = GPUS.get(architecture, GPUS[80])
+    tiles = product_tiling(M, N, WIDTHS[kind], architecture, sms, shared, wide=wide, saves="pre" in pointers)
+    warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+    high, across, depth = (tiles[f"BLOCK_{axis}"] for axis in "MNK")
+    tma = architecture >= 90
+    operands = {
+        "a": f"tensordesc<{kind}[{depth}, {high}]>" if a_t else f"tensordesc<{kind}[{high}, {depth}]>",
+        "b": f"tensordesc<{kind}[{depth}, {across}]>" if b_t else f"tensordesc<{kind}[{across}, {depth}]>",
+    } if tma else {"a": f"*{kind}", "b": f"*{kind}"}  # fmt: skip
+    pointers = {"out": out} | operands | pointers
+    defaults = {
+        "A_T": a_t, "B_T": b_t, "TMA": tma, "EVEN_K": K % depth == 0, "KIND": 0, "BACKWARD": False, "SPLITS": 1,
+        "ACCUMULATE": False, "PRECISION": "ieee", "INTEGER": kind == "i8", "UPCAST": False, "BLOCK_SCALES": False,
+        "LARGEST": {"*i8": 127.0, "*fp8e4nv": 448.0}.get(out, 0.0), "TINY": TINY, "GROUP": GROUP,
+    }  # fmt: skip
+    optional = (
+        "out_scale",
+        "pre",
+        "hidden",
+        "sums",
+        "a_scale",
+        "b_scale",
+        "mean",
+        "rstd",
+        "column",
+        "bias",
+        "residual",
+    )
+    numbers = {
+        "M": M, "N": N, "K": K, "a_row": M if a_t else K, "b_row": N if b_t else K,
+        "residual_row": N if "residual" in pointers else 0,
+    }  # fmt: skip
+    return Case(
+        name, product_kernel, pointers, numbers,
+        defaults | {name: None for name in optional if name not in pointers} | constants | tiles,
+        warps=warps, bytes_moved=bytes_moved, oldest=89 if "fp8" in kind else 80, stages=stages,
+    )  # fmt: skip
+
+
+def linear_cases(size: str, architecture: int) -> Iterator[Case]:
+    """The products of student (a step's visible tokens) and teacher (all tokens), in the forms of kernels.linear."""
+    width, _, tokens, _ = SIZES[size]
+    hidden = 4 * width
+    rows, frozen = BATCH * FRAMES * KEPT, BATCH * FRAMES * (1 + tokens)
+    half, full = "*bf16", "*fp32"
+    weight = width * hidden
+
+    def case(label: str, *args: Any, **options: Any) -> Case:
+        return product_case(f"linear {label} {size}", architecture, *args, **options)
+
+    yield case(
+        "qkv", "bf16", (rows, 3 * width, width), half, {"bias": full},
+        2 * (4 * rows * width + 3 * width**2) + 12 * width,
+    )  # fmt: skip
+    yield case(
+        "gelu", "bf16", (rows, hidden, width), half, {"bias": full, "pre": half},
+        2 * (rows * (width + 2 * hidden) + weight) + 4 * hidden, KIND=1,
+    )  # fmt: skip
+    yield case(
+        "residual", "bf16", (rows, width, hidden), full, {"bias": full, "residual": full},
+        rows * (2 * hidden + 8 * width) + 2 * weight + 4 * width,
+    )  # fmt: skip
+    yield case(
+        "norm quick_gelu", "bf16", (frozen, hidden, width), half,
+        {"bias": full, "mean": full, "rstd": full, "column": full},
+        2 * (frozen * (width + hidden) + weight) + 8 * frozen + 8 * hidden, KIND=2,
+    )  # fmt: skip
+    yield Case(
+        f"linear row_statistics {size}", row_statistics_kernel, {"mean": full, "rstd": full, "x": half},
+        {"x_row": width, "eps": 1e-5}, {"K": width, "BLOCK": power_of_two(width)},
+        warps=warps_for(width), bytes_moved=frozen * (2 * width + 8),
+    )  # fmt: skip
+    parts = -(-rows // 128)
+    yield case(
+        "backward gelu", "bf16", (rows, hidden, width), half, {"pre": half, "hidden": half, "sums": full},
+        2 * (rows * (width + 3 * hidden) + weight) + 4 * parts * hidden, b_t=True, wide=True, KIND=1, BACKWARD=True,
+    )  # fmt: skip
+    yield case(
+        "backward input", "bf16", (rows, width, hidden), half, {}, 2 * (rows * (width + hidden) + weight), b_t=True
+    )
+    yield case(
+        "backward weight", "bf16", (hidden, width, rows), full, {}, 2 * rows * (width + hidden) + 4 * weight,
+        a_t=True, b_t=True,
+    )  # fmt: skip
+    for kind in ("i8", "fp8e4nv"):
+        label, scales = {"i8": "int8"}.get(kind, "fp8"), {"a_scale": full, "b_scale": full, "bias": full}
+        yield case(
+            label, kind, (frozen, 3 * width, width), half, scales,
+            frozen * 7 * width + 3 * width**2 + 4 * frozen + 24 * width,
+        )  # fmt: skip
+        blocks = hidden // SCALE_BLOCK
+        yield case(
+            f"{label} quick_gelu {label}", kind, (frozen, hidden, width), f"*{kind}", scales | {"out_scale": full},
+            frozen * (width + hidden + 4 + 4 * blocks) + weight + 8 * hidden, wide=True, KIND=2,
+        )  # fmt: skip
+        yield case(
+            f"{label} blocks residual", kind, (frozen, width, hidden), half, scales | {"residual": half},
+            frozen * (hidden + 4 * width + 4 * blocks) + weight + 8 * width, wide=True, BLOCK_SCALES=True,
+        )  # fmt: skip
+
+
+def cases(architecture: int = 80) -> Iterator[Case]:
+    """Every kernel at B/16 and L/16, and the mask of frames of 384 pixels; products as that architecture runs them."""
     p8, p16, p32, i32 = "*u8", "*bf16", "*fp32", "*i32"
     n = FRAMES * KEPT
     rows, frames = BATCH * n, BATCH * FRAMES
@@ -143,6 +260,7 @@ def cases() -> Iterator[Case]:
             warps=warps_for(out), bytes_moved=6 * rows * (out * 6 + 8),
         )  # fmt: skip
         yield from quantized_cases(size)
+        yield from linear_cases(size, architecture)
     yield semantic_mask_case("l16", 576, " 384 px")
 
 
@@ -157,7 +275,8 @@ def source_of(case: Case) -> ASTSource:
             signature[name] = "constexpr"
             continue
         signature[name] = pointers.get(name) or ("fp32" if isinstance(value, float) else "i32")
-        if name in pointers or (isinstance(value, int) and value % 16 == 0):
+        descriptor = pointers.get(name, "").startswith("tensordesc")
+        if (name in pointers and not descriptor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(position,)] = [["tt.divisibility", 16]]
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return ASTSource(kernel, signature, constexprs=places, attrs=attributes)
@@ -180,20 +299,49 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def build(architecture: int) -> Iterator[dict[str, Any]]:
-    """Compiles every case for one architecture (80: A100, 90: H100 and H200) and yields its resources."""
-    for case in (case for case in cases() if case.oldest <= architecture):
+# The matrix instructions of the architectures, and how operands, spilled numbers and results travel.
+INSTRUCTIONS = (
+    "HMMA", "IMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA", "UTMALDG", "LDGSTS.E.BYPASS.128",
+    "LDGSTS", "LDG.E.128", "STG.E.128", "STG", "LDL", "STL",
+)  # fmt: skip
+
+
+def instructions(cubin: bytes) -> dict[str, int]:
+    """How often a cubin's code holds each of INSTRUCTIONS, counting also their forms with more suffixes."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
+    # Modifiers may stand between a name and its width: LDG.E.EL.128 is a load of 128 bits too.
+    counts = dict.fromkeys(INSTRUCTIONS, 0)
+    for wanted in INSTRUCTIONS:
+        parts = wanted.split(".")
+        counts[wanted] = sum(
+            1 for name in found if name.split(".")[0] == parts[0] and set(parts) <= set(name.split("."))
+        )
+    return {name: count for name, count in counts.items() if count}
+
+
+def build(architecture: int, only: str = "") -> Iterator[dict[str, Any]]:
+    """Compiles every case whose name starts with `only` for one architecture (80: A100, 90: H100 and H200, 100: B200) and
+    yields its resources."""
+    for case in cases(architecture):
+        if case.oldest > architecture or not case.name.startswith(only):
+            continue
+        stages = {} if case.stages is None else {"num_stages": case.stages}
         compiled = triton.compile(
             source_of(case),
             target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": case.warps} | COMPILER_OPTIONS,
+            options={"num_warps": case.warps} | stages | COMPILER_OPTIONS,
         )
         found = resources(compiled.asm["cubin"])
         found["shared_bytes"] += compiled.metadata.shared
         microseconds = {name: round(case.bytes_moved / rate * 1e6, 1) for name, rate in BANDWIDTH.items()}
         yield {
             "kernel": case.name, "sm": architecture, "warps": case.warps, "bytes": int(case.bytes_moved),
-            "floor_us": microseconds,
+            "floor_us": microseconds, "instructions": instructions(compiled.asm["cubin"]),
         } | found  # fmt: skip
 
 

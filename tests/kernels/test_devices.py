@@ -11,7 +11,8 @@ from torch import Tensor
 import kernels
 
 # The package shows functions of these names.
-MODULES = [f"kernels.{name}" for name in ("align_loss", "patch_gather", "quantize", "semantic_mask", "token_gather")]
+PARTS = ("align_loss", "linear.layers", "linear.product", "patch_gather", "quantize", "semantic_mask", "token_gather")
+MODULES = [f"kernels.{name}" for name in PARTS]
 
 
 class Spy:
@@ -57,7 +58,9 @@ def test_every_launch_chooses_the_device_of_its_tensors(monkeypatch: pytest.Monk
         kernels.align_loss(student, student.detach(), weight, weight).backward()
         kernels.quantize_rows(torch.ones(2, 8), "int8")
         kernels.dequantize_product(torch.ones(2, 8, dtype=torch.int32), torch.ones(2, 1), affine, affine, torch.float32)
-    assert len(names) == 10 and sorted(launched) == sorted(names)
+        folded = kernels.defer_norm(torch.ones(8, 8), None, affine, affine)
+        kernels.linear(torch.ones(2, 8), folded[0], folded[1], norm=folded[2])
+    assert len(names) == 12 and sorted(launched) == sorted(names)
     assert all(isinstance(tensor, Tensor) for tensor in launched.values()), launched
 
 

@@ -1,0 +1,438 @@
+"""linear and mlp: matrix products whose bias, activation, residual and LayerNorm cost no pass of their own.
+
+    linear:  out = act(x @ W.T + bias) + residual
+    norm:    x @ W.T of a LayerNorm's output from its input: rstd * (x @ (gW).T - mean * (gW 1)) + (W b + bias)
+    mlp:     out = act(x @ W1.T + b1) @ W2.T + b2 + residual
+
+GELU is the exact one, QuickGELU x * sigmoid(1.702 x). Sums are fp32, the epilogue too; a result is rounded once. 2*M*N*K
+FLOPs a product. Bytes, each tensor once: operands and result; residual + its size; statistics another M*K read; backward of
+mlp reads the pre-activation and writes its gradient and the activation again, in the epilogue of one product, where apart
+they move three times the hidden tensor more. Nothing here uses atomics: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._launch import (
+    ANY_STRIDES,
+    COMPILER_OPTIONS,
+    Road,
+    no_second_gradient,
+    on_device,
+    power_of_two,
+    use_triton,
+    warps_for,
+)
+from kernels.linear.product import ACTIVATIONS, limits, product, rows_apart, tiles_for
+
+Activation = Literal["none", "gelu", "quick_gelu"]
+Save = Literal["pre", "both"]
+# A program of row_statistics holds its row in registers.
+MOST_CHANNELS = 16384
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class DeferredNorm(NamedTuple):
+    """A LayerNorm that follows its product, from defer_norm."""
+
+    column: Tensor
+    """fp32 (N,): the sums of the rows of gW as it is stored, so that a row's mean cancels."""
+    eps: float
+
+
+def defer_norm(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, DeferredNorm]:
+    """Weight, bias and norm for linear(x, weight, bias, norm=norm) = F.linear(LayerNorm(x), weight, bias). Once, for frozen
+    weights.
+
+    Args:
+        weight: (N, K); bias: (N,) or None. gamma, beta: (K,) of the LayerNorm.
+        eps: of the LayerNorm.
+        dtype: of the products; the weight's own by default.
+
+    Returns:
+        (N, K) of that dtype; fp32 (N,); the norm. Detached.
+    """
+    weight, gamma, beta = (tensor.detach().float() for tensor in (weight, gamma, beta))
+    scaled = (weight * gamma).to(dtype or weight.dtype)
+    shift = weight @ beta if bias is None else weight @ beta + bias.detach().float()
+    return scaled, shift, DeferredNorm(scaled.double().sum(1).float(), eps)
+
+
+@triton.jit
+def row_statistics_kernel(mean, rstd, x, x_row, eps, K: tl.constexpr, BLOCK: tl.constexpr):
+    """One program per row; the two-pass formula, which does not cancel."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, BLOCK)
+    value = tl.load(x + i_row * x_row + o, mask=o < K, other=0).to(tl.float32)
+    center = tl.sum(value, 0) / K
+    centered = tl.where(o < K, value - center, 0.0)
+    tl.store(mean + i_row, center)
+    tl.store(rstd + i_row, 1 / tl.sqrt(tl.sum(centered * centered, 0) / K + eps))
+
+
+@torch.library.custom_op("umt_kernels::row_statistics", mutates_args=(), tags=ANY_STRIDES)
+def _row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x = rows_apart(x)
+    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    if x.shape[0]:
+        with on_device(x):
+            row_statistics_kernel[(x.shape[0],)](
+                mean, rstd, x, x.stride(0), eps, K=x.shape[1], BLOCK=power_of_two(x.shape[1]),
+                num_warps=warps_for(x.shape[1]), **COMPILER_OPTIONS,
+            )  # fmt: skip
+    return mean, rstd
+
+
+@_row_statistics.register_fake
+def _(x, eps):
+    return tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
+
+
+def weight_gradient_into(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:
+    """out (N, K) fp32 = or += dy.T @ x, on the Triton road."""
+    rows, tiles = dy.shape[0], tiles_for(out, x, {}, False)
+    count = triton.cdiv(out.shape[0], tiles["BLOCK_M"]) * triton.cdiv(out.shape[1], tiles["BLOCK_N"])
+    # The result is small and its sums are long: they are split until every SM has a tile.
+    splits = max(1, min(limits(x.device)[1] // max(1, count), rows // (4 * tiles["BLOCK_K"])))
+    if splits == 1:
+        product(out, dy, x, a_t=True, b_t=True, accumulate=accumulate, tiles=tiles)
+        return
+    parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
+    product(parts, dy, x, a_t=True, b_t=True, splits=splits, tiles=tiles)
+    out.add_(parts.sum(0)) if accumulate else torch.sum(parts, 0, out=out)
+
+
+@torch.library.custom_op("umt_kernels::weight_gradient", mutates_args=(), tags=ANY_STRIDES)
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    out = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+    weight_gradient_into(out, dy, x, False)
+    return out
+
+
+@_weight_gradient.register_fake
+def _(dy, x):
+    return x.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("umt_kernels::add_weight_gradient", mutates_args=("out",), tags=ANY_STRIDES)
+def _add_weight_gradient(out: Tensor, dy: Tensor, x: Tensor) -> None:
+    weight_gradient_into(out, dy, x, True)
+
+
+@_add_weight_gradient.register_fake
+def _(out, dy, x):
+    return None
+
+
+@torch.library.custom_op("umt_kernels::linear", mutates_args=(), tags=ANY_STRIDES)
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    column: Tensor | None, activation: str, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    kind = x.dtype if residual is None else residual.dtype
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=kind, device=x.device)
+    pre = torch.empty(out.shape if keep else (0,), dtype=x.dtype, device=x.device)
+    product(
+        out, x, weight.to(x.dtype), kind=ACTIVATIONS[activation], pre=pre if keep else None, bias=bias,
+        residual=residual, mean=mean, rstd=rstd, column=column,
+    )  # fmt: skip
+    return out, pre
+
+
+@_linear.register_fake
+def _(x, weight, bias, residual, mean, rstd, column, activation, keep):
+    shape = (x.shape[0], weight.shape[0])
+    kind = x.dtype if residual is None else residual.dtype
+    return x.new_empty(shape, dtype=kind), x.new_empty(shape if keep else (0,))
+
+
+@torch.library.custom_op("umt_kernels::input_gradient", mutates_args=(), tags=ANY_STRIDES)
+def _input_gradient(
+    dy: Tensor, weight: Tensor, pre: Tensor | None, activation: str, hidden: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy @ weight, times activation'(pre) where pre is given; then its column sums in fp32; then activation(pre)."""
+    out = torch.empty(dy.shape[0], weight.shape[1], dtype=dy.dtype, device=dy.device)
+    again = torch.empty(out.shape if hidden else (0,), dtype=dy.dtype, device=dy.device)
+    tiles = tiles_for(out, dy, {}, pre is not None)
+    parts = torch.empty(
+        0 if pre is None else triton.cdiv(out.shape[0], tiles["BLOCK_M"]), out.shape[1], dtype=torch.float32,
+        device=dy.device,
+    )  # fmt: skip
+    product(
+        out, dy, weight.to(dy.dtype), b_t=True, kind=ACTIVATIONS[activation], backward=pre is not None, tiles=tiles,
+        pre=pre, hidden=again if hidden else None, sums=None if pre is None else parts,
+    )  # fmt: skip
+    return out, parts.sum(0), again
+
+
+@_input_gradient.register_fake
+def _(dy, weight, pre, activation, hidden):
+    shape = (dy.shape[0], weight.shape[1])
+    sums = dy.new_empty(weight.shape[1], dtype=torch.float32)
+    return dy.new_empty(shape), sums, dy.new_empty(shape if hidden else (0,))
+
+
+@torch.library.custom_op("umt_kernels::mlp", mutates_args=(), tags=ANY_STRIDES)
+def _mlp(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None, activation: str,
+    save: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden, pre = _linear(x, w1, b1, None, None, None, None, activation, save != "")
+    out, _ = _linear(hidden, w2, b2, residual, None, None, None, "none", False)
+    return out, pre, hidden if save == "both" else x.new_empty(0)
+
+
+@_mlp.register_fake
+def _(x, w1, b1, w2, b2, residual, activation, save):
+    shape, wide = (x.shape[0], w2.shape[0]), (x.shape[0], w1.shape[0])
+    kind = x.dtype if residual is None else residual.dtype
+    pre, hidden = (x.new_empty(wide if keep else (0,)) for keep in (save != "", save == "both"))
+    return x.new_empty(shape, dtype=kind), pre, hidden
+
+
+def _setup_linear(ctx, inputs, output):
+    x, weight, bias, residual, mean, _, _, activation, keep = inputs
+    if mean is not None:
+        raise RuntimeError("a deferred LayerNorm has no gradient; give linear the LayerNorm's output in place of norm")
+    ctx.save_for_backward(x, weight, output[1] if keep else None)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.activation, ctx.kept = activation, keep
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _activation_backward(dy: Tensor, pre: Tensor, activation: str) -> Tensor:
+    """dy * activation'(pre) in fp32, by PyTorch's own operators: in a compiled program fused with their neighbors."""
+    dy, pre = dy.float(), pre.float()
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(dy, pre)
+    # silu(1.702 x) / 1.702 has the derivative of silu at 1.702 x.
+    return torch.ops.aten.silu_backward(dy, 1.702 * pre)
+
+
+def _refuse_second_gradient() -> None:
+    # The pre-activation is kept as a number: a second derivative would be found, and lack its part.
+    if torch.is_grad_enabled():
+        no_second_gradient(None)
+
+
+def _backward_linear(ctx, dout, _):
+    if dout is None:
+        return (None,) * 9
+    x, weight, pre = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    _refuse_second_gradient()
+    dpre = dout if pre is None else _activation_backward(dout, pre, ctx.activation)
+    dy = dpre.to(x.dtype)
+    dx = _input_gradient(dy, weight, None, "none", False)[0] if need[0] else None
+    dw = _weight_gradient(dy, x).to(weight.dtype) if need[1] else None
+    db = dpre.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if need[2] else None
+    return dx, dw, db, dout if need[3] else None, None, None, None, None, None
+
+
+def _setup_mlp(ctx, inputs, output):
+    x, w1, b1, w2, b2, residual, activation, save = inputs
+    ctx.save_for_backward(x, w1, w2, output[1], output[2] if save == "both" else None)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.activation = activation
+    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (b1, b2)]
+
+
+def _backward_mlp(ctx, dout, *_):
+    if dout is None:
+        return (None,) * 8
+    x, w1, w2, pre, hidden = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    _refuse_second_gradient()
+    dy = dout.to(x.dtype)
+    again = hidden is None and need[3]
+    dpre, sums, made = _input_gradient(dy, w2, pre, ctx.activation, again)
+    dx = _input_gradient(dpre, w1, None, "none", False)[0] if need[0] else None
+    dw1 = _weight_gradient(dpre, x).to(w1.dtype) if need[1] else None
+    db1 = sums.to(ctx.bias_dtypes[0]) if need[2] else None
+    dw2 = _weight_gradient(dy, made if again else hidden).to(w2.dtype) if need[3] else None
+    db2 = dout.sum(0, dtype=torch.float32).to(ctx.bias_dtypes[1]) if need[4] else None
+    return dx, dw1, db1, dw2, db2, dout if need[5] else None, None, None
+
+
+_linear.register_autograd(_backward_linear, setup_context=_setup_linear)
+_mlp.register_autograd(_backward_mlp, setup_context=_setup_mlp)
+_input_gradient.register_autograd(no_second_gradient)
+_weight_gradient.register_autograd(no_second_gradient)
+
+
+def activate(value: Tensor, activation: Activation) -> Tensor:
+    """The activation, by PyTorch."""
+    if activation == "gelu":
+        return F.gelu(value)
+    return value * torch.sigmoid(1.702 * value) if activation == "quick_gelu" else value
+
+
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    column: Tensor | None, activation: Activation,
+) -> Tensor:  # fmt: skip
+    value = F.linear(x, weight.to(x.dtype)).float()
+    if column is not None:
+        value = rstd[:, None] * (value - mean[:, None] * column)
+    value = activate(value if bias is None else value + bias.float(), activation)
+    return value.to(x.dtype) if residual is None else (value + residual.float()).to(residual.dtype)
+
+
+def _check(x: Tensor, name: str, weight: Tensor, bias: Tensor | None, inputs: int) -> None:
+    if x.dtype not in FLOATING or weight.ndim != 2 or weight.shape[1] != inputs or not inputs:
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)} and {name} {tuple(weight.shape)}; x must be float32, bfloat16 or float16 "
+            f"(..., K), {name} (N, {inputs or 'K'})"
+        )
+    if weight.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"{name} is {weight.dtype} and x {x.dtype}; {name} must be of x's dtype or float32")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in FLOATING):
+        raise ValueError(
+            f"bias of {name} is {bias.dtype} {tuple(bias.shape)}; it must be floating ({weight.shape[0]},)"
+        )
+
+
+def _check_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
+    if residual is not None and (residual.shape != shape or residual.dtype not in FLOATING):
+        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}; it must be floating {shape}")
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = "none",
+    residual: Tensor | None = None, norm: DeferredNorm | None = None, statistics: tuple[Tensor, Tensor] | None = None,
+    backend: Road = "auto",
+) -> Tensor:  # fmt: skip
+    """act(x @ weight.T + bias) + residual in one pass; of LayerNorm(x) with norm.
+
+    Args:
+        x: (..., K) fp32, bf16 or fp16. The last stride is 1, or the operand is copied.
+        weight: (N, K) in x's dtype, or fp32: then it is rounded to x's dtype, and its gradient comes back in fp32.
+        bias: (N,) or None; added in fp32.
+        activation: "none", "gelu" (exact) or "quick_gelu". The pre-activation is kept where a gradient is wanted.
+        residual: (..., N) or None, fp32 or half. The result takes its dtype: an fp32 stream stays fp32.
+        norm: from defer_norm, with its weight and bias. Not differentiable.
+        statistics: mean and rstd, fp32 (rows,), where they are known; else with a norm one more kernel finds them.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        (..., N) in the residual's dtype, else x's. Differentiable in x, weight, bias and residual.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit.
+    """
+    _check(x, "weight", weight, bias, x.shape[-1])
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+    shape = (*x.shape[:-1], weight.shape[0])
+    _check_residual(residual, shape)
+    rows = x.reshape(-1, x.shape[-1])
+    flat = None if residual is None else residual.reshape(-1, weight.shape[0])
+    wants = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, residual)
+    )
+    triton_road = use_triton(backend, x)
+    mean, rstd, column = None, None, None
+    if norm is not None:
+        if wants:
+            raise ValueError("a deferred LayerNorm has no gradient; pass norm=None and the LayerNorm's output as x")
+        if norm.column.shape != weight.shape[:1]:
+            raise ValueError(f"norm is for {norm.column.shape[0]} outputs; the weight has {weight.shape[0]}")
+        column = norm.column
+        mean, rstd = statistics or row_statistics(rows, norm.eps, backend=backend)
+        if mean.shape != rows.shape[:1] or rstd.shape != rows.shape[:1]:
+            raise ValueError(f"statistics are {tuple(mean.shape)} and {tuple(rstd.shape)}; both must be ({len(rows)},)")
+    elif statistics is not None:
+        raise ValueError("statistics are those of a norm; pass norm too")
+    if triton_road:
+        out, _ = _linear(rows, weight, bias, flat, mean, rstd, column, activation, wants and activation != "none")
+    else:
+        out = _reference(rows, weight, bias, flat, mean, rstd, column, activation)
+    return out.view(shape)
+
+
+def row_statistics(x: Tensor, eps: float, *, backend: Road = "auto") -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) of the rows of x (M, K), both fp32 (M,), detached. K is at most 16384 on Triton."""
+    x = x.detach()
+    if use_triton(backend, x):
+        if x.shape[1] > MOST_CHANNELS:
+            raise ValueError(f"{x.shape[1]} channels in a row exceed the limit of {MOST_CHANNELS}; use the reference")
+        return _row_statistics(x, eps)
+    variance, mean = torch.var_mean(x.float(), 1, correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def mlp(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: Activation = "gelu",
+    residual: Tensor | None = None, save: Save = "pre", backend: Road = "auto",
+) -> Tensor:  # fmt: skip
+    """act(x @ w1.T + b1) @ w2.T + b2 + residual, whose backward multiplies by act' inside the product before it.
+
+    Args:
+        x: (..., K). w1: (H, K), w2: (N, H), each in x's dtype or fp32; b1: (H,), b2: (N,), or None.
+        activation: "gelu" (exact) or "quick_gelu".
+        residual: (..., N) or None; the result takes its dtype.
+        save: for backward, "pre" keeps the pre-activation alone, and that product writes the activation again; "both" keeps
+            both.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        (..., N). Differentiable in all tensors.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit.
+    """
+    _check(x, "w1", w1, b1, x.shape[-1])
+    _check(x, "w2", w2, b2, w1.shape[0])
+    if activation not in ("gelu", "quick_gelu") or save not in ("pre", "both"):
+        raise ValueError(f"activation is {activation!r} and save {save!r}; choose gelu or quick_gelu, and pre or both")
+    shape = (*x.shape[:-1], w2.shape[0])
+    _check_residual(residual, shape)
+    rows = x.reshape(-1, x.shape[-1])
+    flat = None if residual is None else residual.reshape(-1, w2.shape[0])
+    tensors = (x, w1, b1, w2, b2, residual)
+    wants = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if use_triton(backend, x):
+        out = _mlp(rows, w1, b1, w2, b2, flat, activation, save if wants else "")[0]
+    else:
+        hidden = _reference(rows, w1, b1, None, None, None, None, activation)
+        out = _reference(hidden, w2, b2, flat, None, None, None, "none")
+    return out.view(shape)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, *, out: Tensor | None = None, backend: Road = "auto") -> Tensor:
+    """dy.T @ x in fp32 for dy (M, N) and x (M, K) of one floating dtype; added into `out`, fp32 (N, K) contiguous, if given.
+
+    Not differentiable. Raises ValueError for shapes or dtypes that do not fit.
+    """
+    if dy.ndim != 2 or x.ndim != 2 or len(dy) != len(x) or dy.dtype != x.dtype or x.dtype not in FLOATING:
+        raise ValueError(
+            f"dy is {dy.dtype} {tuple(dy.shape)} and x {x.dtype} {tuple(x.shape)}; they must be (M, N) and (M, K) of one "
+            "floating dtype"
+        )
+    shape = (dy.shape[1], x.shape[1])
+    if out is not None and (out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous()):
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; it must be contiguous float32 {shape}")
+    dy, x = dy.detach(), x.detach()
+    if use_triton(backend, x):
+        if out is None:
+            return _weight_gradient(dy, x)
+        _add_weight_gradient(out, dy, x)
+        return out
+    result = dy.float().t() @ x.float()
+    return result if out is None else out.add_(result)
