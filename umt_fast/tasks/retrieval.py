@@ -203,7 +203,7 @@ def match_scores(
         keys = text.clip_keys(tokens[clip // ranks.world_size][None].to(ranks.device))
         for chosen in texts_of[rows].split(pairs):
             hidden, mask = texts.rows(chosen, ranks.device)
-            fused = text.fuse(hidden[:, None], mask[:, None], keys)
+            fused = text.fuse(hidden[:, None], mask[:, None], keys, asked=1)  # the head reads the class token
             own[done : (done := done + len(chosen))] = model.match(fused[:, 0])[:, 1].float().cpu()
     joint = torch.empty(len(wanted))
     for rows, part in gather((mine, own)):
