@@ -45,7 +45,9 @@ class _DecoderLayer(TextLayer):
                 for before, new in zip(past, own, strict=True)
             )
         # An answer is a handful of positions: PyTorch's own kernel, whatever backend the long sequences take.
-        q, k, v = (part.flatten(0, 1).transpose(1, 2) for part in (self.attention.heads(self.attention.self.query(x)), k, v))
+        q, k, v = (
+            part.flatten(0, 1).transpose(1, 2) for part in (self.attention.heads(self.attention.self.query(x)), k, v)
+        )
         allowed = torch.ones(length, earlier + length, dtype=torch.bool, device=x.device).tril(earlier)
         dropout = self.attention.dropout if self.training else 0.0
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
@@ -61,7 +63,9 @@ class _DecoderLayer(TextLayer):
 class _DecoderLayers(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(_DecoderLayer(config, config.width) for _ in range(config.depth - config.fusion_layer))
+        self.layer = nn.ModuleList(
+            _DecoderLayer(config, config.width) for _ in range(config.depth - config.fusion_layer)
+        )
 
 
 class _DecoderBert(nn.Module):
@@ -116,9 +120,7 @@ class AnswerDecoder(nn.Module):
         return self.run(self.bert.embeddings(ids), questions, mask)[0]
 
 
-def word_log_probabilities(
-    head: nn.Module, states: Tensor, words: Tensor, memory: int = 256 << 20
-) -> Tensor:
+def word_log_probabilities(head: nn.Module, states: Tensor, words: Tensor, memory: int = 256 << 20) -> Tensor:
     """Log-probability of one word after each state: (N, W), int64 (N,) -> fp32 (N,).
 
     memory: bytes that the vocabulary logits may take at a time: states are taken in chunks of that many.
