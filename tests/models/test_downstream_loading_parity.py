@@ -110,7 +110,9 @@ def test_parity_of_tensors_from_an_official_file(config: dict, tmp_path: Path, s
         again = model_of(name, config)
         load(again, saved)
         assert all(torch.equal(value, own[key]) for key, value in again.state_dict().items())
-        bare = {key: value for key, value in own.items() if not key.endswith(("position_ids", "predictions.decoder.weight"))}
+        bare = {
+            key: value for key, value in own.items() if not key.endswith(("position_ids", "predictions.decoder.weight"))
+        }
         torch.save(bare, tmp_path / "bare.pth")
         again = model_of(name, config)
         load(again, tmp_path / "bare.pth")
@@ -134,9 +136,13 @@ def test_files_that_do_not_fit_are_named(config: dict, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="fine-tuned for retrieval and has no answer decoder"):
         load_question(question, written(retrieval.state_dict()))
     with pytest.raises(WeightsError, match=r"not known to the model: text_decoder\."):
-        load_retrieval(retrieval, written(question.state_dict() | {
-            key: value for key, value in retrieval.state_dict().items() if key not in question.state_dict()
-        }))
+        load_retrieval(
+            retrieval,
+            written(
+                question.state_dict()
+                | {key: value for key, value in retrieval.state_dict().items() if key not in question.state_dict()}
+            ),
+        )
     vit, text = sizes(config, config["file_keys"], width=16)
     with pytest.raises(WeightsError, match="tokens of width 16, the decoder reads text of width 8"):
         load_question(QuestionModel(vit, text), written(stage2_state(config, width=16)))

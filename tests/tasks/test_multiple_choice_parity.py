@@ -37,7 +37,9 @@ def case(request: pytest.FixtureRequest) -> _Case:
     return load(request.param)
 
 
-def batches(tensors: dict[str, Tensor], rank: int = 0, world_size: int = 1, size: int = 3) -> Iterator[dict[str, Tensor]]:
+def batches(
+    tensors: dict[str, Tensor], rank: int = 0, world_size: int = 1, size: int = 3
+) -> Iterator[dict[str, Tensor]]:
     """The clips of a file that a rank has, every world_size-th, some at a time."""
     rows = torch.arange(rank, len(tensors["in.video"]), world_size)
     for part in rows.split(size) if len(rows) else ():
@@ -68,7 +70,9 @@ def test_parity_of_scores_and_choices(case: _Case) -> None:
 
 def test_one_option_is_chosen_whatever_its_score(case: _Case) -> None:
     _, theirs, model = case
-    scored = score_options(model, theirs["in.video"], theirs["in.input_ids"][:, :1], theirs["in.attention_mask"][:, :1].bool())
+    scored = score_options(
+        model, theirs["in.video"], theirs["in.input_ids"][:, :1], theirs["in.attention_mask"][:, :1].bool()
+    )
     every = score_options(model, theirs["in.video"], theirs["in.input_ids"], theirs["in.attention_mask"].bool())
     assert not scored.choice.any()
     torch.testing.assert_close(scored.similarity, torch.ones_like(scored.similarity))

@@ -81,7 +81,9 @@ def test_parity_of_matching_logits(case: _Case, monkeypatch: pytest.MonkeyPatch)
     """The pairs that the loss judges: right ones, each text with another clip, each clip with another text."""
     _, theirs, model = case
     judged = []
-    monkeypatch.setattr(vision_text, "matching_loss", lambda *logits: judged.append(torch.cat(logits)) or logits[0].sum())
+    monkeypatch.setattr(
+        vision_text, "matching_loss", lambda *logits: judged.append(torch.cat(logits)) or logits[0].sum()
+    )
     negatives = theirs["in.vision_negatives"], theirs["in.text_negatives"]
     retrieval_losses(model, negatives=negatives, **batch_of(theirs))
     assert relative(judged[0], theirs["out.match_logits"]) < LIMIT
