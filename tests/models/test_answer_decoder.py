@@ -98,6 +98,7 @@ def test_ranking_equals_reading_every_answer_by_itself(models, questions, rule: 
     expected = by_brute_force(theirs, states, mask, top_k, rule)
     assert ranked.answers.shape == (4, min(top_k, len(TEXTS)))
     first = first_word_probabilities(ours, states, mask, answers)
+    compared = 0
     for row, truth in enumerate(expected):
         found = dict(zip(ranked.answers[row].tolist(), ranked.probabilities[row].tolist(), strict=True))
         # Of answers with equal first words any may be the last that is kept.
@@ -109,6 +110,8 @@ def test_ranking_equals_reading_every_answer_by_itself(models, questions, rule: 
             continue
         assert found == pytest.approx(truth, rel=1e-4, abs=1e-7)
         assert list(found.values()) == sorted(found.values(), reverse=True)
+        compared += 1
+    assert compared
 
 
 def test_logits_in_chunks_give_the_same_within_their_memory(models, questions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,15 +176,17 @@ def test_writing_equals_choosing_the_best_word_each_time(models, questions) -> N
             generate_answers(ours, states, mask, start=CLS, end=SEP, pad=PAD, max_length=limit)
 
 
-def test_a_question_is_read_once_however_many_answers_are_judged(models, questions, monkeypatch) -> None:
+def test_a_question_is_read_once_however_many_answers_are_judged(models, questions) -> None:
     """Keys and values of the questions: a product of all their positions for each layer, none of copies of them."""
     ours, _ = models
     states, mask = questions
     answers = prepare_answers(ours, *answers_of(TEXTS))
     rows = []
-    for layer in ours.layers:
-        layer.crossattention.self.key.register_forward_hook(lambda module, given, out: rows.append(given[0].shape[:-1]))
+    keys = [layer.crossattention.self.key for layer in ours.layers]
+    hooks = [key.register_forward_hook(lambda module, given, out: rows.append(given[0].shape[:-1])) for key in keys]
     rank_answers(ours, states, mask, answers)
+    for hook in hooks:
+        hook.remove()
     assert rows == [states.shape[:2]] * LAYERS
 
 
