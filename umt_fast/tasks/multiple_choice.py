@@ -56,7 +56,9 @@ def score_options(model: Matching, video: Tensor, ids: Tensor, mask: Tensor) -> 
     frames = tokens.shape[1] // tower.encoder.grid.per_frame
     clip = model.project_vision(tower.pool(tokens, frames))
     captions = model.project_text(hidden).view(*ids.shape[:2], -1)
-    similarity = ((captions @ clip[:, :, None])[..., 0] / model.temperature).softmax(1)
+    # In fp32 whatever autocast says: a temperature of .01 turns bf16's rounding of a cosine into a change of .4.
+    with torch.autocast(clip.device.type, enabled=False):
+        similarity = ((captions @ clip[:, :, None])[..., 0] / model.temperature).softmax(1)
     options = hidden.view(*ids.shape, -1).transpose(0, 1)
     fused = text.fuse(options, mask.transpose(0, 1), text.clip_keys(tokens), asked=1)
     logits = model.match(fused).float().transpose(0, 1)
