@@ -52,17 +52,18 @@ class _Attention(Attends):
         self.self = _SelfProjections(config.width, source_width)
         self.output = _Output(config.width, config.width, config.hidden_dropout)
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def heads(self, x: Tensor) -> Tensor:
+        """(..., W) -> (..., H, W / H)."""
         return x.unflatten(-1, (self.num_heads, -1))
 
     def keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """(B, n, source width) -> two (B, n, H, W / H)."""
-        return self._heads(self.self.key(source)), self._heads(self.self.value(source))
+        return self.heads(self.self.key(source)), self.heads(self.self.value(source))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """x: (B, l, W) asks; key_mask: bool (B, n), False where a key is padding."""
         out = kernels.attention(
-            self._heads(self.self.query(x)), k, v, key_mask=key_mask, dropout=self.dropout if self.training else 0.0,
+            self.heads(self.self.query(x)), k, v, key_mask=key_mask, dropout=self.dropout if self.training else 0.0,
             prefer=self.attention_backend,
         )  # fmt: skip
         return self.output(out.flatten(2), x)
@@ -117,7 +118,7 @@ class TextLayer(nn.Module):
         return self._feed_forward(seen.flatten(0, 1)).view(groups, batch, length, width)
 
 
-class _Embeddings(nn.Module):
+class Embeddings(nn.Module):
     """Word, position and type embeddings, LayerNorm, dropout. The type is always 0."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -129,8 +130,9 @@ class _Embeddings(nn.Module):
         self.register_buffer("position_ids", torch.arange(config.max_positions)[None])
         self.dropout = config.hidden_dropout
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.word_embeddings(ids) + self.position_embeddings.weight[: ids.shape[1]]
+    def forward(self, ids: Tensor, first: int = 0) -> Tensor:
+        """int64 (..., l) words at positions first, first + 1, ... -> (..., l, W)."""
+        x = self.word_embeddings(ids) + self.position_embeddings.weight[first : first + ids.shape[-1]]
         x = x + self.token_type_embeddings.weight[0]
         return F.dropout(self.LayerNorm(x), self.dropout, self.training)
 
@@ -143,11 +145,65 @@ class _Layers(nn.Module):
         )
 
 
-class _Bert(nn.Module):
+class Bert(nn.Module):
+    """BERT without any head: text layers and fusion layers. Whoever builds one initialises it, see initialise_text.
+
+    Fine-tuned models hold it as `text_encoder`, stage 2 as `text_encoder.bert`.
+    """
+
     def __init__(self, config: TextConfig, vision_width: int) -> None:
         super().__init__()
-        self.embeddings = _Embeddings(config)
+        self.config = config
+        self.embeddings = Embeddings(config)
         self.encoder = _Layers(config, vision_width)
+
+    @property
+    def text_layers(self) -> nn.ModuleList:
+        """The layers below the fusion, whose parameters are used in their own forward alone."""
+        return self.encoder.layer[: self.config.fusion_layer]
+
+    def pieces(self) -> list[tuple[nn.Module, str]]:
+        """Modules and their methods whose gradients are ready together: text layers, fusion layers."""
+        below = self.config.fusion_layer
+        return [(layer, "forward" if depth < below else "fuse") for depth, layer in enumerate(self.encoder.layer)]
+
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Text layers alone: int64 (B, l) and bool (B, l) -> (B, l, W)."""
+        x = self.embeddings(ids)
+        for layer in self.text_layers:
+            x = layer(x, mask)
+        return x
+
+    def clip_keys(self, vision: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of clips (B, n, C) for each fusion layer, computed once however many texts will ask."""
+        layers = self.encoder.layer[self.config.fusion_layer :]
+        return [layer.crossattention.keys_and_values(vision) for layer in layers]
+
+    def fuse(
+        self, x: Tensor, mask: Tensor, clips: list[tuple[Tensor, Tensor]], negatives: Tensor | None = None,
+        asked: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Fusion layers over (G, B, l, W) texts; see TextLayer.fuse. asked: of the last layer's positions alone."""
+        *lower, (last, (k, v)) = self._fusion(clips)
+        for layer, source in lower:
+            x = layer.fuse(x, mask, *source, negatives)
+        return last.fuse(x, mask, k, v, negatives, asked)
+
+    def fuse_for_losses(
+        self, x: Tensor, mask: Tensor, clips: list[tuple[Tensor, Tensor]], negatives: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As fuse, but of all groups except the first the last layer computes the class token alone.
+
+        Returns the first group (B, l, W) and the class tokens of the others (G - 1, B, 1, W).
+        """
+        *lower, (last, (k, v)) = self._fusion(clips)
+        for layer, source in lower:
+            x = layer.fuse(x, mask, *source, negatives)
+        return last.fuse(x[:1], mask[:1], k, v, None)[0], last.fuse(x[1:], mask[1:], k, v, negatives, asked=1)
+
+    def _fusion(self, clips: list[tuple[Tensor, Tensor]]) -> list[tuple[TextLayer, tuple[Tensor, Tensor]]]:
+        """The fusion layers, each with its keys and values."""
+        return list(zip(self.encoder.layer[self.config.fusion_layer :], clips, strict=True))
 
 
 class _Transform(nn.Module):
@@ -171,67 +227,61 @@ class _Predictions(nn.Module):
         return self.decoder(self.transform.LayerNorm(F.gelu(self.transform.dense(x))))
 
 
-class _Head(nn.Module):
+class WordHead(nn.Module):
+    """The masked-language head under its official name."""
+
     def __init__(self, config: TextConfig, words: nn.Embedding) -> None:
         super().__init__()
         self.predictions = _Predictions(config, words)
 
 
 class TextEncoder(nn.Module):
-    """BERT: text layers, fusion layers, masked-language head."""
+    """BERT with its masked-language head, as stage 2 trains it."""
 
     def __init__(self, config: TextConfig, vision_width: int) -> None:
         super().__init__()
         self.config = config
-        self.bert = _Bert(config, vision_width)
-        self.cls = _Head(config, self.bert.embeddings.word_embeddings)
-        self.apply(functools.partial(_initialise, std=config.init_std))
+        self.bert = Bert(config, vision_width)
+        self.cls = WordHead(config, self.bert.embeddings.word_embeddings)
+        initialise_text(self, config)
+
+    @property
+    def text_layers(self) -> nn.ModuleList:
+        """See Bert.text_layers."""
+        return self.bert.text_layers
 
     def pieces(self) -> list[tuple[nn.Module, str]]:
-        """Modules and their methods whose gradients are ready together: text layers, fusion layers, the vocabulary head."""
-        layers, below = self.bert.encoder.layer, self.config.fusion_layer
-        parts = [(layer, "forward" if depth < below else "fuse") for depth, layer in enumerate(layers)]
-        return [*parts, (self.cls.predictions, "forward")]
+        """As Bert.pieces, and the vocabulary head."""
+        return [*self.bert.pieces(), (self.cls.predictions, "forward")]
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Text layers alone: int64 (B, l) and bool (B, l) -> (B, l, W)."""
-        x = self.bert.embeddings(ids)
-        for layer in self.bert.encoder.layer[: self.config.fusion_layer]:
-            x = layer(x, mask)
-        return x
+        """See Bert.encode."""
+        return self.bert.encode(ids, mask)
 
     def clip_keys(self, vision: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of clips (B, n, C) for each fusion layer, computed once however many texts will ask."""
-        layers = self.bert.encoder.layer[self.config.fusion_layer :]
-        return [layer.crossattention.keys_and_values(vision) for layer in layers]
+        """See Bert.clip_keys."""
+        return self.bert.clip_keys(vision)
 
     def fuse(
-        self, x: Tensor, mask: Tensor, clips: list[tuple[Tensor, Tensor]], negatives: Tensor | None = None
-    ) -> Tensor:
-        """Fusion layers over (G, B, l, W) texts; see TextLayer.fuse."""
-        for layer, (k, v) in self._fusion(clips):
-            x = layer.fuse(x, mask, k, v, negatives)
-        return x
+        self, x: Tensor, mask: Tensor, clips: list[tuple[Tensor, Tensor]], negatives: Tensor | None = None,
+        asked: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See Bert.fuse."""
+        return self.bert.fuse(x, mask, clips, negatives, asked)
 
     def fuse_for_losses(
         self, x: Tensor, mask: Tensor, clips: list[tuple[Tensor, Tensor]], negatives: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As fuse, but of all groups except the first the last layer computes the class token alone.
+        """See Bert.fuse_for_losses."""
+        return self.bert.fuse_for_losses(x, mask, clips, negatives)
 
-        Returns the first group (B, l, W) and the class tokens of the others (G - 1, B, 1, W).
-        """
-        *lower, (last, (k, v)) = self._fusion(clips)
-        for layer, source in lower:
-            x = layer.fuse(x, mask, *source, negatives)
-        return last.fuse(x[:1], mask[:1], k, v, None)[0], last.fuse(x[1:], mask[1:], k, v, negatives, asked=1)
 
-    def _fusion(self, clips: list[tuple[Tensor, Tensor]]) -> list[tuple[TextLayer, tuple[Tensor, Tensor]]]:
-        """The fusion layers, each with its keys and values."""
-        return list(zip(self.bert.encoder.layer[self.config.fusion_layer :], clips, strict=True))
+def initialise_text(module: nn.Module, config: TextConfig) -> None:
+    """BERT's initial values in every part of a module: normal weights and embeddings, zero biases."""
+    module.apply(functools.partial(_initialise, std=config.init_std))
 
 
 def _initialise(module: nn.Module, std: float) -> None:
-    """BERT's: normal weights and embeddings, zero biases."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from umt_fast.config import TextConfig, VitConfig
 from umt_fast.models.student import Student
-from umt_fast.models.text import TextEncoder
+from umt_fast.models.text import Bert, TextEncoder
 
 # The alignment heads' LayerNorm in stage 2; stage 1 has 1e-6.
 HEAD_EPS = 1e-5
@@ -24,9 +24,11 @@ TEMPERATURES = (0.001, 0.5)
 class VisionTower(Student):
     """The stage-1 student with a norm for its pooled output. One clip, or an image as a clip of one frame."""
 
-    def __init__(self, vit: VitConfig, num_layers: int, output_dim: int) -> None:
+    def __init__(self, vit: VitConfig, num_layers: int, output_dim: int, *, pools: bool = True) -> None:
+        """pools: False builds no pool_norm, for models that never pool."""
         super().__init__(vit, num_layers, output_dim)
-        self.pool_norm = nn.LayerNorm(vit.width, eps=1e-6)
+        if pools:
+            self.pool_norm = nn.LayerNorm(vit.width, eps=1e-6)
 
     def embed(
         self, video: Tensor, visible: Tensor | None = None, *, heads: bool = False
@@ -65,18 +67,18 @@ class VisionTower(Student):
         return self.pool_norm(tokens.unflatten(1, (frames, -1)).mean(2))
 
 
-class VideoText(nn.Module):
-    """Everything stage 2 trains and saves."""
+class Matching(nn.Module):
+    """A vision tower and a text encoder that are compared and matched: what stage 2 and fine-tuned retrieval share."""
 
     def __init__(
-        self, vit: VitConfig, text: TextConfig, *, num_layers: int, output_dim: int, embed_dim: int, temperature: float = 0.07
-    ) -> None:  # fmt: skip
+        self, vision: VisionTower, text: TextEncoder | Bert, *, embed_dim: int, temperature: float = 0.07
+    ) -> None:
         super().__init__()
-        self.vision_encoder = VisionTower(vit, num_layers, output_dim)
-        self.text_encoder = TextEncoder(text, vit.width)
-        self.vision_proj = nn.Linear(vit.width, embed_dim)
-        self.text_proj = nn.Linear(text.width, embed_dim)
-        self.itm_head = nn.Linear(text.width, 2)
+        self.vision_encoder = vision
+        self.text_encoder = text
+        self.vision_proj = nn.Linear(vision.encoder.config.width, embed_dim)
+        self.text_proj = nn.Linear(text.config.width, embed_dim)
+        self.itm_head = nn.Linear(text.config.width, 2)
         self.temp = nn.Parameter(torch.tensor(temperature))
 
     @property
@@ -85,8 +87,7 @@ class VideoText(nn.Module):
 
         Not the fusion layers: clips' keys come from a part of theirs, before and apart from the rest.
         """
-        text = self.text_encoder
-        return [*self.vision_encoder.shard_units, *text.bert.encoder.layer[: text.config.fusion_layer]]
+        return [*self.vision_encoder.shard_units, *self.text_encoder.text_layers]
 
     def bound_temperature(self) -> Tensor:
         """Moves the learned temperature itself into its official bounds, as every training step begins, and returns a copy
@@ -113,3 +114,13 @@ class VideoText(nn.Module):
     def match(self, fused: Tensor) -> Tensor:
         """Fused text (..., l, W) -> logits (..., 2), index 1: they match."""
         return self.itm_head(fused[..., 0, :])
+
+
+class VideoText(Matching):
+    """Everything stage 2 trains and saves."""
+
+    def __init__(
+        self, vit: VitConfig, text: TextConfig, *, num_layers: int, output_dim: int, embed_dim: int, temperature: float = 0.07
+    ) -> None:  # fmt: skip
+        vision = VisionTower(vit, num_layers, output_dim)
+        super().__init__(vision, TextEncoder(text, vit.width), embed_dim=embed_dim, temperature=temperature)

@@ -66,6 +66,17 @@ def both_ways(v2t: Tensor, t2v: Tensor, prefix: str) -> dict[str, float]:
     return figures | {f"{prefix}_r_mean": sum(six) / len(six)}
 
 
+def official_recalls(v2t: Tensor, t2v: Tensor) -> dict[str, float]:
+    """The recalls of both directions' ranks under their official names, in per cent: `txt_*` clips find captions, `img_*`
+    captions find clips."""
+    figures = {}
+    for name, rank in (("txt", v2t), ("img", t2v)):
+        shares = [100 * (rank < k).double().mean().item() for k in (1, 5, 10)]
+        figures |= dict(zip((f"{name}_r1", f"{name}_r5", f"{name}_r10"), shares, strict=True))
+        figures[f"{name}_r_mean"] = sum(shares) / 3
+    return figures | {"r_mean": (figures["txt_r_mean"] + figures["img_r_mean"]) / 2}
+
+
 class Keeper:
     """Gives out tensors to be filled: in main memory up to a limit, beyond it mapped from a file that is gone at exit.
 
@@ -208,7 +219,7 @@ def match_scores(
         keys = text.clip_keys(tokens[clip // ranks.world_size][None].to(ranks.device))
         for chosen in texts_of[rows].split(pairs):
             hidden, mask = texts.rows(chosen, ranks.device)
-            fused = text.fuse(hidden[:, None], mask[:, None], keys)
+            fused = text.fuse(hidden[:, None], mask[:, None], keys, asked=1)  # the head reads the class token
             own[done : (done := done + len(chosen))] = model.match(fused[:, 0])[:, 1].float().cpu()
     joint = torch.empty(len(wanted))
     for rows, part in gather((mine, own)):

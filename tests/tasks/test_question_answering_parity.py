@@ -1,0 +1,233 @@
+"""Question answering against the official implementation: every `qa_*.safetensors` of parity_files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertTokenizerFast
+
+from tests.downstream_cases import LIMIT, compare_gradients, read_case, relative, sizes_of, state_of
+from tests.parity_files import parity_files
+from umt_fast.engine.distributed import Ranks
+from umt_fast.models.answer_decoder import AnswerList, prepare_answers
+from umt_fast.models.downstream import QuestionModel
+from umt_fast.models.weights import fit
+from umt_fast.tasks.answer_ranking import first_word_probabilities, rank_answers
+from umt_fast.tasks.question_answering import (
+    QuestionTuning,
+    answer_losses,
+    answer_questions,
+    answer_tokens,
+    exact_match,
+    question_states,
+    weighted_answers,
+)
+
+CASES = parity_files("qa")
+REPOSITORY = Path(__file__).resolve().parents[2]
+_Case = tuple[dict, dict[str, Tensor], QuestionModel]
+
+
+def load(path: Path) -> _Case:
+    config, tensors = read_case(path)
+    vit, text = sizes_of(config, tensors)
+    model = QuestionModel(vit, text).eval()
+    fit(model, state_of(tensors, model), str(path))
+    return config, tensors, model
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda path: path.name)
+def case(request: pytest.FixtureRequest) -> _Case:
+    return load(request.param)
+
+
+def states_of(case: _Case) -> tuple[Tensor, Tensor]:
+    _, tensors, model = case
+    mask = tensors["in.question_mask"].bool()
+    return question_states(model, tensors["in.video"], tensors["in.question_ids"], mask), mask
+
+
+def list_of(case: _Case) -> AnswerList:
+    _, tensors, model = case
+    return prepare_answers(model.text_decoder, tensors["rank.answer_ids"], tensors["rank.answer_mask"].bool())
+
+
+def batch_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        "video": tensors["in.video"],
+        "ids": tensors["in.question_ids"],
+        "mask": tensors["in.question_mask"].bool(),
+        "answer_ids": tensors["in.answer_ids"],
+        "answer_mask": tensors["in.answer_mask"].bool(),
+        "answer_weights": tensors["in.weights"],
+        "answer_question": torch.arange(len(tensors["in.video"])).repeat_interleave(tensors["in.answers_per_question"]),
+    }
+
+
+def tuning_of(case: _Case) -> QuestionTuning:
+    config, tensors, model = case
+    vit, text = sizes_of(config, tensors)
+    tuned = QuestionTuning(vit, text, max_length=config["tlen"], max_answer=config["alen"])
+    tuned.model.load_state_dict(model.state_dict())
+    return tuned
+
+
+def test_a_case_is_found() -> None:
+    assert CASES
+
+
+@torch.no_grad()
+def test_parity_of_question_states_and_losses(case: _Case) -> None:
+    _, theirs, model = case
+    states, mask = states_of(case)
+    assert relative(states[mask], theirs["out.question_states"][mask]) < LIMIT
+    batch = batch_of(theirs)
+    losses = answer_losses(model, states, mask, batch["answer_ids"], batch["answer_mask"], batch["answer_question"])
+    assert relative(losses, theirs["out.loss_per_answer"]) < LIMIT
+
+
+def test_parity_of_the_loss_and_every_gradient(case: _Case) -> None:
+    _, theirs, _ = case
+    tuned = tuning_of(case)
+    found = tuned(batch_of(theirs), torch.tensor([1]))
+    assert relative(found["loss"].view(1), theirs["out.loss"]) < LIMIT
+    found["loss"].backward()
+    compare_gradients(tuned.trainable, theirs)
+
+
+def test_rows_of_weight_0_change_nothing(case: _Case) -> None:
+    """A batch is filled up to a fixed number of answers."""
+    _, theirs, _ = case
+    tuned, batch = tuning_of(case), batch_of(theirs)
+    filled = dict(batch)
+    for name in ("answer_ids", "answer_mask", "answer_weights", "answer_question"):
+        filled[name] = torch.cat([batch[name], batch[name][:3]])
+    filled["answer_weights"] = torch.cat([batch["answer_weights"], torch.zeros(3)])
+    one, other = (tuned(each, torch.tensor([1]))["loss"] for each in (batch, filled))
+    torch.testing.assert_close(one, other)
+
+
+@torch.no_grad()
+def test_parity_of_the_ranking(case: _Case) -> None:
+    config, theirs, model = case
+    (states, mask), answers = states_of(case), list_of(case)
+    first = first_word_probabilities(model.text_decoder, states, mask, answers)
+    assert relative(first, theirs["out.first_word_probs"]) < LIMIT
+    ranked = rank_answers(model.text_decoder, states, mask, answers, top_k=config["k_test"])
+    assert torch.equal(ranked.answers, theirs["out.topk_ids"])
+    assert relative(ranked.probabilities, theirs["out.topk_probs"]) < LIMIT
+    assert [config["answer_list"][best] for best in ranked.answers[:, 0].tolist()] == config["predictions"]
+
+
+def test_the_chain_rule_counts_the_first_word_once(case: _Case) -> None:
+    """The official scores, less one count of the first word, with the official figures alone."""
+    config, theirs, model = case
+    (states, mask), answers = states_of(case), list_of(case)
+    ids, official = theirs["out.topk_ids"], theirs["out.topk_probs"].double()
+    first = theirs["out.first_word_probs"].double().gather(1, ids)
+    expected = (official.log() - first.log()).softmax(1).sort(1, descending=True)
+    with torch.no_grad():
+        ranked = rank_answers(model.text_decoder, states, mask, answers, top_k=config["k_test"], rule="chain")
+    assert relative(ranked.probabilities.double(), expected.values) < LIMIT
+    assert torch.equal(ranked.answers, ids.gather(1, expected.indices))
+
+
+@pytest.fixture
+def tokenizer(case: _Case, tmp_path: Path) -> BertTokenizerFast:
+    """Words are w5, w17, ...: the number is the id."""
+    names = {0: "[PAD]", 1: "[CLS]", 2: "[SEP]", 3: "[UNK]", 4: "[MASK]"}
+    words = [names.get(number, f"w{number}") for number in range(case[0]["vocab"])]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    return BertTokenizerFast.from_pretrained(str(tmp_path))
+
+
+def test_parity_of_answer_words(case: _Case, tokenizer: BertTokenizerFast) -> None:
+    """An answer that is too long loses its closing word, others keep it."""
+    config, theirs, _ = case
+    ids, mask = answer_tokens(config["answer_list"], tokenizer, max_length=config["alen"])
+    expected = theirs["rank.answer_mask"].bool()
+    longest = int(expected.sum(1).max())
+    assert torch.equal(mask, expected[:, :longest]) and not expected[:, longest:].any()
+    assert torch.equal(ids[mask], theirs["rank.answer_ids"][expected])
+    cut = [row for row, text in enumerate(config["answer_list"]) if len(text.split()) + 2 > config["alen"]]
+    assert cut and not (ids[cut] == 2).any() and (ids == 2).any(1).sum() == len(ids) - len(cut)
+    texts, weights = zip(*(weighted_answers(given) for given in config["annotated_answers"]), strict=True)
+    assert [len(part) for part in texts] == theirs["in.answers_per_question"].tolist()
+    assert [f"{text} [SEP]" for part in texts for text in part] == config["training_answers"]
+    assert [weight for part in weights for weight in part] == pytest.approx(config["training_weights"])
+    ids, mask = answer_tokens([text for part in texts for text in part], tokenizer, max_length=config["alen"])
+    expected = theirs["in.answer_mask"].bool()
+    assert torch.equal(ids[mask], theirs["in.answer_ids"][expected])
+
+
+def test_parity_of_accuracy(case: _Case) -> None:
+    """A question without a prediction counts as wrong."""
+    example = case[0]["accuracy_example"]
+    truth, predicted = (
+        {entry["question_id"]: entry["answer"] for entry in example[name]} for name in ("truth", "predicted")
+    )
+    assert 100 * exact_match(truth, predicted) == pytest.approx(example["accuracy"], abs=0.0051)
+    assert exact_match({1: "a", 2: "b"}, {1: "a", 2: "B", 3: "c"}) == 0.5
+    with pytest.raises(ValueError, match="no question"):
+        exact_match({}, {1: "a"})
+
+
+def test_flops_are_those_that_run(case: _Case) -> None:
+    """Counted by PyTorch over forward and backward of one answer a question."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, theirs, _ = case
+    tuned, batch = tuning_of(case), batch_of(theirs)
+    count = len(batch["video"])
+    own = {name: batch[name][:count] for name in ("answer_ids", "answer_mask", "answer_weights")}
+    batch = {name: batch[name] for name in ("video", "ids", "mask")} | own
+    with FlopCounterMode(display=False) as counter:
+        tuned(batch, torch.tensor([1]))["loss"].backward()
+    # Backward passes of fused attention compute the map once more; small models feel it.
+    assert counter.get_total_flops() / count == pytest.approx(tuned.flops_per_clip(), rel=0.12)
+
+
+def batches(
+    tensors: dict[str, Tensor], rank: int = 0, world_size: int = 1, size: int = 3
+) -> Iterator[dict[str, Tensor]]:
+    """The questions of a file that a rank has, every world_size-th, some at a time."""
+    batch, rows = batch_of(tensors), torch.arange(rank, len(tensors["in.video"]), world_size)
+    for part in rows.split(size) if len(rows) else ():
+        yield {name: batch[name][part] for name in ("video", "ids", "mask")} | {"row": part}
+
+
+def test_parity_of_answers_over_ranks_one_of_them_without_questions(case: _Case, tmp_path: Path) -> None:
+    config, tensors, model = case
+    one = answer_questions(
+        model, batches(tensors), list_of(case), Ranks(0, 1, torch.device("cpu")), top_k=config["k_test"]
+    )
+    assert [config["answer_list"][one[row]] for row in range(len(one))] == config["predictions"]
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/tasks']\n"
+        "from pathlib import Path\n"
+        "import torch, torch.distributed as dist\n"
+        "from test_question_answering_parity import answer_questions, batches, list_of, load\n"
+        "from umt_fast.engine.distributed import Ranks\n"
+        "dist.init_process_group('gloo')\n"
+        "rank = dist.get_rank()\n"
+        "case = load(Path(sys.argv[2]))\n"
+        "own = [] if rank == 2 else batches(case[1], rank, 2)\n"
+        "k = case[0]['k_test']\n"
+        "found = answer_questions(case[2], own, list_of(case), Ranks(rank, 3, torch.device('cpu')), top_k=k)\n"
+        "texts = [case[0]['answer_list'][found[row]] for row in range(len(case[1]['in.video']))]\n"
+        "assert texts == case[0]['predictions'] and len(found) == len(texts)\n"
+        "print('equal on', rank)\n"
+        "dist.destroy_process_group()\n"
+    )
+    path = next(path for path in CASES if read_case(path)[0] == config)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", str(script)]
+    done = subprocess.run([*command, str(REPOSITORY), str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(done.stdout.split()[2::3]) == ["0", "1", "2"]
