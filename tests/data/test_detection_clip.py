@@ -77,7 +77,7 @@ def test_chosen_frames_come_from_the_right_files(
 def test_released_sparse_sampling_sees_what_dense_sampling_describes() -> None:
     """Both are a window around the key frame, so that 300 frames are read for the frames of 64."""
     sparse, dense = Temporal.official(sparse=True), Temporal.official(sparse=False, as_described=True)
-    assert (sparse.span, dense.span) == (300, 64)
+    assert (sparse.span, dense.span) == (300, 64) and Temporal() == sparse
     assert (sparse.indices(300) - 150).tolist() == (dense.indices(64) - 32).tolist()
     spread = Temporal.official(sparse=True, as_described=True)
     assert spread.indices(300).tolist() == [18, 56, 93, 131, 168, 206, 243, 281]
@@ -90,6 +90,13 @@ def test_a_missing_file_is_named_with_a_remedy(movies: Path) -> None:
     assert files.read("m", 905, Temporal(span=20, num_frames=2, rate=2)).shape == (2, 32, 48, 3)
     with pytest.raises(VideoError, match=r"n/902\.mp4 is missing"):
         files.read("n", 902, Temporal())
+
+
+def test_missing_files_are_told_before_any_is_read(movies: Path) -> None:
+    files = SecondFiles(movies)
+    files.require([("m", 898), ("m", 906)])
+    with pytest.raises(DataError, match=r"3 one-second files are missing, the first is .*m/896\.mp4; cut each movie"):
+        files.require([("m", 897), ("m", 902), ("n", 902)])
 
 
 def test_a_file_that_decodes_to_fewer_frames_than_it_announces(movies: Path, shared: Path, tmp_path: Path) -> None:

@@ -88,6 +88,17 @@ def test_a_step_reads_nothing_back_and_keeps_its_shapes() -> None:
     assert len(counted) == 1
 
 
+def test_bf16_is_near_fp32_and_box_coordinates_stay_exact() -> None:
+    objective, batch = small(), batch_of(5, size=(32, 512))
+    batch["boxes"][:, 0::2] += 430.0  # 16 bits would move these by a pixel
+    exact = objective.logits(batch)
+    objective.bf16 = True
+    near = objective.logits(batch)
+    assert near.dtype == torch.float32
+    error = ((near - exact).norm() / exact.norm()).item()
+    assert 0 < error < 0.01
+
+
 def test_boxes_at_and_beyond_the_edge_are_finite() -> None:
     objective, batch = small(), batch_of(6)
     batch["boxes"] = torch.tensor(
@@ -169,9 +180,10 @@ def batches_of(keys: detections.KeyFrames, indices: list[int]) -> list[dict[str,
 
 
 def made_up(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Scores that depend on the key frame alone, with equal ones among them."""
+    """Scores that depend on the key frame alone. Many are equal, but only when rounded to five decimals."""
     generator = torch.Generator().manual_seed(int(batch["index"][0]))
-    return torch.rand(len(batch["box_clip"]), 3, generator=generator).mul(8).round().div(8)
+    coarse, fine = torch.rand(2, len(batch["box_clip"]), 3, generator=generator)
+    return coarse.mul(4).round().div(4) + fine * 3e-6
 
 
 NAMES = {1: "sit", 2: "stand", 3: "talk"}
@@ -211,6 +223,17 @@ def test_the_figure_is_that_of_the_written_file(tmp_path: Path) -> None:
         assert float(row[7]) == pytest.approx(scores[number // 3, number % 3].item(), abs=1e-5)
     assert judge(keys, [0, 1, 2, 3, 4], min_score=0.5).mean != found.mean
     assert judge(keys, [0, 1, 2, 3, 4], excluded={(keys[0].movie, keys[0].second)}).mean != found.mean
+
+
+def test_a_result_that_cannot_be_finished_leaves_the_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "result.csv"
+    path.write_text("older")
+    rows = frame_map.Boxes.of([(("m", 902), (0, 0, 1, 1), 1, 0.5), (("m", None), (0, 0, 1, 1), 1, 0.5)])  # type: ignore[list-item]
+    with pytest.raises(TypeError):
+        detection.write_result(path, rows)
+    assert path.read_text() == "older"
+    detection.write_result(path, rows.kept(np.array([True, False])))
+    assert path.read_bytes() == b"m,0902,0.00000,0.00000,1.00000,1.00000,1,0.50000\r\n"
 
 
 def judge_on_a_rank(rank: int, folder: str) -> None:

@@ -102,6 +102,7 @@ class Detector(VisionTransformer):
 
     def pooled(self, maps: Tensor, boxes: Tensor, box_clip: Tensor) -> Tensor:
         """(N, C, bins, bins) of boxes fp32 (N, 4), in pixels of the clips box_clip (N,), on maps (B, C, h, w)."""
+        maps = maps.float()  # boxes take its dtype, and 8 bits would not tell pixels apart
         rows = torch.cat([box_clip[:, None].to(maps.dtype), boxes.to(maps.dtype)], 1)
         scale = self.roi.scale or 1 / self.config.patch_size
         return _roi_align()(

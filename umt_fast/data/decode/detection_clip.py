@@ -7,6 +7,7 @@ shorter one. Files are first counted, which decodes one picture each, and then o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,25 @@ class SecondFiles:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self._counts: dict[Path, int] = {}
+
+    def require(self, keys: Iterable[tuple[str, int]]) -> None:
+        """Looks for the two files beside each key frame (movie, second) before any is read: one listing a movie.
+
+        Raises DataError: some are missing; how many, and the first one.
+        """
+        listed: dict[str, set[str]] = {}
+        missing: list[str] = []
+        for movie, second in keys:
+            if movie not in listed:
+                folder = self.root / movie
+                listed[movie] = set(os.listdir(folder)) if folder.is_dir() else set()
+            names = (f"{second - 1}.mp4", f"{second}.mp4")
+            missing += [str(self.root / movie / name) for name in names if name not in listed[movie]]
+        if missing:
+            raise DataError(
+                f"{len(missing)} one-second files are missing, the first is {missing[0]}; cut each movie into files that "
+                "reach half the clip's span beyond its key frames, or leave those key frames out"
+            )
 
     def read(self, movie: str, second: int, temporal: Temporal) -> np.ndarray:
         """The chosen frames of a clip, uint8 (num_frames, H, W, 3).
