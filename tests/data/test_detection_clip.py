@@ -221,6 +221,26 @@ def test_a_batch_is_padded_in_pixels_and_boxes() -> None:
     assert empty["boxes"].shape == (0, 4) and empty["labels"].shape == (0, 80) and empty["box_clip"].shape == (0,)
 
 
+def test_boxes_are_moved_in_training_and_widened_in_testing(opencv: None) -> None:
+    """Sides move by at most a fifth of the width and a tenth of the height, and by all of that in some draws."""
+    frames = np.zeros((1, 60, 40, 3), np.uint8)  # comes out 60 wide, 40 tall
+    key = KeyFrame("m", 902, (40, 60), torch.tensor([[15.0, 30, 24, 44]]), torch.ones(1, 80, dtype=torch.bool), None)
+    rule = views.ViewRule(short_side=40, crop=40, mirror=0.0)
+    plain = views.test_view(frames, key.boxes, key.size, rule).boxes[0]
+    width, height = plain[2] - plain[0] + 1, plain[3] - plain[1] + 1
+    rng, moved = np.random.default_rng(2), []
+    for _ in range(400):
+        moved.append(views.training_sample(0, key, frames, rule, rng).boxes[0] - plain)
+    # The crop shifts left and right alike: what is left is how far the sides move against each other.
+    stretch = torch.stack(moved)[:, 2:] - torch.stack(moved)[:, :2]
+    for column, extent, out, inward in ((0, width, 0.2, 0.1), (1, height, 0.1, 0.05)):
+        share = stretch[:, column] / extent
+        assert -2 * inward - 1e-4 < share.min() < -1.4 * inward and 1.6 * out < share.max() < 2 * out + 1e-4
+    tested = views.test_sample(0, key._replace(labels=None, scores=torch.ones(1)), frames, rule).boxes[0]
+    pad = torch.tensor([0.05 * width, 0.025 * height])
+    torch.testing.assert_close(tested, plain + torch.cat([-pad, pad]))
+
+
 def test_views_of_a_clip_without_boxes(opencv: None) -> None:
     rule = views.ViewRule(short_side=40, crop=32)
     frames = np.random.default_rng(0).integers(0, 256, (2, 44, 60, 3)).astype(np.uint8)

@@ -138,7 +138,7 @@ def test_layers_and_flops() -> None:
     assert counter.get_total_flops() == 2 * objective.flops_per_clip() + head + again
 
 
-def write_keys(folder: Path, count: int = 5) -> detections.KeyFrames:
+def write_keys(folder: Path, count: int = 25) -> detections.KeyFrames:
     """Key frames of two movies; each has a detected box or two."""
     rng = np.random.default_rng(3)
     sizes = {"m": (70, 50), "n": (64, 33)}
@@ -205,7 +205,7 @@ def judge(keys: detections.KeyFrames, indices: list[int], **more: object) -> fra
 
 def test_the_figure_is_that_of_the_written_file(tmp_path: Path) -> None:
     keys = write_keys(tmp_path)
-    found = judge(keys, [3, 0, 2, 1, 4], result=tmp_path / "result.csv")
+    found = judge(keys, [*range(24, -1, -1)], result=tmp_path / "result.csv")
     rows = list(csv.reader(open(tmp_path / "result.csv", newline="")))
     assert frame_map.frame_map(truth_of(keys), frame_map.read_boxes(tmp_path / "result.csv"), NAMES) == found
     assert 0 < found.mean < 1
@@ -221,8 +221,8 @@ def test_the_figure_is_that_of_the_written_file(tmp_path: Path) -> None:
         assert all(len(value.partition(".")[2]) == 5 for value in (*row[2:6], row[7]))
         assert int(row[6]) == 1 + number % 3
         assert float(row[7]) == pytest.approx(scores[number // 3, number % 3].item(), abs=1e-5)
-    assert judge(keys, [0, 1, 2, 3, 4], min_score=0.5).mean != found.mean
-    assert judge(keys, [0, 1, 2, 3, 4], excluded={(keys[0].movie, keys[0].second)}).mean != found.mean
+    assert judge(keys, [*range(25)], min_score=0.5).mean != found.mean
+    assert judge(keys, [*range(25)], excluded={(keys[0].movie, keys[0].second)}).mean != found.mean
 
 
 def test_a_result_that_cannot_be_finished_leaves_the_older_one(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def judge_on_a_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     keys = detections.test_frames(Path(folder) / "a.json", Path(folder) / "d.json")
     # The second rank sees key frame 0 once more, as samplers fill up.
-    found = judge(keys, [[0, 2, 4], [1, 3, 0]][rank], result=f"{folder}/ranks.csv")
+    found = judge(keys, [[*range(0, 25, 2)], [*range(1, 25, 2), 0]][rank], result=f"{folder}/ranks.csv")
     Path(folder, f"rank{rank}.json").write_text(json.dumps(found))
     try:
         judge(keys, [0], result=f"{folder}/absent/ranks.csv")
@@ -251,7 +251,7 @@ def judge_on_a_rank(rank: int, folder: str) -> None:
 
 def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
     keys = write_keys(tmp_path)
-    alone = judge(keys, [0, 1, 2, 3, 4], result=tmp_path / "alone.csv")
+    alone = judge(keys, [*range(25)], result=tmp_path / "alone.csv")
     mp.spawn(judge_on_a_rank, (str(tmp_path),), 2)
     for rank in range(2):
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == json.loads(json.dumps(alone))

@@ -119,7 +119,7 @@ class Detector(VisionTransformer):
             box_clip: integers (N,), the clip of each box, in [0, B). Boxes may be padded: give those clip 0 and no extent.
         """
         bins = self.pooled(self.feature_map(video, sizes), boxes, box_clip)
-        # Not amax: of equal bins one gets the gradient, as in the official max pooling.
+        # Max pooling keeps one index for its backward pass, where amax would keep all bins.
         return self.head(F.max_pool2d(bins, self.roi.bins).flatten(1))
 
 

@@ -82,11 +82,11 @@ class KeyFrames(Sequence[KeyFrame]):
             raise IndexError(f"key frame {index} of {len(self)}")
         movie, rows = self._movie[index], slice(self._start[index], self._start[index + 1])
         width, height = (int(side) for side in self._sizes[movie])
-        # Copies: a view would let a transform change the list.
-        boxes = moves.clipped(moves.from_xywh(torch.tensor(self._boxes[rows])), (width, height))
+        boxes = moves.clipped(moves.from_xywh(torch.from_numpy(self._boxes[rows])), (width, height))
         keep = moves.not_empty(boxes)
-        labels = torch.tensor(self._labels[rows])[keep] if self.labeled else None
-        scores = None if self.labeled else torch.tensor(self._scores[rows])[keep]
+        # Indexing by a mask copies: what a transform does to these does not reach the list.
+        labels = torch.from_numpy(self._labels[rows])[keep] if self.labeled else None
+        scores = None if self.labeled else torch.from_numpy(self._scores[rows])[keep]
         return KeyFrame(self.movies[movie], int(self._second[index]), (width, height), boxes[keep], labels, scores)
 
 
