@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WITHOUT = """
 import builtins, os, sys
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-for name in ("open_clip", "av", "tyro", "tensorboard", "hypothesis", "nvidia.dali"):
+for name in ("open_clip", "av", "tyro", "tensorboard", "hypothesis", "nvidia.dali", "cv2", "torchvision"):
     sys.modules[name] = None
 plain = builtins.__import__
 def checked(name, globals=None, *rest, **named):
@@ -36,6 +36,7 @@ def run(program: str) -> str:
         "umt_fast.models.teachers.clip_text", "umt_fast.models.weights", "umt_fast.tasks.video_text", "umt_fast.engine.trainer",
         "umt_fast.bench.stage1", "umt_fast.bench.stage2", "umt_fast.train", "umt_fast.plan", "umt_fast.data.loaders.captions",
         "umt_fast.data.prepare.shards", "umt_fast.tasks.retrieval", "umt_fast.sample_world.quickstart",
+        "umt_fast.tasks.detection", "umt_fast.data.decode.detection_clip", "umt_fast.data.decode.detection_view",
         "benchmarks.gpu", "benchmarks.rates", "benchmarks.checks", "benchmarks.steps", "benchmarks.trainer_run",
         "benchmarks.bench_kernels", "benchmarks.report", "benchmarks.predict",
     ],

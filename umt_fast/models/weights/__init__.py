@@ -5,6 +5,7 @@ models, `teacher` fills the CLIP teacher. Nothing is left random in silence: eac
 unless it is one that is expected to be absent (a fresh classification head, say) loading fails.
 """
 
+from umt_fast.models.weights.detection import load_detector
 from umt_fast.models.weights.files import (
     UnreadableError,
     WeightsError,
@@ -35,6 +36,7 @@ __all__ = [
     "fit_video_text",
     "kind_of",
     "load_bert",
+    "load_detector",
     "load_encoder",
     "load_state",
     "load_student",
