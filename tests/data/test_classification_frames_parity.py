@@ -61,9 +61,9 @@ def test_test_frames_parity(path: Path, name: str) -> None:
 @pytest.mark.parametrize("path", FILES)
 def test_dense_windows_before_the_start_parity(path: Path) -> None:
     """Exactly the listed videos have a validation window that starts before frame 0: counted from the end, it leaves them."""
+    queries = [query for query, _ in table(path, "kinetics_dense.val")]
     with safe_open(path, "np") as file:
         listed = json.loads(file.metadata()["config"])["dense_val_negative_start"]
-    queries = [query for query, _ in table(path, "kinetics_dense.val")]
     found = []
     for n, count, rate in queries:
         first = KineticsDense(rate).validation(n, count)[0]
