@@ -14,7 +14,13 @@ def scaled(rate: float, optim: OptimConfig, global_batch: int) -> float:
 
 
 def warmup_cosine(
-    optim: OptimConfig, *, global_batch: int, steps_per_epoch: int, epochs: int, warmup_epochs: float
+    optim: OptimConfig,
+    *,
+    global_batch: int,
+    steps_per_epoch: int,
+    epochs: int,
+    warmup_epochs: float,
+    warmup_steps: int = 0,
 ) -> Callable[[int], float]:
     """The official schedules, as a function of the step counted from 0.
 
@@ -23,13 +29,15 @@ def warmup_cosine(
 
     scaled_cosine: lr * max(min_factor, f) with f = step / warm-up steps, which may be a fraction; then
     (1 + cos(pi * i / n)) / 2.
+
+    warmup_steps: length of linear_cosine's warm-up in steps, in place of warmup_epochs; 0: as warmup_epochs says.
     """
     peak, low, start = (scaled(rate, optim, global_batch) for rate in (optim.lr, optim.min_lr, optim.warmup_lr))
     if optim.schedule == "scaled_cosine":
         return lambda step: (
             peak * max(optim.min_factor, _factor(step, epochs * steps_per_epoch, warmup_epochs * steps_per_epoch))
         )
-    warmup = int(warmup_epochs * steps_per_epoch)
+    warmup = warmup_steps or int(warmup_epochs * steps_per_epoch)
     rest = max(1, epochs * steps_per_epoch - warmup)
 
     def rate(step: int) -> float:
@@ -38,6 +46,18 @@ def warmup_cosine(
         return low + (peak - low) / 2 * (1 + math.cos(math.pi * min(step - warmup, rest) / rest))
 
     return rate
+
+
+def weight_decay_cosine(first: float, last: float, total_steps: int) -> Callable[[int], float]:
+    """The official schedule of the weight decay, as a function of the step counted from 0: half a cosine, without warm-up.
+
+    It is for parameter groups that are decayed at all. `last` is where it leads to; the last step is just before.
+    """
+
+    def decay(step: int) -> float:
+        return last + (first - last) / 2 * (1 + math.cos(math.pi * min(1.0, step / max(1, total_steps))))
+
+    return decay
 
 
 def _factor(step: int, total: int, warmup: float) -> float:

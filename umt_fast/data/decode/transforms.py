@@ -62,20 +62,27 @@ def multi_scale_crop(width: int, height: int, size: int, flip: bool, rng: np.ran
     return Crop(left, top, crop_width, crop_height, bool(flip and rng.random() < 0.5))
 
 
-def random_resized_crop(width: int, height: int, flip: bool, rng: np.random.Generator) -> Crop:
-    """A window of 50 to 100% of the area, aspect 3/4 to 4/3 (log-uniform), as stage 2 crops.
+def random_resized_crop(
+    width: int,
+    height: int,
+    flip: bool,
+    rng: np.random.Generator,
+    areas: tuple[float, float] = (0.5, 1.0),
+    aspects: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Crop:
+    """A window of 50 to 100% of the area, aspect 3/4 to 4/3 (log-uniform), as stage 2 crops, or of other limits.
 
-    Where ten draws do not fit: the largest centred window of an allowed aspect.
+    Where ten draws do not fit: the largest centred window of an allowed aspect (width over height).
     """
     mirrored = bool(flip and rng.random() < 0.5)
     for _ in range(10):
-        area = width * height * rng.uniform(0.5, 1.0)
-        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        area = width * height * rng.uniform(*areas)
+        aspect = np.exp(rng.uniform(*np.log(aspects)))
         crop_width, crop_height = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left, top = rng.integers(width - crop_width + 1), rng.integers(height - crop_height + 1)
             return Crop(int(left), int(top), crop_width, crop_height, mirrored, bicubic=True)
-    crop_width, crop_height = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    crop_width, crop_height = min(width, round(height * aspects[1])), min(height, round(width / aspects[0]))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return Crop(left, top, crop_width, crop_height, mirrored, bicubic=True)
 

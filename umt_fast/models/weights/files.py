@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import pickle
 import re
 import warnings
 import zipfile
@@ -33,6 +34,8 @@ _SETTINGS = [
     (OrderedDict, "utils.easydict.EasyDict"),
     (OrderedDict, "easydict.EasyDict"),
 ]
+# Training state that deepspeed keeps beside the parameters, as objects of classes that change from version to version.
+_DEEPSPEED = "deepspeed."
 # Where our safetensors files say which model they are of.
 _METADATA = "umt_fast.model_config"
 
@@ -43,6 +46,17 @@ class WeightsError(ValueError):
 
 class UnreadableError(WeightsError):
     """A file that is truncated, or no weights file."""
+
+
+class _Unread:
+    """In place of an object of deepspeed's: takes whatever its pickle gives, and does nothing with it."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Unread:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
 
 
 class WeightsFile(NamedTuple):
@@ -105,19 +119,38 @@ def _content(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return _safetensors(path)
-        with torch.serialization.safe_globals(_SETTINGS), _quiet():
-            # Only zips can be mapped; a training file is three times what its parameters are.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return _pickled(path)
     except OSError:
         raise
     except Exception as error:  # what is no weights file fails in many ways
-        refused = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
+        refused = _refused(error)
         if refused and zipfile.is_zipfile(path):
             raise WeightsError(
-                f"{path} holds an object of {refused[1]}; only tensors and plain values are read, as others can run code. "
+                f"{path} holds an object of {refused}; only tensors and plain values are read, as others can run code. "
                 "Save the module's state_dict() alone where you trust the file"
             ) from error
         raise UnreadableError(unreadable) from error
+
+
+def _pickled(path: Path) -> Any:
+    """A PyTorch file. Names of deepspeed's are replaced by a class that does nothing, as they turn up."""
+    allowed: list[Any] = [*_SETTINGS]
+    while True:
+        try:
+            with torch.serialization.safe_globals(allowed), _quiet():
+                # Only zips can be mapped; a training file is three times what its parameters are.
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            name = _refused(error)
+            if name is None or not name.startswith(_DEEPSPEED) or (_Unread, name) in allowed:
+                raise
+            allowed.append((_Unread, name))
+
+
+def _refused(error: Exception) -> str | None:
+    """The full name of the object that weights_only would not load, where that was the reason."""
+    found = re.search(r"GLOBAL (\S+) (?:was not an allowed global|whose module)", str(error))
+    return None if found is None else found[1]
 
 
 def _safetensors(path: Path) -> dict[str, Any]:

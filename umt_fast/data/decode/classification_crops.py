@@ -1,0 +1,197 @@
+"""Windows and pixels of the official classification fine-tuning: test views, the validation view, training's augmentation.
+
+The official readers resize twice in different ways. Validation and test pictures go through OpenCV's bilinear filter for bytes
+(fixed-point weights of 11 bits, no antialiasing); here it is written in integers and gives the same bytes. Training resizes
+normalized float tensors bilinearly, without antialiasing; here the same filter runs on bytes, and rounding moves a value by
+half a level at most (1/255 of the range of a channel), because normalizing and bilinear resizing commute.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from umt_fast.data import transforms
+from umt_fast.data.decode.erasing import draw_box
+from umt_fast.data.decode.rand_augment import Policy, augment
+
+AREA, ASPECT = (0.08, 1.0), (0.75, 1.3333)
+"""Share of the frame that a training crop covers, uniform; its width over its height, log-uniform. 1.3333 is meant."""
+
+
+class Window(NamedTuple):
+    """A rectangle of a picture in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def short_side_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width of a picture once its short side is `side`; the long one is rounded down."""
+    return (side * height // width, side) if width < height else (side, side * width // height)
+
+
+def center_window(height: int, width: int, size: int) -> Window:
+    """The square in the middle. Official quirk: an odd margin is halved to the nearest even number.
+
+    Raises ValueError: the picture is smaller than the square.
+    """
+    if min(height, width) < size:
+        raise ValueError(
+            f"a {height} x {width} picture has no {size} x {size} crop; resize its short side to {size} first"
+        )
+    return Window(round((height - size) / 2), round((width - size) / 2), size, size)
+
+
+def test_window(height: int, width: int, crops: int, crop: int) -> Window:
+    """Crop `crop` of `crops`, squares equally spaced along the long side from end to end; a single one lies in the middle.
+
+    Raises ValueError: such a crop does not exist.
+    """
+    if not 0 <= crop < crops:
+        raise ValueError(f"crop {crop} of {crops} does not exist; crops are numbered from 0")
+    side = min(height, width)
+    spare = max(height, width) - side
+    # As the official code rounds it: the step is a float, its multiple is cut.
+    start = int(spare / 2) if crops == 1 else int(crop * (spare / (crops - 1)))
+    return Window(start, 0, side, side) if height >= width else Window(0, start, side, side)
+
+
+def training_crop(height: int, width: int, flip: bool, rng: np.random.Generator) -> tuple[Window, bool]:
+    """A random window of AREA and ASPECT, and whether it is mirrored (in half of the draws if flip is on).
+
+    Where ten draws do not fit: the largest centered window of an allowed aspect.
+    """
+    crop = transforms.random_resized_crop(width, height, flip, rng, AREA, ASPECT)
+    return Window(crop.top, crop.left, crop.height, crop.width), crop.flip
+
+
+@functools.lru_cache(maxsize=256)
+def _fixed_point(source: int, target: int, ends_fixed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For each result, the two source indices and their int32 weights, in 1/2048.
+
+    ends_fixed: results beyond the outermost centers take the outermost value alone, as OpenCV does across; down the picture
+    it keeps the weights there and takes the same row twice, which the truncation of each product can tell from it.
+    """
+    place = ((np.arange(target) + 0.5) * (1 / (target / source)) - 0.5).astype(np.float32)
+    first = np.floor(place)
+    share, first = place - first, first.astype(np.int64)
+    if ends_fixed:
+        share[(first < 0) | (first >= source - 1)] = 0
+    weights = (np.rint(part * np.float32(2048)).astype(np.int32) for part in (np.float32(1) - share, share))
+    indices = (np.clip(first + step, 0, source - 1) for step in (0, 1))
+    return *indices, *weights
+
+
+def resized_bytes(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (T, h, w, 3) -> uint8 (T, *size, 3), byte for byte what cv2.resize(..., INTER_LINEAR) of OpenCV 5.0 makes.
+
+    A picture that has the size already is returned as it is.
+    """
+    if frames.shape[1:3] == size:
+        return frames
+    count, height, width = frames.shape[:3]
+    left, right, left_weight, right_weight = _fixed_point(width, size[1], True)
+    upper, lower, upper_weight, lower_weight = _fixed_point(height, size[0], False)
+    # Rows as flat bytes: gathering bytes, and multiplying long rows, is several times as fast as triples of channels.
+    left, right = ((3 * index[:, None] + np.arange(3)).ravel() for index in (left, right))
+    left_weight, right_weight = left_weight.repeat(3), right_weight.repeat(3)
+    upper_weight, lower_weight = upper_weight[:, None], lower_weight[:, None]
+    out = np.empty((count, size[0], size[1] * 3), np.uint8)
+    rows, half = (np.empty((height, size[1] * 3), np.int32) for _ in range(2))
+    above, below = (np.empty((size[0], size[1] * 3), np.int32) for _ in range(2))
+    for number, frame in enumerate(frames.reshape(count, height, width * 3)):
+        # The indices are in range; mode "clip" only spares the check of each.
+        np.multiply(frame.take(left, 1, mode="clip"), left_weight, out=rows)
+        rows += np.multiply(frame.take(right, 1, mode="clip"), right_weight, out=half)
+        rows >>= 4
+        rows.take(upper, 0, out=above, mode="clip")
+        rows.take(lower, 0, out=below, mode="clip")
+        above *= upper_weight
+        below *= lower_weight
+        above >>= 16
+        below >>= 16
+        above += below
+        above += 2
+        above >>= 2
+        out[number] = above
+    return out.reshape(count, *size, 3)
+
+
+def short_side_resized(frames: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (T, h, w, 3) with the short side resized to `side`."""
+    return resized_bytes(frames, short_side_size(*frames.shape[1:3], side))
+
+
+def cut(frames: np.ndarray, window: Window) -> np.ndarray:
+    """The window of (T, h, w, 3), a view."""
+    return frames[:, window.top : window.top + window.height, window.left : window.left + window.width]
+
+
+def validation_view(frames: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (T, h, w, 3) -> uint8 (T, size, size, 3): short side resized to `size`, the middle."""
+    sized = short_side_resized(frames, size)
+    return cut(sized, center_window(*sized.shape[1:3], size))
+
+
+def resized_tensor(planes: Tensor, size: int) -> Tensor:
+    """Floating (T, 3, h, w) -> (T, 3, size, size): bilinear, without antialiasing, as training crops are resized."""
+    return interpolate(planes, (size, size), mode="bilinear", align_corners=False)
+
+
+class Augmented(NamedTuple):
+    """video: uint8 (T, S, S, 3). box: (top, left, height, width) in its pixels, to be filled with noise once the pixels are
+    normalized (decode.erasing); without area: nothing is erased."""
+
+    video: np.ndarray
+    box: tuple[int, int, int, int]
+
+
+def training_view(
+    frames: np.ndarray | Sequence[Image.Image],
+    size: int,
+    rng: np.random.Generator,
+    *,
+    policy: Policy | None,
+    flip: bool,
+    erasing: float,
+) -> Augmented:
+    """One augmented view of a clip, in the official order: RandAugment on whole frames, crop, mirror, box.
+
+    Args:
+        frames: uint8 (T, h, w, 3), or Pillow's RGB pictures of one size.
+        size: height and width of the view.
+        rng: draws everything, in that order; once for all frames.
+        policy: None: no RandAugment.
+        flip: whether half of the views are mirrored (not for SSV2, whose labels know left from right).
+        erasing: probability of a box.
+    """
+    if policy is not None:
+        drawn = policy.draw(rng)
+        if drawn:
+            pictures = [Image.fromarray(f) for f in frames] if isinstance(frames, np.ndarray) else frames
+            frames = augment(pictures, drawn)
+    if not isinstance(frames, np.ndarray):
+        frames = np.stack([np.asarray(frame) for frame in frames])
+    window, mirrored = training_crop(*frames.shape[1:3], flip, rng)
+    video = resized_crop(frames, window, size)
+    return Augmented(np.ascontiguousarray(video[:, :, ::-1]) if mirrored else video, draw_box(size, size, erasing, rng))
+
+
+def resized_crop(frames: np.ndarray, window: Window, size: int) -> np.ndarray:
+    """uint8 (T, h, w, 3) -> uint8 (T, size, size, 3): the window, resized in fp32 and rounded half to even."""
+    planes = torch.from_numpy(cut(frames, window)).permute(0, 3, 1, 2)
+    planes = planes.to(torch.float32, memory_format=torch.contiguous_format)
+    sized = resized_tensor(planes, size).round_()
+    out = torch.empty((len(frames), size, size, 3), dtype=torch.uint8)
+    out.permute(0, 3, 1, 2).copy_(sized)
+    return out.numpy()
