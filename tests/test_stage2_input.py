@@ -9,8 +9,8 @@ from PIL import Image
 
 from tests.assets import tiny
 from umt_fast.__main__ import main
+from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.tokens import load_tokenizer
-from umt_fast.data.sources.lists import DataError
 from umt_fast.models.student import Student
 from umt_fast.models.weights import save_state
 

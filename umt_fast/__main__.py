@@ -310,7 +310,7 @@ COMMANDS = {
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What a user's input can cause, reported in one line. Anything else is our fault and keeps its stack."""
-    from umt_fast.data.sources.lists import DataError
+    from umt_fast.data.errors import DataError
     from umt_fast.engine.checkpoint import CheckpointError
     from umt_fast.engine.trainer import NonFiniteError
     from umt_fast.models.weights import WeightsError

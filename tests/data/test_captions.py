@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from umt_fast.config import DataConfig
+from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.captions import CaptionLoader
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
 from umt_fast.data.sources.captions import clean_caption, read_captions, read_corpora
-from umt_fast.data.sources.lists import Clip, DataError
+from umt_fast.data.sources.lists import Clip
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "thing", "moves", "left", "##s"]
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from umt_fast.config import DataConfig
+from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.clips import ClipLoader, open_loader
 from umt_fast.data.prepare.shards import prepare
-from umt_fast.data.sources.lists import Clip, DataError, read_list
+from umt_fast.data.sources.lists import Clip, read_list
 from umt_fast.data.sources.prepared import Settings
 
 dali = pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (pip install 'umt_fast[dali]')")

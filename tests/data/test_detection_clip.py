@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from umt_fast.data.clip import DataError
 from umt_fast.data.decode import detection_view as views
 from umt_fast.data.decode.detection_clip import SecondFiles, Temporal, movie_sizes
+from umt_fast.data.decode.video import VideoError
+from umt_fast.data.errors import DataError
 from umt_fast.data.sources.detections import KeyFrame
-from umt_fast.data.video import VideoError
 
 
 def encode(path: Path, levels: list[int], width: int = 48, height: int = 32) -> None:
@@ -104,7 +104,7 @@ def test_a_file_that_decodes_to_fewer_frames_than_it_announces(movies: Path, sha
     broken = tmp_path / "m" / "902.mp4"
     broken.parent.mkdir()
     shutil.copy(shared / "videos" / "corrupted.mp4", broken)
-    from umt_fast.data.video import iterate_frames, outline
+    from umt_fast.data.decode.video import iterate_frames, outline
 
     announced, decodable = outline(broken), sum(1 for _ in iterate_frames(broken))
     assert decodable < announced.count

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from umt_fast.data.clip import DataError
+from umt_fast.data.errors import DataError
 from umt_fast.data.sources import detections
 
 

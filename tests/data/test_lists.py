@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from umt_fast.config import DataConfig
+from umt_fast.data.errors import DataError
 from umt_fast.data.sources.captions import read_captions, read_corpora
-from umt_fast.data.sources.lists import Clip, DataError, read_list
+from umt_fast.data.sources.lists import Clip, read_list
 
 
 def entries(folder: Path, text: str, separator: str = ",") -> list[Clip]:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from umt_fast.data import video
 from umt_fast.data.decode import classification_crops as crops
+from umt_fast.data.decode import video
 from umt_fast.data.decode.classification_frames import RULES, KineticsDense
 from umt_fast.data.decode.multi_view import MultiViewReader, frames_of_views
 

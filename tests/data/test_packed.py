@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from umt_fast.data.sources.clip import Clip, DataError
+from umt_fast.data.errors import DataError
+from umt_fast.data.sources.clip import Clip
 from umt_fast.data.sources.columns import Clips, Strings, first_of_each
 from umt_fast.data.sources.entries import read_entries
 from umt_fast.data.sources.lists import read_list

@@ -19,6 +19,7 @@ from PIL import Image
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.sampling import sparse_train
 from umt_fast.data.decode.video import VideoError
+from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.captions import CaptionLoader
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.loaders.reader import ClipReader
@@ -27,7 +28,7 @@ from umt_fast.data.prepare.scan import scan
 from umt_fast.data.prepare.shards import prepare, verify
 from umt_fast.data.sources import prepared
 from umt_fast.data.sources.captions import read_captions
-from umt_fast.data.sources.lists import Clip, DataError, read_list
+from umt_fast.data.sources.lists import Clip, read_list
 from umt_fast.data.sources.prepared import Settings, StoredChooser, candidates, read_prepared
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from umt_fast.data.sources.clip import DataError
+from umt_fast.data.errors import DataError
 from umt_fast.data.sources.queries import Queries, read_queries
 
 

@@ -8,8 +8,9 @@ import torch
 
 from umt_fast.__main__ import main
 from umt_fast.config import ConfigError, DataConfig, from_dict, to_dict
+from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.clips import ClipLoader, open_loader
-from umt_fast.data.sources.lists import DataError, read_list
+from umt_fast.data.sources.lists import read_list
 
 
 def test_dali_on_request_says_what_is_missing(tiny_list: Path, monkeypatch: pytest.MonkeyPatch) -> None:

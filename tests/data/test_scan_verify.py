@@ -9,8 +9,9 @@ from PIL import Image
 
 from umt_fast.__main__ import main
 from umt_fast.config import DataConfig
+from umt_fast.data.errors import DataError
 from umt_fast.data.prepare.scan import scan, verify
-from umt_fast.data.sources.lists import Clip, DataError, read_list
+from umt_fast.data.sources.lists import Clip, read_list
 
 
 @pytest.fixture

@@ -14,12 +14,13 @@ from PIL import Image
 
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.video import VideoError
+from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.captions import CaptionLoader
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.loaders.reader import ClipReader
 from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
 from umt_fast.data.sources.captions import read_captions, read_corpora
-from umt_fast.data.sources.clip import Clip, DataError
+from umt_fast.data.sources.clip import Clip
 from umt_fast.data.sources.tars import expand
 
 

@@ -17,11 +17,12 @@ from PIL import Image
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.sampling import sparse_train
 from umt_fast.data.decode.video import VideoError, decode_frames, limited, outline
+from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.loaders.reader import ClipReader
 from umt_fast.data.prepare.scan import scan
 from umt_fast.data.prepare.shards import record_of
-from umt_fast.data.sources.lists import Clip, DataError, read_list
+from umt_fast.data.sources.lists import Clip, read_list
 from umt_fast.data.sources.prepared import Settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -203,7 +204,7 @@ def test_what_is_no_video_is_named(content: bytes, tmp_path: Path) -> None:
 
 
 def test_bad_clips_are_replaced_and_too_many_stop(tmp_path: Path) -> None:
-    from umt_fast.data.sources.lists import DataError
+    from umt_fast.data.errors import DataError
 
     for number in range(6):
         grey_clip(tmp_path / f"{number}.mp4")

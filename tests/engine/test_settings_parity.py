@@ -15,7 +15,7 @@ from umt_fast.engine.optim import build_optimizer
 from umt_fast.engine.schedule import scaled, warmup_cosine, weight_decay_cosine
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.student import Student
-from umt_fast.objectives.supervised import Supervised
+from umt_fast.tasks.classification import Supervised
 
 
 def configurations() -> list:

@@ -14,7 +14,7 @@ from tests.parity_files import parity_files
 from umt_fast.config import OptimConfig, TextConfig, VitConfig
 from umt_fast.engine.optim import parameter_groups
 from umt_fast.models.downstream import QuestionModel, RetrievalModel
-from umt_fast.models.multimodal import VideoText
+from umt_fast.models.video_text import VideoText
 from umt_fast.models.weights import WeightsError, save_state
 from umt_fast.models.weights.downstream import load_question, load_retrieval, same_sources, stage2_sources
 

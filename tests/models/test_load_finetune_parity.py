@@ -11,10 +11,10 @@ from safetensors import safe_open
 
 from tests.parity_files import parity_files
 from umt_fast.config import VitConfig
+from umt_fast.masking import TokenGrid
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.weights import WeightsError
 from umt_fast.models.weights.finetune import K710_CLASSES, resized_positions, start_classifier
-from umt_fast.tokens import TokenGrid
 
 Case = dict[str, Any]
 

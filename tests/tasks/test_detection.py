@@ -13,9 +13,9 @@ import torch.multiprocessing as mp
 from torch.utils.flop_counter import FlopCounterMode
 
 from umt_fast.config import VitConfig
-from umt_fast.data.clip import DataError
 from umt_fast.data.decode import detection_view as views
 from umt_fast.data.decode.detection_clip import SecondFiles, Temporal
+from umt_fast.data.errors import DataError
 from umt_fast.data.sources import detections
 from umt_fast.models.weights import WeightsError, load_detector, save_state
 from umt_fast.tasks import detection, frame_map

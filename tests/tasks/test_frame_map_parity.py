@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from tests.parity_files import parity_files
 from umt_fast.data.decode import boxes as moves
-from umt_fast.data.sources.clip import DataError
+from umt_fast.data.errors import DataError
 from umt_fast.tasks import frame_map
 
 

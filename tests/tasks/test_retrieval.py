@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import BertTokenizerFast
 
 from umt_fast.config import DataConfig, TextConfig, VitConfig
+from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.tokens import Tokens
-from umt_fast.data.sources.clip import DataError
 from umt_fast.data.sources.queries import Queries, read_queries
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.video_text import VideoText

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from umt_fast.config import DataConfig, TextConfig, VitConfig
-from umt_fast.data.loader import ClipLoader
-from umt_fast.data.manifest import Clip
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.sources.lists import Clip
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.downstream import RetrievalModel
 from umt_fast.tasks import retrieval

@@ -15,8 +15,8 @@ from umt_fast.config import DataConfig
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.downstream import RetrievalModel
 from umt_fast.models.weights import fit
-from umt_fast.objectives import vision_text
 from umt_fast.tasks import retrieval
+from umt_fast.tasks import video_text_losses as vision_text
 from umt_fast.tasks.retrieval_tuning import RetrievalTuning, match_ids, retrieval_losses
 
 CASES = parity_files("retrieval")

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import ConfigError, VitConfig
+from umt_fast.masking import TokenGrid
 from umt_fast.models.vit import VisionTransformer, resized_table, sinusoid_table
-from umt_fast.tokens import TokenGrid
 
 PIXEL_MEAN, PIXEL_STD = (122.7717, 115.9465, 102.9801), (57.375, 57.375, 57.375)
 """Of red, green and blue on the scale 0 to 255. The official detection normalizes otherwise than the other stages."""

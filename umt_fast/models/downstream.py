@@ -11,8 +11,8 @@ from torch import nn
 
 from umt_fast.config import TextConfig, VitConfig
 from umt_fast.models.answer_decoder import AnswerDecoder
-from umt_fast.models.multimodal import Matching, VisionTower
 from umt_fast.models.text import Bert, initialise_text
+from umt_fast.models.video_text import Matching, VisionTower
 
 
 class RetrievalModel(Matching):

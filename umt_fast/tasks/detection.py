@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import AttentionBackend, VitConfig
-from umt_fast.data.clip import DataError
 from umt_fast.data.decode import boxes as moves
 from umt_fast.data.decode.boxes import Size
+from umt_fast.data.errors import DataError
 from umt_fast.data.sources.detections import AVA_CLASSES, KeyFrames
 from umt_fast.engine.distributed import gather
 from umt_fast.models.attention import use_attention

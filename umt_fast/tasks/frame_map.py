@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from umt_fast.data.sources.clip import DataError
+from umt_fast.data.errors import DataError
 
 IOU = 0.5
 Frame = tuple[str, int]

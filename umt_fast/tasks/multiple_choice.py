@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from umt_fast.engine.distributed import Ranks, gather
-from umt_fast.models.multimodal import Matching
+from umt_fast.models.video_text import Matching
 
 # The official shares of the matching head and of the similarities.
 MATCHING_SHARE, SIMILARITY_SHARE = 0.7, 0.3

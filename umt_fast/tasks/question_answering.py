@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import AttentionBackend, TextConfig, VitConfig
-from umt_fast.data.captions import Tokens
+from umt_fast.data.loaders.tokens import Tokens
 from umt_fast.engine.distributed import Ranks, gather
+from umt_fast.models import flops
 from umt_fast.models.answer_decoder import AnswerList
 from umt_fast.models.attention import use_attention
 from umt_fast.models.downstream import QuestionModel
 from umt_fast.models.weights.downstream import load_question
-from umt_fast.objectives import flops
 from umt_fast.tasks.answer_ranking import LOGITS_MEMORY, Rule, rank_answers
 
 _IGNORED = -100

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from umt_fast.config import DataConfig, require
+from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
-from umt_fast.data.sources.clip import DataError
 from umt_fast.data.sources.queries import Queries, read_queries
 from umt_fast.engine.distributed import Ranks, gather
 from umt_fast.files import write_json

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from umt_fast.data import transforms
+from umt_fast.data.decode import transforms
 from umt_fast.data.decode.erasing import draw_box
 from umt_fast.data.decode.rand_augment import Policy, augment
 

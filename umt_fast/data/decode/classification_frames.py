@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from umt_fast.data.sampling import sparse_train
+from umt_fast.data.decode.sampling import sparse_train
 
 
 class FrameRule(Protocol):

@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from umt_fast.data.clip import DataError
 from umt_fast.data.decode.boxes import Size
-from umt_fast.data.video import VideoError, decode_frames, iterate_frames, outline
+from umt_fast.data.decode.video import VideoError, decode_frames, iterate_frames, outline
+from umt_fast.data.errors import DataError
 
 Spread = Literal["center", "even"]
 

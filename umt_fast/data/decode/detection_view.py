@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umt_fast.data.clip import DataError
 from umt_fast.data.decode import boxes as moves
 from umt_fast.data.decode.boxes import Size
+from umt_fast.data.errors import DataError
 from umt_fast.data.sources.detections import KeyFrame
 
 TEST_EXTENSION = (0.1, 0.05)

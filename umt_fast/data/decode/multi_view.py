@@ -14,7 +14,7 @@ import numpy as np
 
 from umt_fast.data.decode.classification_crops import cut, short_side_resized, test_window
 from umt_fast.data.decode.classification_frames import FrameRule
-from umt_fast.data.video import decode_frames, read_frame_folder
+from umt_fast.data.decode.video import decode_frames, read_frame_folder
 
 
 class FramesOfViews(NamedTuple):

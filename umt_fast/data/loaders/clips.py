@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.video import VideoError
+from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.reader import ClipReader, Sample
-from umt_fast.data.sources.clip import Clip, DataError
+from umt_fast.data.sources.clip import Clip
 from umt_fast.data.sources.columns import Clips
 from umt_fast.data.sources.prepared import check_use, locate
 from umt_fast.workers import end_with_parent, fork_server

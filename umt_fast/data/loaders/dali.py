@@ -38,9 +38,10 @@ from torch.utils.data import Dataset
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.transforms import Crop, bicubic
 from umt_fast.data.decode.video import Chooser, Outline, VideoError, limited, outline
+from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.clips import ClipLoader, _Read
 from umt_fast.data.loaders.reader import ClipReader
-from umt_fast.data.sources.lists import Clip, DataError
+from umt_fast.data.sources.lists import Clip
 from umt_fast.data.sources.prepared import jpegs_of
 
 log = logging.getLogger("umt_fast.data")

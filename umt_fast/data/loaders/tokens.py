@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from umt_fast.config import CLIP_TEXT_LENGTH
-from umt_fast.data.sources.clip import DataError
+from umt_fast.data.errors import DataError
 from umt_fast.data.sources.columns import Strings
 
 

@@ -23,7 +23,8 @@ from PIL import Image, UnidentifiedImageError
 
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.video import VideoError, iterate_frames, open_video, rate_of, rotation_of
-from umt_fast.data.sources.lists import Clip, DataError, read_list
+from umt_fast.data.errors import DataError
+from umt_fast.data.sources.lists import Clip, read_list
 from umt_fast.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")

@@ -27,8 +27,9 @@ import numpy as np
 
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.video import VideoError, decode_frames, read_frame_folder
+from umt_fast.data.errors import DataError
 from umt_fast.data.sources.entries import is_sqlite
-from umt_fast.data.sources.lists import Clip, DataError, read_list
+from umt_fast.data.sources.lists import Clip, read_list
 from umt_fast.data.sources.prepared import Settings, candidates, checksum, index_lines, pack, part_of, read_part
 from umt_fast.workers import worker_pool
 

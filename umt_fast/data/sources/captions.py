@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umt_fast.data.sources.clip import DataError
+from umt_fast.data.errors import DataError
 from umt_fast.data.sources.columns import Clips, ClipsBuilder, Strings, StringsBuilder, first_of_each
 from umt_fast.data.sources.entries import read_entries
 

@@ -6,9 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-
-class DataError(ValueError):
-    """A list, manifest or data folder that cannot be used; the message names file, line and remedy."""
+from umt_fast.data.errors import DataError
 
 
 def require_list(path: Path, kind: str, wanted: str) -> None:

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umt_fast.data.clip import DataError, require_list
 from umt_fast.data.decode import boxes as moves
 from umt_fast.data.decode.boxes import Size
+from umt_fast.data.errors import DataError
+from umt_fast.data.sources.clip import require_list
 
 log = logging.getLogger("umt_fast.data")
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from umt_fast.data.sources.clip import Clip, DataError, require_list
+from umt_fast.data.errors import DataError
+from umt_fast.data.sources.clip import Clip, require_list
 from umt_fast.data.sources.tars import read_tars
 
 _LAYOUT = '{"video" or "image": name, "caption": text}'

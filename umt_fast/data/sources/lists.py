@@ -8,7 +8,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from umt_fast.config import DataConfig
-from umt_fast.data.sources.clip import Clip, DataError, require_list
+from umt_fast.data.errors import DataError
+from umt_fast.data.sources.clip import Clip, require_list
 from umt_fast.data.sources.columns import Clips
 from umt_fast.data.sources.entries import is_sqlite
 

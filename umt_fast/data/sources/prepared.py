@@ -31,7 +31,8 @@ from PIL import Image, UnidentifiedImageError
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.sampling import intervals
 from umt_fast.data.decode.video import VideoError
-from umt_fast.data.sources.clip import Clip, DataError
+from umt_fast.data.errors import DataError
+from umt_fast.data.sources.clip import Clip
 from umt_fast.data.sources.columns import Clips, ClipsBuilder
 
 log = logging.getLogger("umt_fast.data")

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from umt_fast.data.errors import DataError
 from umt_fast.data.sources.captions import clean_caption
-from umt_fast.data.sources.clip import DataError
 from umt_fast.data.sources.columns import Clips, ClipsBuilder, Strings, StringsBuilder
 from umt_fast.data.sources.entries import read_entries
 

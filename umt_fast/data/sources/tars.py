@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from umt_fast.data.decode.video import VideoError
-from umt_fast.data.sources.clip import Clip, DataError
+from umt_fast.data.errors import DataError
+from umt_fast.data.sources.clip import Clip
 from umt_fast.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")

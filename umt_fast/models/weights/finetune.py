@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from umt_fast.masking import TokenGrid
 from umt_fast.models.vit import resized_table
 from umt_fast.models.weights.files import WeightsError, load_state
 from umt_fast.models.weights.layouts import fit
-from umt_fast.tokens import TokenGrid
 
 if TYPE_CHECKING:
     from umt_fast.models.classifier import Classifier
