@@ -65,11 +65,11 @@ def _tile(
         i, j = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
         place = source + i.to(tl.int64)[:, None] * stride + j[None, :]
         if EVEN_ROWS:
-            tile = tl.load(place, mask=(j < columns)[None, :], other=0)
+            tile = tl.load(place, mask=(j < columns)[None, :], other=0.0)
         elif EVEN_COLUMNS:
-            tile = tl.load(place, mask=(i < rows)[:, None], other=0)
+            tile = tl.load(place, mask=(i < rows)[:, None], other=0.0)
         else:
-            tile = tl.load(place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0)
+            tile = tl.load(place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
     return tile
 
 
