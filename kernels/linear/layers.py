@@ -261,7 +261,8 @@ def _backward_mlp(ctx, dout, *_):
     _refuse_second_gradient()
     dy = dout.to(x.dtype)
     again = hidden is None and need[3]
-    dpre, sums, made = _input_gradient(dy, w2, pre, ctx.activation, again)
+    if any(need[:3]) or again:
+        dpre, sums, made = _input_gradient(dy, w2, pre, ctx.activation, again)
     dx = _input_gradient(dpre, w1, None, "none", False)[0] if need[0] else None
     dw1 = _weight_gradient(dpre, x).to(w1.dtype) if need[1] else None
     db1 = sums.to(ctx.bias_dtypes[0]) if need[2] else None

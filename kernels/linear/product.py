@@ -65,11 +65,11 @@ def _tile(
         i, j = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
         place = source + i.to(tl.int64)[:, None] * stride + j[None, :]
         if EVEN_ROWS:
-            tile = tl.load(place, mask=(j < columns)[None, :], other=0)
+            tile = tl.load(place, mask=(j < columns)[None, :], other=0.0)
         elif EVEN_COLUMNS:
-            tile = tl.load(place, mask=(i < rows)[:, None], other=0)
+            tile = tl.load(place, mask=(i < rows)[:, None], other=0.0)
         else:
-            tile = tl.load(place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0)
+            tile = tl.load(place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
     return tile
 
 
@@ -265,22 +265,24 @@ def tiling(
     """
     depth = 128 // itemsize
     high, across, warps = 128, 128, 8
-    if capability >= 90 and not wide and itemsize < 4 and N % 256 == 0:
+    # Instructions of four warps, whose operands stay in shared memory; 12.0 (consumer Blackwell) has those of 8.0.
+    grouped = 90 <= capability < 120
+    if grouped and not wide and itemsize < 4 and N % 256 == 0:
         across = 256
     if -(-M // high) * -(-N // across) < sms:
         across = 128
     if -(-M // high) * -(-N // across) < sms // 2:
         high, warps = 64, 4
-    if capability < 90 and wide and itemsize == 2:
+    if not grouped and wide and itemsize == 2:
         # 64 sums a thread beside as many pre-activations would spill.
         high, warps = 64, 8
     stage = (high + across) * depth * itemsize
     # Of the rest the epilogue takes its part, to bring tiles into the order of memory.
     stages = max(2, min(4, (shared - (8 << 10)) // stage))
     # What the registers of an epilogue beside the sums of such a tile allow, without spilling any.
-    parts = (
-        1 if capability < 90 else 4 if across == 256 and saves else 2 if across == 256 or wide and itemsize == 2 else 1
-    )
+    parts = 1
+    if across == 256 or grouped and wide and itemsize == 2:
+        parts = 4 if across == 256 and saves else 2
     return {
         "BLOCK_M": high, "BLOCK_N": across, "BLOCK_K": depth, "PARTS": parts, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip

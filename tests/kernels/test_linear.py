@@ -4,6 +4,8 @@ import importlib
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import kernels
@@ -76,7 +78,7 @@ def test_linear_value_and_gradients(rows, inputs, outputs, activation, dtype) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("save", ["pre", "both"])
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-@pytest.mark.parametrize(("rows", "inputs", "hidden"), [(37, 50, 41), (150, 24, 136), (0, 8, 5)])
+@pytest.mark.parametrize(("rows", "inputs", "hidden"), [(37, 64, 41), (150, 24, 136), (0, 8, 5)])
 def test_mlp_value_and_gradients(rows, inputs, hidden, activation, save, dtype) -> None:
     tensors = {
         "x": before_nan(numbers(rows, inputs, dtype=dtype)),
@@ -93,9 +95,27 @@ def test_mlp_value_and_gradients(rows, inputs, hidden, activation, save, dtype) 
             act(x @ (w1 + (w1.to(dtype) - w1).detach()).T + b1, activation) @ w2.T + b2 + residual
         ),
         tensors,
-        numbers(rows, inputs),
+        before_nan(numbers(rows, inputs)),
         dtype,
     )
+
+
+@triton.jit
+def tile_kernel(out, source, row, column, rows, columns, stride, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
+    tile = products._tile(source, row, column, rows, columns, stride, 16, 32, False, EVEN_ROWS, EVEN_COLUMNS)
+    tl.store(out + tl.arange(0, 16)[:, None] * 32 + tl.arange(0, 32)[None, :], tile)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 50), (21, 64), (21, 50)])
+def test_a_tile_is_zero_outside_its_matrix(rows: int, columns: int) -> None:
+    """Rows and columns that a result leaves out must not be read either: behind the last there may be no memory."""
+    matrix = before_nan(numbers(rows, columns))
+    out = torch.empty(16, 32, device=DEVICE)
+    even = rows % 16 == 0, columns % 32 == 0
+    tile_kernel[(1,)](out, matrix, 16, 32, rows, columns, matrix.stride(0), *even)
+    expected = torch.zeros(16, 32, device=DEVICE)
+    expected[: rows - 16, : columns - 32] = matrix[16:, 32:]
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("road", ROADS)
