@@ -16,6 +16,7 @@ from tests.downstream_cases import LIMIT, compare_gradients, read_case, relative
 from tests.parity_files import parity_files
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.answer_decoder import AnswerList, prepare_answers
+from umt_fast.models.attention import use_attention
 from umt_fast.models.downstream import QuestionModel
 from umt_fast.models.weights import fit
 from umt_fast.tasks.answer_ranking import first_word_probabilities, rank_answers
@@ -155,8 +156,8 @@ def test_parity_of_answer_words(case: _Case, tokenizer: BertTokenizerFast) -> No
     longest = int(expected.sum(1).max())
     assert torch.equal(mask, expected[:, :longest]) and not expected[:, longest:].any()
     assert torch.equal(ids[mask], theirs["rank.answer_ids"][expected])
-    cut = [row for row, text in enumerate(config["answer_list"]) if len(text.split()) + 2 > config["alen"]]
-    assert cut and not (ids[cut] == 2).any() and (ids == 2).any(1).sum() == len(ids) - len(cut)
+    closed = [len(text.split()) + 2 <= config["alen"] for text in config["answer_list"]]
+    assert (ids == 2).any(1).tolist() == closed
     texts, weights = zip(*(weighted_answers(given) for given in config["annotated_answers"]), strict=True)
     assert [len(part) for part in texts] == theirs["in.answers_per_question"].tolist()
     assert [f"{text} [SEP]" for part in texts for text in part] == config["training_answers"]
@@ -180,17 +181,18 @@ def test_parity_of_accuracy(case: _Case) -> None:
 
 def test_flops_are_those_that_run(case: _Case) -> None:
     """Counted by PyTorch over forward and backward of one answer a question."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     config, theirs, _ = case
     tuned, batch = tuning_of(case), batch_of(theirs)
+    use_attention(tuned, "math")  # whose products are what they are, forward and backward
     count = len(batch["video"])
     own = {name: batch[name][:count] for name in ("answer_ids", "answer_mask", "answer_weights")}
     batch = {name: batch[name] for name in ("video", "ids", "mask")} | own
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         tuned(batch, torch.tensor([1]))["loss"].backward()
-    # Backward passes of fused attention compute the map once more; small models feel it.
-    assert counter.get_total_flops() / count == pytest.approx(tuned.flops_per_clip(), rel=0.12)
+    assert counter.get_total_flops() / count == pytest.approx(tuned.flops_per_clip(), rel=0.03)
 
 
 def batches(

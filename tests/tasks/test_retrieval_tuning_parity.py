@@ -127,8 +127,14 @@ class Gallery(NamedTuple):
     right: Tensor
 
 
-@pytest.mark.parametrize("name", ["captions", "videos"])
-def test_parity_of_gallery_scores_and_recalls(case: _Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_of_gallery_scores_and_recalls(case: _Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert case[0]["gallery"]
+    for name in case[0]["gallery"]:
+        compare_gallery(case, name, monkeypatch)
+
+
+def compare_gallery(case: _Case, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One set of texts: several captions a clip, or several clips a caption."""
     config, theirs, model = case
     gallery, video = config["gallery"][name], theirs["gallery.video"]
     monkeypatch.setattr(retrieval, "ClipLoader", lambda clips, *_, **more: ({"video": part} for part in video.split(5)))
@@ -149,7 +155,13 @@ def test_parity_of_gallery_scores_and_recalls(case: _Case, name: str, monkeypatc
                 assert (expected.values[:, kept:] == config["unscored"]).all()
                 assert (expected.values[:, :kept] != config["unscored"]).all()
         official = retrieval.official_recalls(v2t.rank, t2v.rank)
-        assert official == pytest.approx(gallery[f"recall_{kind}"], abs=0.0051)
+        expected = gallery[f"recall_{kind}"]
+        if 0 < top_k < 10 and top_k < max(len(video), len(gallery["texts"])):
+            # Officially R@k of fewer candidates depends on how a sort leaves equal scores.
+            expected = {
+                key: value for key, value in expected.items() if key.endswith(("_r1", "_r5")[: 1 + (top_k >= 5)])
+            }
+        assert {key: official[key] for key in expected} == pytest.approx(expected, abs=0.0051)
         assert official["r_mean"] == pytest.approx(100 * figures[f"{kind}_r_mean"], abs=0.0051)
 
 
@@ -201,10 +213,10 @@ def test_flops_are_those_that_run(case: _Case) -> None:
 
     config, theirs, model = case
     vit, text = sizes_of(config, theirs)
-    tuned = RetrievalTuning(vit, text, embed_dim=config["emb"], max_length=config["tlen"])
+    # `math`: its products are what they are, forward and backward.
+    tuned = RetrievalTuning(vit, text, embed_dim=config["emb"], max_length=config["tlen"], attention="math")
     batch = batch_of(theirs)
     batch = {"video": batch["video"], "ids": batch["ids"], "mask": batch["mask"], "sample": batch["index"]}
     with FlopCounterMode(display=False) as counter:
         tuned(batch, torch.tensor([3]))["loss"].backward()
-    # Backward passes of fused attention compute the map once more; small models feel it.
-    assert counter.get_total_flops() / len(batch["ids"]) == pytest.approx(tuned.flops_per_clip(), rel=0.12)
+    assert counter.get_total_flops() / len(batch["ids"]) == pytest.approx(tuned.flops_per_clip(), rel=0.03)

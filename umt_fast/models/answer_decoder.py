@@ -87,6 +87,7 @@ class AnswerDecoder(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
+        """The causal layers, first to last."""
         return self.bert.encoder.layer
 
     def question_keys(self, states: Tensor) -> list[KeysValues]:

@@ -104,6 +104,7 @@ class QuestionTuning(nn.Module):
 
     @property
     def has_unused_parameters(self) -> bool:
+        """Whether some parameters get no gradient: none."""
         return False
 
     def pieces(self) -> list[tuple[nn.Module, str]]:

@@ -68,7 +68,11 @@ def both_ways(v2t: Tensor, t2v: Tensor, prefix: str) -> dict[str, float]:
 
 def official_recalls(v2t: Tensor, t2v: Tensor) -> dict[str, float]:
     """The recalls of both directions' ranks under their official names, in per cent: `txt_*` clips find captions, `img_*`
-    captions find clips."""
+    captions find clips.
+
+    The official figures, but for R@k with less than k candidates re-ranked: officially a right answer that is no candidate
+    then has the place that a sort happens to leave it among the other equal ones; here see ranks_of.
+    """
     figures = {}
     for name, rank in (("txt", v2t), ("img", t2v)):
         shares = [100 * (rank < k).double().mean().item() for k in (1, 5, 10)]
