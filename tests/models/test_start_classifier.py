@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import types
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,10 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch) -> type:
         def __init__(self, scale: float) -> None:
             self.scale = scale
 
-        def __setstate__(self, state: dict) -> None:
+        def __getstate__(self) -> tuple:
+            return (self.scale,)
+
+        def __setstate__(self, state: tuple) -> None:
             raise AssertionError("code of the file's class was run")
 
     name = "deepspeed.runtime.fp16.loss_scaler"
@@ -145,9 +149,14 @@ class Harmful:
         return exec, ("raise AssertionError('code of the file was run')",)
 
 
-def test_other_objects_beside_deepspeed_s_are_refused(deepspeed: type, tmp_path: Path) -> None:
-    torch.save({"module": classifier().state_dict(), "a": deepspeed(1.0), "b": Harmful()}, tmp_path / STATES)
-    with pytest.raises(WeightsError, match=r"an object of \S*exec"):
+@pytest.mark.parametrize(
+    ("other", "name"), [(Harmful(), "exec"), (Fraction(1, 2), "Fraction")], ids=["code", "a class"]
+)
+def test_other_objects_beside_those_of_deepspeed_are_refused(
+    other: object, name: str, deepspeed: type, tmp_path: Path
+) -> None:
+    torch.save({"module": classifier().state_dict(), "a": deepspeed(1.0), "b": other}, tmp_path / STATES)
+    with pytest.raises(WeightsError, match=rf"an object of \S*{name}"):
         load_state(tmp_path / STATES)
 
 

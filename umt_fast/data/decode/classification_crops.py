@@ -76,17 +76,11 @@ def training_crop(height: int, width: int, flip: bool, rng: np.random.Generator)
 
 
 @functools.lru_cache(maxsize=256)
-def _fixed_point(source: int, target: int, ends_fixed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For each result, the two source indices and their int32 weights, in 1/2048.
-
-    ends_fixed: results beyond the outermost centers take the outermost value alone, as OpenCV does across; down the picture
-    it keeps the weights there and takes the same row twice, which the truncation of each product can tell from it.
-    """
+def _fixed_point(source: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For each result, the two source indices and their int32 weights, in 1/2048. Beyond the ends both are the outermost."""
     place = ((np.arange(target) + 0.5) * (1 / (target / source)) - 0.5).astype(np.float32)
     first = np.floor(place)
     share, first = place - first, first.astype(np.int64)
-    if ends_fixed:
-        share[(first < 0) | (first >= source - 1)] = 0
     weights = (np.rint(part * np.float32(2048)).astype(np.int32) for part in (np.float32(1) - share, share))
     indices = (np.clip(first + step, 0, source - 1) for step in (0, 1))
     return *indices, *weights
@@ -100,8 +94,8 @@ def resized_bytes(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if frames.shape[1:3] == size:
         return frames
     count, height, width = frames.shape[:3]
-    left, right, left_weight, right_weight = _fixed_point(width, size[1], True)
-    upper, lower, upper_weight, lower_weight = _fixed_point(height, size[0], False)
+    left, right, left_weight, right_weight = _fixed_point(width, size[1])
+    upper, lower, upper_weight, lower_weight = _fixed_point(height, size[0])
     # Rows as flat bytes: gathering bytes, and multiplying long rows, is several times as fast as triples of channels.
     left, right = ((3 * index[:, None] + np.arange(3)).ravel() for index in (left, right))
     left_weight, right_weight = left_weight.repeat(3), right_weight.repeat(3)
