@@ -102,7 +102,7 @@ def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
         "import sys\n"
         "from umt_fast import __main__ as command_line\n"
         "from umt_fast import interrupts\n"
-        "from umt_fast.data import workers\n"
+        "from umt_fast import workers\n"
         "def scan(rest):\n"
         "    interrupts.raise_again()\n"
         "    print('started', flush=True)\n"

@@ -98,10 +98,13 @@ def train_teacher(world: Path, teacher: TeacherConfig, path: Path, seed: int) ->
     return {"loss": round(loss, 4), "zero_shot": small_clip.zero_shot_accuracy(clip, unseen), "captions": len(groups)}
 
 
-def pack(out: Path, name: str) -> dict[str, Any]:
-    """Prepares a list of the world, whose clips are read ten times and more: OUT/prepared/NAME, without its ending."""
-    folder = out / "prepared" / Path(name).stem
-    return dict(prepare(out / "world" / name, folder, settings=Settings(quality=95), workers=os.cpu_count() or 1))
+def pack(out: Path, name: str, data: DataConfig) -> dict[str, Any]:
+    """Prepares a list of the world, whose clips are read ten times and more: OUT/prepared/NAME, without its ending.
+
+    data: of the training that will read it.
+    """
+    folder, settings = out / "prepared" / Path(name).stem, Settings(quality=95, sampling=data.sampling)
+    return dict(prepare(out / "world" / name, folder, settings=settings, workers=os.cpu_count() or 1))
 
 
 def evaluate(objective: nn.Module, config: FinetuneConfig, test_list: Path, device: torch.device) -> dict[str, Any]:
@@ -277,7 +280,7 @@ def run(out: str | Path, seed: int = 0, stage2: bool = False) -> Path:
     results, config = Results(out, seed), stage1_config(out, seed)
     world = out / "world"
     results.part("world", lambda: {"folder": str(sample_world.build(world, seed=seed, **WORLD))})
-    results.part("labelled clips", lambda: pack(out, "labelled_motion.csv"))
+    results.part("labelled clips", lambda: pack(out, "labelled_motion.csv", config.data))
     weights = Path(config.teacher.weights)
     if not torch.cuda.is_available():
         # Models this small gain nothing from a second core; the comparison uses it.
@@ -293,7 +296,7 @@ def run(out: str | Path, seed: int = 0, stage2: bool = False) -> Path:
         begin("pretrained", pretrained)
         if stage2:
             second = stage2_config(out, seed, pretrained)
-            results.part("captioned clips", lambda: pack(out, "train_captions.json"))
+            results.part("captioned clips", lambda: pack(out, "train_captions.json", second.data))
             write_vocabulary(out / "tokenizer", world / "train_captions.json")
             results.part("stage2", lambda: {"run": str(train(second))})
             results.part("retrieval", lambda: retrieve(out, second))
