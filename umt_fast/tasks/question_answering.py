@@ -19,7 +19,7 @@ from umt_fast.engine.distributed import Ranks, gather
 from umt_fast.models.answer_decoder import AnswerList
 from umt_fast.models.attention import use_attention
 from umt_fast.models.downstream import QuestionModel
-from umt_fast.models.weights.downstream import load_question
+from umt_fast.models.weights import load_question
 from umt_fast.objectives import flops
 from umt_fast.tasks.answer_ranking import LOGITS_MEMORY, Rule, rank_answers
 

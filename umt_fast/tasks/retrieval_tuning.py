@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from umt_fast.config import AttentionBackend, TextConfig, VitConfig
 from umt_fast.models.attention import use_attention
 from umt_fast.models.downstream import RetrievalModel
-from umt_fast.models.weights.downstream import load_retrieval
+from umt_fast.models.weights import load_retrieval
 from umt_fast.objectives import flops, vision_text
 
 
