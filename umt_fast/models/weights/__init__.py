@@ -1,11 +1,16 @@
 """Weights in and out in the official layouts.
 
 `files` reads and writes them, `torchscript` reads OpenAI's archives without running them, `layouts` puts them into our
-models, `teacher` fills the CLIP teacher. Nothing is left random in silence: each key that finds no partner is listed, and
-unless it is one that is expected to be absent (a fresh classification head, say) loading fails.
+models, `downstream` into those of the video-text tasks, `teacher` fills the CLIP teacher. Nothing is left random in
+silence: each key that finds no partner is listed, and unless it is one that is expected to be absent (a fresh
+classification head, say) loading fails.
 """
 
+<<<<<<< HEAD
 from umt_fast.models.weights.detection import load_detector
+=======
+from umt_fast.models.weights.downstream import load_question, load_retrieval
+>>>>>>> w_m
 from umt_fast.models.weights.files import (
     UnreadableError,
     WeightsError,
@@ -38,6 +43,8 @@ __all__ = [
     "load_bert",
     "load_detector",
     "load_encoder",
+    "load_question",
+    "load_retrieval",
     "load_state",
     "load_student",
     "load_teacher",
