@@ -20,12 +20,8 @@ from umt_fast.models import flops
 from umt_fast.models.answer_decoder import AnswerList
 from umt_fast.models.attention import use_attention
 from umt_fast.models.downstream import QuestionModel
-<<<<<<< HEAD
-from umt_fast.models.weights.downstream import load_question
-=======
 from umt_fast.models.weights import load_question
-from umt_fast.objectives import flops
->>>>>>> w_m
+from umt_fast.models import flops
 from umt_fast.tasks.answer_ranking import LOGITS_MEMORY, Rule, rank_answers
 
 _IGNORED = -100

@@ -18,13 +18,9 @@ from umt_fast.config import AttentionBackend, TextConfig, VitConfig
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.downstream import RetrievalModel
-<<<<<<< HEAD
-from umt_fast.models.weights.downstream import load_retrieval
-from umt_fast.tasks import video_text_losses as vision_text
-=======
+from umt_fast.models import flops
 from umt_fast.models.weights import load_retrieval
-from umt_fast.objectives import flops, vision_text
->>>>>>> w_m
+from umt_fast.tasks import video_text_losses as vision_text
 
 
 def match_ids(keys: Sequence[str]) -> Tensor:

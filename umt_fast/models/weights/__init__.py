@@ -6,11 +6,8 @@ silence: each key that finds no partner is listed, and unless it is one that is 
 classification head, say) loading fails.
 """
 
-<<<<<<< HEAD
 from umt_fast.models.weights.detection import load_detector
-=======
 from umt_fast.models.weights.downstream import load_question, load_retrieval
->>>>>>> w_m
 from umt_fast.models.weights.files import (
     UnreadableError,
     WeightsError,
