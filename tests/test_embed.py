@@ -33,9 +33,9 @@ def saved(folder: Path, name: str, seed: int = 0) -> tuple[Path, torch.nn.Module
     config = recipe.load(f"{TINY}:{name}")
     torch.manual_seed(seed)
     module = task_of(config).untrained(config).trainable.eval()
-    with torch.no_grad():  # apart enough that no two scores tie
+    with torch.no_grad():  # so that clips and texts differ more than fresh weights make them
         for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(0.4 * torch.randn_like(parameter))
     save_state(module.state_dict(), folder / f"{name}{seed}.safetensors", task_of(config).describe(config))
     return folder / f"{name}{seed}.safetensors", module
 
