@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -327,7 +328,7 @@ def test_refused_inputs(tmp_path: Path, tiny_list: Path) -> None:
     for layers in ((2,), (-3,), (0.5,)):
         with pytest.raises(ConfigError, match="does not exist; this tower has blocks 0 to 1"):
             model.features(good, layers=layers)
-    with pytest.raises(ConfigError, match="tokenizer .* is not known; give load_model tokenizer="):
+    with pytest.raises(ConfigError, match="tokenizer .* is not known; give it: tokenizer="):
         model.encode_text(["a"])
     for device, dtype, message in (("gpu", None, "device is 'gpu'"), ("cpu", "fp16", "dtype is 'fp16'")):
         with pytest.raises(ConfigError, match=message):
@@ -440,7 +441,17 @@ def test_released_files_are_fetched_by_name(tmp_path: Path, monkeypatch: pytest.
         asked.append((repository, file))
         return str(tmp_path / Path(file).name)
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: ["README.md", "a/b16_ptk710_f8_res224.pth"])
+    cache = tmp_path / "cache"
+
+    def cached(name: str, *, local_files_only: bool) -> str:
+        assert name == "OpenGVLab/UMT" and local_files_only
+        if not cache.is_dir():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("nothing yet")
+        return str(cache)
+
+    files = [SimpleNamespace(rfilename=name) for name in ("README.md", "a/b16_ptk710_f8_res224.pth")]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, **options: SimpleNamespace(siblings=files))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     model = umt_fast.load_model("b16_ptk710_f8_res224", device="cpu", image_size=32)
     assert asked == [("OpenGVLab/UMT", "a/b16_ptk710_f8_res224.pth")] and model.vit.num_frames == 8
@@ -449,14 +460,22 @@ def test_released_files_are_fetched_by_name(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(WeightsError, match="OpenGVLab/UMT on Hugging Face has no l16_25m.pth"):
         umt_fast.load_model("l16_25m")
 
-    def refuse(name: str) -> list[str]:
-        raise ConnectionError("offline")
+    class Offline(Exception):  # of the client's HTTP library; no OSError
+        pass
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", refuse)
+    def refuse(name: str, **options: object) -> None:
+        raise Offline("no network")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", refuse)
     with pytest.raises(
-        WeightsError, match="l16_25m could not be fetched .* by hand from OpenGVLab/UMT on Hugging Face"
+        WeightsError, match="not be fetched .Offline.: .* OpenGVLab/UMT .* fetch l16_25m.pth there by hand"
     ):
         umt_fast.load_model("l16_25m")
+    # What was fetched before needs no network.
+    (cache / "b").mkdir(parents=True)
+    (tmp_path / "b16_ptk710_f8_res224.pth").rename(cache / "b" / "b16_ptk710_f8_res224.pth")
+    cached_model = umt_fast.load_model("b16_ptk710_f8_res224", device="cpu", image_size=32)
+    assert cached_model.fingerprint() == model.fingerprint()
 
 
 def test_importing_the_package_imports_no_torch() -> None:

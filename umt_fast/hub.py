@@ -158,21 +158,25 @@ def _weights_path(weights: str | Path) -> tuple[Path, ZooFile | None]:
 
 
 def _fetched(released: ZooFile) -> Path:
-    """A released file from its authors' repository, or from the cache of earlier calls."""
-    _require_built(released)
-    by_hand = f"fetch {released.file} by hand from {REPOSITORY} on Hugging Face and give weights=PATH"
-    try:
-        from huggingface_hub import hf_hub_download, list_repo_files
+    """A released file from the cache of earlier calls, or from its authors' repository."""
+    from huggingface_hub import hf_hub_download, model_info, snapshot_download
 
-        # The file is found by its name: folders of that repository are its authors' to change.
-        found = [entry for entry in list_repo_files(REPOSITORY) if Path(entry).name == released.file]
-        if found:
-            return Path(hf_hub_download(REPOSITORY, found[0]))
-    except (OSError, ValueError) as error:  # the hub client has its own tree of errors
-        reason = type(error).__name__
+    _require_built(released)
+    # The file is found by its name: folders of that repository are its authors' to change.
+    try:
+        cached = Path(snapshot_download(REPOSITORY, local_files_only=True)).rglob(released.file)
+        return next(cached)
+    except (OSError, StopIteration):
+        pass  # not there yet
+    try:
+        files = [entry.rfilename for entry in model_info(REPOSITORY, timeout=10).siblings or ()]
+        found = next((file for file in files if Path(file).name == released.file), None)
+        if found is not None:
+            return Path(hf_hub_download(REPOSITORY, found))
+    except Exception as error:  # the hub client has its own tree of network errors
         raise WeightsError(
-            f"{released.name} could not be fetched ({reason}); it needs the network, its terms accepted and `hf auth login`; "
-            f"or {by_hand}"
+            f"{released.name} could not be fetched ({type(error).__name__}): that needs the network, the terms of "
+            f"{REPOSITORY} on Hugging Face accepted, and `hf auth login`; or fetch {released.file} there by hand and give weights=PATH"
         ) from error
     raise WeightsError(f"{REPOSITORY} on Hugging Face has no {released.file}; fetch it elsewhere and give weights=PATH")
 

@@ -400,7 +400,8 @@ class VideoTextModel(PretrainedModel):
         """The model's tokenizer, loaded when it is first needed."""
         if "_loaded_words" not in self.__dict__:
             require(
-                bool(self.words), "which tokenizer this model was trained with is not known; give load_model tokenizer="
+                bool(self.words),
+                "which tokenizer this model was trained with is not known; give it: tokenizer= (search: --tokenizer)",
             )
             found, limit = load_tokenizer(self.words), self.description["text"]["vocab_size"]
             require(
