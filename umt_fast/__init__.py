@@ -1,9 +1,58 @@
-"""Training of Unmasked Teacher video foundation models."""
+"""Training of Unmasked Teacher video foundation models, and the models to be used.
 
+    model = umt_fast.load_model(weights="student.safetensors")
+    model.features("clip.mp4").pooled
+
+Functions are imported when they are first asked for: torch takes seconds, `import umt_fast` does not.
+"""
+
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from umt_fast.config import ConfigError
+    from umt_fast.data.sources.clip import DataError
+    from umt_fast.hub import from_pretrained, load_model, load_teacher
+    from umt_fast.models.weights import WeightsError
+    from umt_fast.pretrained import (
+        ClassifierModel,
+        Features,
+        Predictions,
+        PretrainedModel,
+        StudentModel,
+        VideoTextModel,
+    )
+    from umt_fast.zoo import list_models
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ClassifierModel",
+    "ConfigError",
+    "DataError",
+    "Features",
+    "Predictions",
+    "PretrainedModel",
+    "StudentModel",
+    "VideoTextModel",
+    "WeightsError",
+    "from_pretrained",
+    "list_models",
+    "load_model",
+    "load_teacher",
+]
+
+_MODULES = {
+    "config": ("ConfigError",),
+    "data.sources.clip": ("DataError",),
+    "hub": ("from_pretrained", "load_model", "load_teacher"),
+    "models.weights": ("WeightsError",),
+    "pretrained": ("ClassifierModel", "Features", "Predictions", "PretrainedModel", "StudentModel", "VideoTextModel"),
+    "zoo": ("list_models",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 # Looked for, not imported: torch takes seconds, and the command line wants to be there before it (Ctrl-C, --help).
 _found = find_spec("kernels")
@@ -14,3 +63,15 @@ if _found is not None and not any(
         f"another package named `kernels` shadows umt_fast's own: {_found.origin}. "
         "Uninstall it (Hugging Face publishes one of that name) or put umt_fast's folder first on sys.path"
     )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'umt_fast' has no attribute {name!r}")
+    value = getattr(import_module(f"umt_fast.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,6 +8,8 @@ Commands:
   bench stage1|stage2 [...]                time a whole training step on random clips, one JSON line
   bench fidelity [...]                     how far an 8-bit teacher is from the exact one
   eval FILE LIST [--model NAME] [...]       accuracy of a classifier, or retrieval with a stage-2 model
+  embed LIST|FOLDER|FILE --weights FILE --out FEATURES   one vector for each clip, of any trained model
+  search TEXT --in FEATURES --weights FILE  the clips that are nearest to a text, or to a clip (--clip PATH)
   convert FILE OUT                         the weights of a checkpoint, in the official layout, as safetensors or .pth
   report RUN                               write RUN/report.html from a run's metrics and results
   quickstart [--out DIR] [--seed N] [--stage2 True]   the sample world from nothing to report
@@ -262,6 +264,18 @@ def _eval(arguments: list[str]) -> None:
     _cli(command, arguments, "eval")
 
 
+def _embed(arguments: list[str]) -> None:
+    from umt_fast.cli.embed import command
+
+    _cli(command, arguments, "embed")
+
+
+def _search(arguments: list[str]) -> None:
+    from umt_fast.cli.search import command
+
+    _cli(command, arguments, "search")
+
+
 def _convert(arguments: list[str]) -> None:
     from umt_fast.cli.convert import command
 
@@ -302,9 +316,8 @@ def _quickstart(arguments: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": _train, "plan": _plan, "scan": _scan, "prepare": _prepare, "bench": _bench, "eval": _eval, "convert": _convert,
-    "report": _report,
-    "quickstart": _quickstart,
+    "train": _train, "plan": _plan, "scan": _scan, "prepare": _prepare, "bench": _bench, "eval": _eval, "embed": _embed,
+    "search": _search, "convert": _convert, "report": _report, "quickstart": _quickstart,
 }  # fmt: skip
 
 

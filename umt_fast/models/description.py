@@ -111,6 +111,18 @@ def _classifier(size: str) -> dict[str, Any]:
     return {"version": VERSION, "task": "classification", "dtype": "fp32", "vit": vit, "num_classes": None}
 
 
+def _pretraining(size: str) -> dict[str, Any]:
+    return {
+        "version": VERSION, "task": "pretraining", "dtype": "fp32", "vit": _vit(size, 8, 224), "num_layers": None,
+        "output_dim": None,
+    }  # fmt: skip
+
+
+STAGE1_MODELS: dict[str, Callable[[], dict[str, Any]]] = {
+    "umt_b16_stage1": lambda: _pretraining("b16"),
+    "umt_l16_stage1": lambda: _pretraining("l16"),
+}
+"""Students of stage 1, 8 frames at 224 pixels. Apart from MODELS, which `eval` can judge."""
 MODELS: dict[str, Callable[[], dict[str, Any]]] = {
     "umt_b16": lambda: _video_text("b16", 768, 12, 9),
     "umt_l16": lambda: _video_text("l16", 1024, 24, 19),
@@ -142,7 +154,8 @@ def complete(description: dict[str, Any], state: dict[str, Tensor], source: obje
         if key in part and part[key] is None:
             part[key] = value()
 
-    heads = [key for key in state if key.startswith("vision_encoder.clip_decoder.") and key.endswith(".head.weight")]
+    decoders = ("clip_decoder.", "vision_encoder.clip_decoder.")
+    heads = [key for key in state if key.startswith(decoders) and key.endswith(".head.weight")]
     fill(found, "num_layers", lambda: len(heads))
     fill(found, "output_dim", lambda: rows(heads[0]) if heads else 1)  # without heads there is no output
     fill(found, "embed_dim", lambda: rows("vision_proj.weight"))

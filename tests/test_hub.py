@@ -1,0 +1,492 @@
+"""Models by name and by file, and what they make of clips and texts, against the trainer's own modules and loaders."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertTokenizerFast
+
+import umt_fast
+from umt_fast import hub, recipe, zoo
+from umt_fast.config import ConfigError, DataConfig
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.tokens import Tokens
+from umt_fast.data.sources.clip import DataError
+from umt_fast.data.sources.lists import read_list
+from umt_fast.models.classifier import Classifier
+from umt_fast.models.description import MODELS, STAGE1_MODELS
+from umt_fast.models.weights import WeightsError, save_state
+from umt_fast.tasks import task_of
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TINY = REPOSITORY / "tests" / "assets" / "tiny.py"
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijk"]
+
+
+def trained(name: str) -> tuple[torch.nn.Module, dict]:
+    """The module that a tiny run trains, with random weights, in evaluation mode; and its description."""
+    config = recipe.load(f"{TINY}:{name}")
+    torch.manual_seed(3)
+    module = task_of(config).untrained(config).trainable.eval()
+    return module, task_of(config).describe(config)
+
+
+def saved(folder: Path, name: str) -> tuple[Path, torch.nn.Module]:
+    module, described = trained(name)
+    save_state(module.state_dict(), folder / f"{name}.safetensors", described)
+    return folder / f"{name}.safetensors", module
+
+
+def batch_of(table: Path, sampling: str, augment: str) -> Tensor:
+    """The pixels that evaluation reads: uint8 (B, T, S, S, 3)."""
+    data = DataConfig(workers=0, sampling=sampling, augment=augment)
+    loader = ClipLoader(read_list(table, data), data, num_frames=4, image_size=32, batch_size=2, train=False)
+    (batch,) = loader
+    return batch["video"]
+
+
+def paths_of(table: Path) -> list[Path]:
+    return [table.parent / line.split(",")[0] for line in table.read_text().splitlines()]
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> Path:
+    folder = tmp_path / "words"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    return folder
+
+
+@torch.no_grad()
+def test_features_of_a_student_are_the_trainers(tmp_path: Path, tiny_list: Path) -> None:
+    path, student = saved(tmp_path, "tiny")
+    model = umt_fast.load_model(weights=path, device="cpu")
+    assert isinstance(model, umt_fast.StudentModel) and not any(p.requires_grad for p in model.parameters())
+    video = batch_of(tiny_list, "sparse", "center")
+    first, last = student.encoder(video, None, 2)
+    found = model.features(paths_of(tiny_list), layers=(0, -1, 1))
+    tokens = student.encoder.norm(last)
+    assert torch.equal(found.tokens, tokens.view(2, 4, 2, 2, 32))
+    torch.testing.assert_close(found.pooled, tokens.mean(1))
+    assert set(found.layers) == {0, -1, 1}
+    assert torch.equal(found.layers[0], first.view(2, 4, 2, 2, 32))
+    assert torch.equal(found.layers[-1], found.layers[1]) and torch.equal(found.layers[1].flatten(1, 3), last)
+    # The alignment heads of the trainer, from the tokens given here.
+    heads = student.heads([student.encoder.norm(first), tokens], student.position.expand(2, -1, -1))
+    again = student(video, student.encoder.all_visible(2))
+    assert torch.allclose(heads, again, atol=1e-6)
+
+
+def test_decoded_frames_are_read_like_the_file(tmp_path: Path, tiny_list: Path) -> None:
+    from umt_fast.data.decode.video import decode_frames
+
+    path, _ = saved(tmp_path, "captions")
+    model = umt_fast.load_model(weights=path, device="cpu")
+    files = paths_of(tiny_list)
+    frames = np.stack([decode_frames(file, np.arange) for file in files])
+    assert frames.shape == (2, 12, 40, 48, 3)
+    expected = model.features(files).pooled
+    assert torch.equal(model.features(frames).pooled, expected)
+    assert torch.equal(model.features(torch.from_numpy(frames)).pooled, expected)
+    assert torch.equal(model.features([frames[0], str(files[1])]).pooled, expected)
+    assert torch.equal(model.features(frames[1]).pooled, expected[1:])
+    # What is already cut as the model wants it goes in as it is.
+    pixels = model.pixels(frames)
+    assert pixels.shape == (2, 4, 32, 32, 3) and torch.equal(model.pixels(pixels), pixels)
+    # Frames 1, 4, 7, 10 of 12 are the middles; two frames alone are filled up with the last.
+    assert torch.equal(model.pixels(frames), model.pixels(frames[:, [1, 4, 7, 10]]))
+    assert torch.equal(model.pixels(frames[:, :2]), model.pixels(frames[:, [0, 1, 1, 1]]))
+
+
+@torch.no_grad()
+def test_texts_and_videos_of_stage_2(tmp_path: Path, tiny_list: Path, words: Path) -> None:
+    path, module = saved(tmp_path, "captions")
+    model = umt_fast.load_model(weights=path, device="cpu", tokenizer=words)
+    assert isinstance(model, umt_fast.VideoTextModel)
+    video = batch_of(tiny_list, "intervals", "whole")
+    tokens, _ = module.vision_encoder.embed(video)
+    expected = module.project_vision(module.vision_encoder.pool(tokens, 4))
+    assert torch.equal(model.encode_video(paths_of(tiny_list)), expected)
+    torch.testing.assert_close(model.features(video).pooled, module.vision_encoder.pool_norm(tokens.mean(1)))
+    # Words by hand: [CLS] and the letters, no [SEP], lower case, without punctuation; cut at six.
+    ids = [[2, 5, 6], [2, 7], [2, *range(5, 10)]]
+    rows = [
+        module.project_text(module.text_encoder.encode(torch.tensor([row]), torch.ones(1, len(row)).bool()))
+        for row in ids
+    ]
+    found = model.encode_text(["A b.", "c", "a b c d e f g h"])
+    torch.testing.assert_close(found, torch.cat(rows))
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+    texts = ["a b", "c"]
+    torch.testing.assert_close(model.similarity(video, texts), expected @ torch.cat(rows[:2]).T)
+    tokenizer = BertTokenizerFast.from_pretrained(words)
+    pair, mask = Tokens(texts, tokenizer, max_length=6)[torch.arange(2)]
+    hidden = module.text_encoder.encode(pair, mask)
+    for clip in range(2):
+        keys = module.text_encoder.clip_keys(tokens[clip : clip + 1].expand(2, -1, -1))
+        logits = module.match(module.text_encoder.fuse(hidden[None], mask[None], keys))[0, :, 1]
+        torch.testing.assert_close(model.match(video, texts)[clip], logits)
+
+
+@torch.no_grad()
+def test_classes(tmp_path: Path, tiny_list: Path) -> None:
+    path, module = saved(tmp_path, "classes")
+    model = umt_fast.load_model(weights=path, device="cpu")
+    assert isinstance(model, umt_fast.ClassifierModel)
+    video = batch_of(tiny_list, "sparse", "center")
+    logits = module(video)
+    assert torch.equal(model.logits(paths_of(tiny_list)), logits)
+    found = model.predict(video)
+    assert torch.equal(found.classes, logits.argsort(1, descending=True))
+    torch.testing.assert_close(found.probabilities.sum(1), torch.ones(2))
+    assert torch.equal(model.features(video).pooled, module.pooled(video))
+    assert model.predict(video, top=1).classes.shape == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "classes", "captions"])
+def test_saved_folders_come_back_bit_for_bit(name: str, tmp_path: Path, tiny_list: Path, words: Path) -> None:
+    path, _ = saved(tmp_path, name)
+    options = {"tokenizer": words} if name == "captions" else {}
+    model = umt_fast.load_model(weights=path, device="cpu", **options)
+    if name == "classes":  # as official files of 16 frames or 384 pixels have one
+        model.network.position.add_(torch.randn_like(model.network.position))
+    out = tmp_path / "out"
+    model.save_pretrained(out)
+    assert {"config.json", "model.safetensors", "README.md"} <= {file.name for file in out.iterdir()}
+    assert json.loads((out / "config.json").read_text()).items() >= model.description.items()
+    for again in (
+        umt_fast.from_pretrained(out, device="cpu"),
+        type(model).from_pretrained(out, device="cpu"),
+        umt_fast.load_model(weights=out, device="cpu"),
+        umt_fast.load_model(weights=out / "model.safetensors", device="cpu", **options),
+    ):
+        assert type(again) is type(model) and again.description == model.description
+        assert again.fingerprint() == model.fingerprint()
+        mine, other = model.state_dict(), again.state_dict()
+        assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
+        assert torch.equal(model.features(paths_of(tiny_list)).pooled, again.features(paths_of(tiny_list)).pooled)
+    if name == "captions":  # the tokenizer went along
+        expected = model.encode_text(["a", "b c"])
+        words.rename(tmp_path / "moved")
+        assert torch.equal(umt_fast.from_pretrained(out, device="cpu").encode_text(["a", "b c"]), expected)
+        with pytest.raises(ConfigError, match="is a VideoTextModel, no StudentModel"):
+            umt_fast.StudentModel.from_pretrained(out)
+
+
+def test_a_pushed_repository_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """push_to_hub as the mixin does it, with the upload and the download replaced by a folder."""
+    import huggingface_hub
+    from huggingface_hub import hub_mixin
+
+    path, _ = saved(tmp_path, "tiny")
+    model = umt_fast.load_model(weights=path, device="cpu")
+    remote = tmp_path / "remote"
+
+    class Api:
+        def __init__(self, **options: object) -> None: ...
+
+        def create_repo(self, repo_id: str, **options: object) -> object:
+            return type("Repo", (), {"repo_id": repo_id})()
+
+        def upload_folder(self, *, folder_path: str, **options: object) -> str:
+            import shutil
+
+            shutil.copytree(folder_path, remote)
+            return "done"
+
+    monkeypatch.setattr(hub_mixin, "HfApi", Api)
+    assert model.push_to_hub("somebody/tiny") == "done"
+    monkeypatch.setattr(hub_mixin, "hf_hub_download", lambda repo_id, filename, **options: str(remote / filename))
+    monkeypatch.setattr("umt_fast.pretrained.snapshot_download", lambda repo_id, **options: str(remote))
+    assert umt_fast.from_pretrained("somebody/tiny", device="cpu").fingerprint() == model.fingerprint()
+
+    def gone(*names: object, **options: object) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no such thing")
+
+    monkeypatch.setattr(hub_mixin, "hf_hub_download", gone)
+    with pytest.raises(WeightsError, match="no model can be had from somebody/else.*no such thing"):
+        umt_fast.from_pretrained("somebody/else")
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the official names mean the tiny sizes, so that official layouts can be had small."""
+    from umt_fast.models import description
+
+    tower = {"width": 32, "depth": 2, "num_heads": 2}
+    for name in ("b16", "l16"):
+        monkeypatch.setitem(description.STUDENTS, name, tower)
+    text = {"width": 32, "depth": 2, "fusion_layer": 1, "num_heads": 2, "vocab_size": None, "max_positions": None}
+    monkeypatch.setitem(MODELS, "umt_b16", lambda: {**description._video_text("b16", 64, 2, 1), "text": dict(text)})
+
+
+@torch.no_grad()
+def test_official_files(tmp_path: Path, tiny_list: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flat and wrapped, with DDP's prefix, the teacher and settings beside them; stages 1 and 2, downstream, classifiers."""
+    shrink(monkeypatch)
+    sizes = {"num_frames": 4, "image_size": 32}
+    video = batch_of(tiny_list, "sparse", "center")
+    student, _ = trained("tiny")
+    torch.save(student.state_dict(), tmp_path / "b16_ptk710_f8_res224.pth")
+    model = umt_fast.load_model("umt_b16_stage1", weights=tmp_path / "b16_ptk710_f8_res224.pth", device="cpu", **sizes)
+    assert torch.equal(model.features(video).tokens.flatten(1, 3), student.encoder.norm(student.encoder(video)[0]))
+    assert model.description["num_layers"] == 2 and model.description["output_dim"] == 16
+
+    module, _ = trained("captions")
+    state = {f"module.{key}": value for key, value in module.state_dict().items()}
+    torch.save({"model": state | {"module.clip_teacher.proj": torch.ones(2)}, "epoch": 9}, tmp_path / "b16_25m.pth")
+    model = umt_fast.load_model("umt_b16", weights=tmp_path / "b16_25m.pth", device="cpu", **sizes)
+    assert model.words == "bert-base-uncased"
+    tokens, _ = module.vision_encoder.embed(video)
+    assert torch.equal(model.features(video).tokens.flatten(1, 3), tokens)
+    downstream = {
+        key.replace("text_encoder.bert.", "text_encoder."): value
+        for key, value in module.state_dict().items()
+        if not key.startswith(("text_encoder.cls.", "vision_encoder.clip_decoder."))
+    }
+    torch.save({"model": downstream}, tmp_path / "ret.pth")
+    model = umt_fast.load_model("ret_msrvtt_b16_25m", weights=tmp_path / "ret.pth", device="cpu", image_size=32)
+    assert model.vit.num_frames == 12 and model.description["num_layers"] == 0
+    model = umt_fast.load_model("umt_b16", weights=tmp_path / "ret.pth", device="cpu", **sizes)
+    assert torch.equal(model.features(video).tokens.flatten(1, 3), tokens)
+
+    classifier, _ = trained("classes")
+    torch.save({"module": classifier.state_dict()}, tmp_path / "ft.pth")
+    model = umt_fast.load_model("umt_l16_ft", weights=tmp_path / "ft.pth", device="cpu", **sizes)
+    wanted = Classifier(model.vit, 2).eval()  # the official table, resized
+    wanted.load_state_dict(classifier.state_dict())
+    assert torch.equal(model.logits(video), wanted(video))
+
+
+def test_files_are_not_taken_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch)
+    student, _ = trained("tiny")
+    torch.save(student.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(
+        WeightsError, match="bare.pth does not say which model it is of; its tensors look like 'umt_b16_stage1'"
+    ):
+        umt_fast.load_model(weights=tmp_path / "bare.pth")
+    with pytest.raises(WeightsError, match="holds stage-1 weights.*'umt_b16' is of stage-2 or downstream"):
+        umt_fast.load_model("umt_b16", weights=tmp_path / "bare.pth")
+    path, _ = saved(tmp_path, "tiny")
+    with pytest.raises(ConfigError, match="says which model it is of.*leave 'umt_b16_stage1' out"):
+        umt_fast.load_model("umt_b16_stage1", weights=path)
+    with pytest.raises(ConfigError, match="num_frames is 8, but .* leave it out"):
+        umt_fast.load_model(weights=path, num_frames=8)
+    with pytest.raises(WeightsError, match="no weights at .*none.pth, and no released file"):
+        umt_fast.load_model("umt_b16", weights=tmp_path / "none.pth")
+    with pytest.raises(WeightsError, match="did you mean the released file 'b16_25m'"):
+        umt_fast.load_model("umt_b16", weights="b16_25")
+    with pytest.raises(WeightsError, match="holds no config.json"):
+        umt_fast.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("umt_b15",), {}, "unknown model 'umt_b15'; did you mean 'umt_b16'?"),
+        (("umt_b16",), {}, "no weights; give weights=PATH, or weights='untrained'"),
+        ((), {}, "no weights"),
+        ((), {"weights": "untrained"}, "needs the name of an architecture"),
+        (("umt_b16_ft",), {"weights": "untrained"}, "needs num_classes"),
+        (("umt_b16_stage1",), {"weights": "untrained", "num_classes": 3}, "no classifier"),
+        (("qa_msvd_b16_25m",), {}, "qa_msvd_b16_25m is for question answering .* does not build"),
+        (("b16_ptk710_ftk710_ftava_f8_res224",), {}, "is for detection"),
+    ],
+)
+def test_refused_names(arguments: tuple, options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        umt_fast.load_model(*arguments, **options)
+
+
+def test_refused_inputs(tmp_path: Path, tiny_list: Path) -> None:
+    path, _ = saved(tmp_path, "captions")
+    model = umt_fast.load_model(weights=path, device="cpu")
+    good = np.zeros((4, 40, 48, 3), np.uint8)
+    (tmp_path / "damaged.mp4").write_bytes(b"no video")
+    for videos, message in (
+        (good.astype(np.float32), r"frames are float32 \(4, 40, 48, 3\); give frames as uint8"),
+        (torch.zeros(1, 4, 8, 8, 3), "frames are float32"),
+        (good.transpose(0, 3, 1, 2), r"shape \(4, 3, 40, 48\).*channels last"),
+        (good[0], r"shape \(40, 48, 3\)"),
+        (good[:0], "holds no pixel"),
+        ([], "the sequence is empty"),
+        ([good[None].repeat(2, 0)], "holds one of 2 clips"),
+        (3, "of type int"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "none.mp4", "none.mp4: no such file"),
+        ([tiny_list.parent / "video0.mp4", tmp_path / "damaged.mp4"], "damaged.mp4"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            model.features(videos)
+        assert "\n" not in str(caught.value)
+    for layers in ((2,), (-3,), (0.5,)):
+        with pytest.raises(ConfigError, match="does not exist; this tower has blocks 0 to 1"):
+            model.features(good, layers=layers)
+    with pytest.raises(ConfigError, match="tokenizer .* is not known; give it: tokenizer="):
+        model.encode_text(["a"])
+    for device, dtype, message in (("gpu", None, "device is 'gpu'"), ("cpu", "fp16", "dtype is 'fp16'")):
+        with pytest.raises(ConfigError, match=message):
+            umt_fast.load_model(weights=path, device=device, dtype=dtype)
+
+
+def test_refused_texts(tmp_path: Path, words: Path) -> None:
+    path, _ = saved(tmp_path, "captions")
+    model = umt_fast.load_model(weights=path, device="cpu", tokenizer=words)
+    with pytest.raises(ConfigError, match="one text, 'a dog'; give a list"):
+        model.encode_text("a dog")
+    with pytest.raises(DataError, match="the list is empty"):
+        model.encode_text([])
+    with pytest.raises(DataError, match="the text '...' has no word"):
+        model.encode_text(["a", "..."])
+    (words / "vocab.txt").write_text("\n".join([*WORDS, "one", "more"]))
+    with pytest.raises(ConfigError, match="has 18 words, but the model knows 16"):
+        umt_fast.load_model(weights=path, device="cpu", tokenizer=words).encode_text(["a"])
+
+
+def test_untrained_models_have_official_sizes() -> None:
+    """Against the counts of parameters that the official code has when it builds its models."""
+    built = {name: hub._untrained(name, None, None, None, 400 if "ft" in name else None) for name in zoo.ARCHITECTURES}
+    counted = {
+        "umt_b16_stage1": 88_005_888, "umt_l16_stage1": 307_806_720, "umt_b16_ft": 85_944_976, "umt_l16_ft": 303_484_304,
+    }  # fmt: skip
+    classes = {"pretraining": umt_fast.StudentModel, "classification": umt_fast.ClassifierModel}
+    with torch.device("meta"):
+        for name, count in counted.items():
+            network = classes[built[name]["task"]].empty(built[name])
+            assert sum(parameter.numel() for parameter in network.parameters()) == count
+        state = umt_fast.VideoTextModel.empty(built["umt_l16"]).state_dict()
+    assert state["text_encoder.bert.embeddings.word_embeddings.weight"].shape == (30522, 1024)
+    assert state["vision_proj.weight"].shape == (768, 1024) and "vision_encoder.clip_decoder.5.head.weight" in state
+    assert built["umt_b16"]["vit"]["num_frames"] == 4 and built["umt_b16_ft"]["vit"]["num_frames"] == 8
+
+
+def test_bf16_is_another_computation(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path, "tiny")
+    frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    exact = umt_fast.load_model(weights=path, device="cpu").features(frames).pooled
+    rough = umt_fast.load_model(weights=path, device="cpu", dtype=torch.bfloat16).features(frames).pooled
+    assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
+    torch.testing.assert_close(exact, rough, atol=0.05, rtol=0.05)
+
+
+def test_the_teacher() -> None:
+    with pytest.raises(ConfigError, match="unknown teacher 'clip_b15'; did you mean 'clip_b16'"):
+        umt_fast.load_teacher("clip_b15")
+    with pytest.raises(ConfigError, match="no usual weights"):
+        umt_fast.load_teacher("clip_tiny")
+    torch.manual_seed(0)
+    teacher = umt_fast.load_teacher("clip_tiny", weights="untrained", device="cpu", num_layers=2)
+    video = torch.randint(256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    outputs, attention = teacher.features(video)
+    assert outputs.shape == (2, 2, 48, 64) and attention.shape == (6, 16)
+    torch.testing.assert_close(attention.sum(1), torch.ones(6), atol=1.0, rtol=0)
+
+
+# Names
+
+
+def test_the_zoo_is_the_official_one() -> None:
+    assert (REPOSITORY / "docs" / "zoo.md").read_text() == zoo.table(), "run python -m umt_fast.zoo > docs/zoo.md"
+    assert zoo.ARCHITECTURES.keys() == (MODELS | STAGE1_MODELS).keys()
+    names = umt_fast.list_models()
+    assert names.keys() >= zoo.ARCHITECTURES.keys() and len(names) == len(zoo.ARCHITECTURES) + len(zoo.ZOO)
+    assert len(zoo.ZOO) == 21 + 6 + 14 + 6  # single modality, stage 2, retrieval, question answering
+    for entry in zoo.ZOO.values():
+        assert not entry.model or entry.model in names
+        tells = f"_f{entry.frames}_res{entry.image_size}"
+        assert tells in entry.name or "_f" not in entry.name
+        assert entry.model[4:7] in ("", entry.name.removeprefix("ret_").split("_")[-2 if "ret_" in entry.name else 0])
+
+
+def test_the_zoo_agrees_with_the_published_pages() -> None:
+    """Every name and score, against the official MODEL_ZOO pages where a copy of the official code is given."""
+    import os
+    import re
+
+    official = Path(os.environ.get("UMT_OFFICIAL", "/nonexistent"))
+    if not official.is_dir():
+        pytest.skip("no official code; set UMT_OFFICIAL to a checkout of it")
+    pages = [
+        official / "single_modality" / "MODEL_ZOO.md", official / "multi_modality" / "MODEL_ZOO.md",
+        official / "single_modality" / "action_detection" / "README.md",
+    ]  # fmt: skip
+    linked: set[str] = set()
+    for page in pages:
+        text = page.read_text()
+        linked |= set(re.findall(r"/umt/\w+/(\w+)\.pth\)?.?>? ?(?:<b>)?\[?(?:ckpt)?", text))
+        for line in text.splitlines():
+            row = re.search(r"\| ([\d.]+) \| \[ckpt\]\(\S+/(\w+)\.pth\)", line)
+            if row:
+                assert zoo.ZOO[row[2]].score == float(row[1]), line
+    wrongly_linked = {"ret_ssv2_tpl_l16_25m", "qa_msvd_l16_25m"}
+    assert {name for name in linked if not name.endswith("res384_log")} - set(zoo.ZOO) == set()
+    assert set(zoo.ZOO) - linked == wrongly_linked
+
+
+def test_released_files_are_fetched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    shrink(monkeypatch)
+    student, _ = trained("tiny")
+    torch.save(student.state_dict(), tmp_path / "b16_ptk710_f8_res224.pth")
+    asked: list[tuple[str, str]] = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(tmp_path / Path(file).name)
+
+    cache = tmp_path / "cache"
+
+    def cached(name: str, *, local_files_only: bool) -> str:
+        assert name == "OpenGVLab/UMT" and local_files_only
+        if not cache.is_dir():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("nothing yet")
+        return str(cache)
+
+    files = [SimpleNamespace(rfilename=name) for name in ("README.md", "a/b16_ptk710_f8_res224.pth")]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", cached)
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda name, **options: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    model = umt_fast.load_model("b16_ptk710_f8_res224", device="cpu", image_size=32)
+    assert asked == [("OpenGVLab/UMT", "a/b16_ptk710_f8_res224.pth")] and model.vit.num_frames == 8
+    again = umt_fast.load_model("umt_b16_stage1", weights="b16_ptk710_f8_res224", device="cpu", image_size=32)
+    assert again.fingerprint() == model.fingerprint()
+    with pytest.raises(WeightsError, match="OpenGVLab/UMT on Hugging Face has no l16_25m.pth"):
+        umt_fast.load_model("l16_25m")
+
+    class Offline(Exception):  # of the client's HTTP library; no OSError
+        pass
+
+    def refuse(name: str, **options: object) -> None:
+        raise Offline("no network")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", refuse)
+    with pytest.raises(
+        WeightsError, match="not be fetched .Offline.: .* OpenGVLab/UMT .* fetch l16_25m.pth there by hand"
+    ):
+        umt_fast.load_model("l16_25m")
+    # What was fetched before needs no network.
+    (cache / "b").mkdir(parents=True)
+    (tmp_path / "b16_ptk710_f8_res224.pth").rename(cache / "b" / "b16_ptk710_f8_res224.pth")
+    cached_model = umt_fast.load_model("b16_ptk710_f8_res224", device="cpu", image_size=32)
+    assert cached_model.fingerprint() == model.fingerprint()
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    program = (
+        "import sys, umt_fast\n"
+        "assert umt_fast.list_models()['umt_b16'] and 'load_model' in dir(umt_fast)\n"
+        "try:\n    umt_fast.no_such_thing\nexcept AttributeError as error:\n    print(error)\n"
+        "print([name for name in ('torch', 'numpy', 'huggingface_hub', 'transformers') if name in sys.modules])\n"
+        "umt_fast.load_model\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["module 'umt_fast' has no attribute 'no_such_thing'", "[]", "True"]
+    assert all(getattr(umt_fast, name) is not None for name in umt_fast.__all__)
+    assert (Path(umt_fast.__file__).parent / "py.typed").is_file()

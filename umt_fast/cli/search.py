@@ -1,0 +1,88 @@
+"""`search`: the clips of a file of `embed` that are nearest to a text or to a clip."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from umt_fast.cli.embed import read_features
+from umt_fast.config import ConfigError, require
+from umt_fast.hub import load_model
+from umt_fast.pretrained import PretrainedModel, VideoTextModel
+
+
+def command(
+    text: Annotated[str, tyro.conf.Positional] = "",
+    /,
+    features: Annotated[Path | None, tyro.conf.arg(name="in")] = None,
+    weights: str = "",
+    clip: Path | None = None,
+    top: int = 10,
+    model: str = "",
+    num_frames: int = 0,
+    image_size: int = 0,
+    tokenizer: str = "",
+    lines: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["auto", "bf16", "fp32"] = "auto",
+) -> None:
+    """Print the nearest clips of a file that `embed` wrote, best first: rank, score, name.
+
+    A text is compared by the embeddings of a stage-2 model, as zero-shot retrieval does first. A clip is compared by the cosine
+    of embeddings, or of pooled features where the model has no embeddings.
+
+    Args:
+        text: What is searched for.
+        features: The file that `embed` wrote.
+        weights: The weights that it was made with.
+        clip: A video to search for, in place of a text.
+        top: Clips to print; more than there is: all.
+        model: As it was given to `embed`.
+        num_frames: Likewise.
+        image_size: Likewise.
+        tokenizer: Tokenizer of the model, by name or a folder with a vocab.txt; empty: as the run was given it, or the
+            usual one of the named model.
+        lines: Print a JSON object a line: rank, score, name.
+        device: auto, cpu or cuda.
+        dtype: As it was given to `embed`.
+    """
+    require(features is not None, "search has nothing to search; give --in features.safetensors")
+    require(bool(weights), "search has no weights; give --weights FILE, those that `embed` was given")
+    require(bool(text) != (clip is not None), "give a text or --clip PATH, one of the two")
+    require(clip is None or not tokenizer, "--tokenizer is for texts, and --clip is given; leave it out")
+    require(top >= 1, f"top is {top}; it must be at least 1")
+    vectors, names, of = read_features(features)
+    loaded = load_model(
+        model or None, weights=weights, device=device, dtype=None if dtype == "auto" else dtype,
+        num_frames=num_frames or None, image_size=image_size or None, tokenizer=tokenizer or None,
+    )  # fmt: skip
+    if loaded.fingerprint() != of["fingerprint"] or loaded.description != of["model"]:
+        raise ConfigError(f"{features} was made with other weights than {weights}; give those, or `embed` again")
+    scores = scores_of_text(loaded, text, vectors) if clip is None else scores_of_clip(loaded, clip, vectors)
+    best = scores.topk(min(top, len(scores)))
+    for rank, (score, row) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), 1):
+        if lines:
+            print(json.dumps({"rank": rank, "score": round(score, 5), "name": names[row]}))
+        else:
+            print(f"{rank:4d}  {score:8.5f}  {names[row]}")
+
+
+def scores_of_text(model: PretrainedModel, text: str, vectors: dict[str, Tensor]) -> Tensor:
+    """(V,) products of the text's embedding with the clips'. Raises ConfigError: the model reads no texts."""
+    if not isinstance(model, VideoTextModel):
+        raise ConfigError(f"the model is of task {model.task!r}, which reads no texts; search with --clip PATH")
+    return vectors["embedding"] @ model.encode_text([text])[0].cpu()
+
+
+@torch.no_grad()
+def scores_of_clip(model: PretrainedModel, clip: Path, vectors: dict[str, Tensor]) -> Tensor:
+    """(V,) cosines of a clip's vector with the clips'. Raises DataError: it cannot be read."""
+    found = model.vectors(clip)
+    kind = "embedding" if "embedding" in found else "pooled"
+    return F.normalize(vectors[kind], dim=1) @ F.normalize(found[kind][0].cpu(), dim=0)

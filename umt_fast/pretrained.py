@@ -1,0 +1,451 @@
+"""Trained models to be used: features of clips, embeddings of clips and texts, classes.
+
+Every model holds the network that its task trains, under the official names, and the description of it. Frames are chosen
+and pixels made as evaluation does. Nothing is masked, no gradient is recorded, results are fp32 on the model's device.
+
+Legend: B clips, T frames of a clip, t, h, w token frames, rows and columns, C width, E embedding width, N texts, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from torch import Tensor, nn
+
+from umt_fast.config import ConfigError, DataConfig, require
+from umt_fast.data.loaders.given import Videos, pixels_of
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.sources.captions import clean_caption
+from umt_fast.data.sources.clip import DataError
+from umt_fast.engine.precision import pick_device
+from umt_fast.files import write_json
+from umt_fast.models.classifier import Classifier
+from umt_fast.models.description import found_in, text_config, vit_config
+from umt_fast.models.student import Student
+from umt_fast.models.video_text import VideoText
+from umt_fast.models.vit import VisionTransformer, position_table
+from umt_fast.models.weights import WeightsError, fit, fit_classifier, fit_video_text, load_state, save_state
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+Dtype = Literal["bf16", "fp32"] | torch.dtype
+DTYPES: dict[Any, str] = {torch.bfloat16: "bf16", torch.float32: "fp32", "bf16": "bf16", "fp32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a tower makes of B clips; fp32, on the model's device."""
+
+    pooled: Tensor
+    """(B, C): one vector for each clip, of the mean of all tokens, through the model's own norm of it where it has one."""
+    tokens: Tensor
+    """(B, t, h, w, C): the last block's output, through the tower's final norm (a classifier has none)."""
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    """(B, t, h, w, C) by the numbers that were asked for: outputs of blocks as they are, before any norm."""
+
+
+class Predictions(NamedTuple):
+    """classes: int64 (B, k), best first. probabilities: fp32 (B, k)."""
+
+    classes: Tensor
+    probabilities: Tensor
+
+
+_CARD = """---
+{{ card_data }}
+---
+
+A video model of Unmasked Teacher (arXiv 2303.16058), saved by umt_fast. `umt_fast.from_pretrained(THIS)` loads it;
+config.json says what it is of, model.safetensors holds the weights under the official names.
+"""
+
+
+class PretrainedModel(
+    nn.Module, ModelHubMixin, library_name="umt_fast", tags=["video", "unmasked-teacher"], model_card_template=_CARD
+):
+    """A trained network of one task, and what it is of. `load_model` and `from_pretrained` make it.
+
+    save_pretrained(folder) writes config.json (the description) and model.safetensors, push_to_hub(repo_id) the same to
+    Hugging Face. `network` is the module that was trained; `description` says what it is of (models/description.py).
+    """
+
+    task: ClassVar[str] = ""
+    sampling: ClassVar[Any] = "sparse"
+    augment: ClassVar[Any] = "center"
+
+    def __init__(
+        self, network: nn.Module, description: dict[str, Any], *, compute: str = "fp32", words: str = ""
+    ) -> None:  # fmt: skip
+        """compute: `fp32`, or `bf16` for autocast. words: the tokenizer, by name or folder, of a model that reads texts."""
+        super().__init__()
+        self.network, self.description, self.compute, self.words = network, description, compute, words
+        self.vit = vit_config(description)
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def empty(cls, description: dict[str, Any]) -> nn.Module:
+        """The network with fresh weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+        """Copies weights into it. Raises WeightsError: they do not fit."""
+        raise NotImplementedError
+
+    @property
+    def tower(self) -> VisionTransformer:
+        """The video ViT."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.network.parameters()).device
+
+    def pixels(self, videos: Videos) -> Tensor:
+        """uint8 (B, T, S, S, 3) on the model's device, as evaluation makes them. Raises DataError."""
+        data = DataConfig(sampling=self.sampling, augment=self.augment)
+        pixels = pixels_of(videos, data, num_frames=self.vit.num_frames, image_size=self.vit.image_size)
+        return pixels.to(self.device)
+
+    @torch.no_grad()
+    def features(self, videos: Videos, layers: Sequence[int] | None = None) -> Features:
+        """Features of unmasked clips.
+
+        Args:
+            videos: a path, uint8 frames (T, H, W, 3) or (B, T, H, W, 3) of any number, size and device, or a list of paths
+                and of decoded clips.
+            layers: numbers of blocks whose outputs are wanted too, from 0; negative ones count from the last, -1.
+
+        Raises:
+            DataError: a file that cannot be read, float or empty frames, another shape.
+            ConfigError: a layer that does not exist.
+        """
+        depth = len(self.tower.blocks)
+        for layer in layers or ():
+            require(
+                isinstance(layer, int) and -depth <= layer < depth,
+                f"layer {layer!r} does not exist; this tower has blocks 0 to {depth - 1}",
+            )
+        numbers = {layer: layer % depth for layer in layers or ()}
+        with self._autocast():
+            taps = self._taps(self.pixels(videos), depth - min([*numbers.values(), depth - 1]))
+            tokens, pooled = self._finish(taps[-1])
+        found = {layer: self._grid(taps[number - depth]) for layer, number in numbers.items()}
+        return Features(pooled.float(), self._grid(tokens), found)
+
+    @torch.no_grad()
+    def vectors(self, videos: Videos) -> dict[str, Tensor]:
+        """One vector of a kind for each clip: `pooled` (B, C) as in features and, of stage 2, `embedding` (B, E)."""
+        with self._autocast():
+            _, pooled = self._finish(self._taps(self.pixels(videos), 1)[-1])
+        return {"pooled": pooled.float()}
+
+    def fingerprint(self) -> str:
+        """Tells weights apart: a hash of every tensor's name, shape and about 64 of its values."""
+        seen = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self.network.state_dict().items()):
+            flat = value.detach().flatten().float()
+            sample = flat[:: max(1, len(flat) // 64)].cpu().numpy()
+            seen.update(f"{name} {tuple(value.shape)}".encode() + np.ascontiguousarray(sample).tobytes())
+        return seen.hexdigest()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute == "bf16")
+
+    def _taps(self, video: Tensor, count: int) -> list[Tensor]:
+        # A classifier is a tower itself, and its own forward goes on to the classes.
+        return VisionTransformer.forward(self.tower, video, None, count)
+
+    def _finish(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        """The last block's output (B, n, C) -> tokens of the same shape, pooled (B, C)."""
+        raise NotImplementedError
+
+    def _grid(self, tokens: Tensor) -> Tensor:
+        grid = self.tower.grid
+        return tokens.float().unflatten(1, (grid.frames, grid.rows, grid.columns))
+
+    # Folders and repositories
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Writes config.json, model.safetensors and a README.md; options as ModelHubMixin has them.
+
+        Raises ConfigError: there is a file of that name. WeightsError: it cannot be written.
+        """
+        require(not Path(save_directory).is_file(), f"{save_directory} is a file; give the name of a folder")
+        return super().save_pretrained(save_directory, **options)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        words = self.words
+        if words and Path(words).is_dir():  # a name stays a name; a folder of this machine has to go along
+            load_tokenizer(words).save_pretrained(save_directory)
+            words = "."
+        save_state(self._state(), save_directory / WEIGHTS, self.description)
+        write_json(save_directory / CONFIG, self.description | ({"tokenizer": words} if words else {}), indent=2)
+
+    def _state(self) -> dict[str, Tensor]:
+        return self.network.state_dict()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, device: str | torch.device = "auto", dtype: Dtype | None = None,
+        **options: Any,
+    ) -> PretrainedModel:  # fmt: skip
+        """The model of a folder that save_pretrained wrote, or of a repository that push_to_hub filled.
+
+        Args:
+            device, dtype: see hub.load_model.
+            options: revision, token, cache_dir, force_download and local_files_only, as ModelHubMixin has them.
+
+        Raises:
+            WeightsError: no such folder or repository, or nothing of umt_fast in it.
+            ConfigError: it holds a model of another kind than this class.
+        """
+        source = str(pretrained_model_name_or_path)
+        if Path(source).is_dir() and not (Path(source) / CONFIG).is_file():
+            raise WeightsError(f"{source} holds no {CONFIG}; give a folder that save_pretrained wrote")
+        try:
+            return super().from_pretrained(source, device=device, dtype=dtype, **options)
+        except (WeightsError, ConfigError, DataError):
+            raise
+        except (OSError, ValueError) as error:  # the hub client has its own tree of errors; JSON's are ValueErrors
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise WeightsError(f"no model can be had from {source}, as a folder or a repository: {reason}") from error
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, revision: str | None, cache_dir: str | Path | None, force_download: bool,
+        local_files_only: bool, token: str | bool | None, device: str | torch.device, dtype: Dtype | None,
+    ) -> PretrainedModel:  # fmt: skip
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                    allow_patterns=[CONFIG, WEIGHTS, *_TOKENIZER_FILES],
+                )  # fmt: skip
+            )
+        path = folder / CONFIG
+        if not path.is_file():
+            raise WeightsError(f"{model_id} holds no {CONFIG}; give what save_pretrained or push_to_hub wrote")
+        described = json.loads(path.read_text())
+        words = described.pop("tokenizer", "") if isinstance(described, dict) else ""
+        described = found_in({"model_config": described}, path)
+        if described is None:
+            raise WeightsError(f"{path} describes no model of umt_fast; give what save_pretrained or push_to_hub wrote")
+        state = load_state(folder / WEIGHTS)
+        words = str(folder) if words == "." else words
+        model = build(described, state, str(folder / WEIGHTS), device=device, dtype=dtype, words=words)
+        require(isinstance(model, cls), f"{model_id} is a {type(model).__name__}, no {cls.__name__}")
+        return model
+
+
+class StudentModel(PretrainedModel):
+    """The student of stage 1. `pooled` is the plain mean of its tokens: stage 1 trains no norm of it."""
+
+    task = "pretraining"
+    network: Student
+
+    @classmethod
+    def empty(cls, description: dict[str, Any]) -> Student:
+        return Student(vit_config(description), description["num_layers"], description["output_dim"])
+
+    @classmethod
+    def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+        fit(network, state, source)
+
+    @property
+    def tower(self) -> VisionTransformer:
+        return self.network.encoder
+
+    def _finish(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.tower.norm(last)
+        return tokens, tokens.mean(1)
+
+
+class ClassifierModel(PretrainedModel):
+    """A fine-tuned classifier: one centered view of each clip, as `eval` judges it."""
+
+    task = "classification"
+    network: Classifier
+
+    @classmethod
+    def empty(cls, description: dict[str, Any]) -> Classifier:
+        return Classifier(vit_config(description), description["num_classes"])
+
+    @classmethod
+    def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+        with torch.no_grad():
+            fit_classifier(network, state, source)
+
+    @property
+    def tower(self) -> VisionTransformer:
+        return self.network
+
+    @torch.no_grad()
+    def logits(self, videos: Videos) -> Tensor:
+        """(B, K) logits; videos and errors as for features."""
+        with self._autocast():
+            return self.network(self.pixels(videos)).float()
+
+    def predict(self, videos: Videos, top: int = 5) -> Predictions:
+        """The `top` most probable classes of each clip, or all there are. Raises as features; ConfigError: top below 1."""
+        require(top >= 1, f"top is {top}; it must be at least 1")
+        shares, classes = self.logits(videos).softmax(1).topk(min(top, self.description["num_classes"]))
+        return Predictions(classes, shares)
+
+    def _finish(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        return last, self.network.fc_norm(last.mean(1))
+
+    def _state(self) -> dict[str, Tensor]:
+        state, table = self.network.state_dict(), self.network.position
+        # A file's own position table is used as it is; it may differ from the one that the description makes.
+        own = torch.equal(table.cpu(), position_table(self.network.config))
+        return state if own else state | {"pos_embed": table[None]}
+
+
+class VideoTextModel(PretrainedModel):
+    """A stage-2 model: clips, texts, and how well they go together. `pooled` has gone through `pool_norm`."""
+
+    task = "video_text"
+    sampling, augment = "intervals", "whole"
+    network: VideoText
+
+    @classmethod
+    def empty(cls, description: dict[str, Any]) -> VideoText:
+        sizes = {name: description[name] for name in ("num_layers", "output_dim", "embed_dim")}
+        return VideoText(vit_config(description), text_config(description), **sizes)
+
+    @classmethod
+    def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+        fit_video_text(network, state, source)
+
+    @property
+    def tower(self) -> VisionTransformer:
+        return self.network.vision_encoder.encoder
+
+    def _finish(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.tower.norm(last)
+        return tokens, self.network.vision_encoder.pool(tokens)[:, 0]
+
+    def _embedding(self, tokens: Tensor) -> Tensor:
+        return self.network.project_vision(self.network.vision_encoder.pool(tokens, self.tower.grid.frames))
+
+    @torch.no_grad()
+    def vectors(self, videos: Videos) -> dict[str, Tensor]:
+        with self._autocast():
+            tokens, pooled = self._finish(self._taps(self.pixels(videos), 1)[-1])
+            return {"pooled": pooled.float(), "embedding": self._embedding(tokens)}
+
+    def encode_video(self, videos: Videos) -> Tensor:
+        """(B, E), as retrieval compares them: unit vectors of the frames, averaged. videos and errors as for features."""
+        return self.vectors(videos)["embedding"]
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """(N, E) unit vectors of the texts, cleaned as captions are.
+
+        Raises:
+            ConfigError: no tokenizer is known, or not the model's; one text in place of a list.
+            DataError: an empty list, a text without a word, a tokenizer that cannot be had.
+        """
+        with self._autocast():
+            return self.network.project_text(self._read(texts)[0])
+
+    def similarity(self, videos: Videos, texts: Sequence[str]) -> Tensor:
+        """(B, N): products of the embeddings, the score that retrieval ranks by first. Raises as the two encoders."""
+        return self.encode_video(videos) @ self.encode_text(texts).t()
+
+    @torch.no_grad()
+    def match(self, videos: Videos, texts: Sequence[str]) -> Tensor:
+        """(B, N): logits of the matching head, by which retrieval re-ranks. Every pair goes through the fusion layers."""
+        text = self.network.text_encoder
+        with self._autocast():
+            hidden, mask = self._read(texts)
+            rows = []
+            for clip in self._finish(self._taps(self.pixels(videos), 1)[-1])[0].split(1):
+                fused = text.fuse(hidden[:, None], mask[:, None], text.clip_keys(clip))
+                rows.append(self.network.match(fused[:, 0])[:, 1].float())
+        return torch.stack(rows)
+
+    def _read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Text layers' outputs (N, l, W) and mask (N, l)."""
+        require(not isinstance(texts, str), f"texts is one text, {str(texts)[:60]!r}; give a list of texts")
+        cleaned = [clean_caption(text) for text in texts]
+        if not cleaned:
+            raise DataError("no texts: the list is empty; give at least one")
+        wordless = next((text for text, clean in zip(texts, cleaned, strict=True) if not clean.strip()), None)
+        if wordless is not None:
+            raise DataError(f"the text {wordless!r} has no word; leave it out")
+        described = self.description
+        tokens = Tokens(cleaned, self.tokenizer, max_length=described["max_length"], sep=described["sep_token"])
+        ids, mask = (part.to(self.device) for part in tokens[torch.arange(len(cleaned))])
+        return self.network.text_encoder.encode(ids, mask), mask
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded when it is first needed."""
+        if "_loaded_words" not in self.__dict__:
+            require(
+                bool(self.words),
+                "which tokenizer this model was trained with is not known; give it: tokenizer= (search: --tokenizer)",
+            )
+            found, limit = load_tokenizer(self.words), self.description["text"]["vocab_size"]
+            require(
+                len(found) <= limit,
+                f"the tokenizer {self.words} has {len(found)} words, but the model knows {limit}; give its own",
+            )
+            self.__dict__["_loaded_words"] = found
+        return self.__dict__["_loaded_words"]
+
+
+_CLASSES: dict[str, type[PretrainedModel]] = {cls.task: cls for cls in (StudentModel, VideoTextModel, ClassifierModel)}
+
+
+def build(
+    description: dict[str, Any], state: dict[str, Tensor] | None, source: str, *, device: str | torch.device = "auto",
+    dtype: Dtype | None = None, words: str = "",
+) -> PretrainedModel:  # fmt: skip
+    """The model of a complete description with the weights of `state`; None: random ones.
+
+    Raises ConfigError: a kind of model that is not built, a wrong device or dtype. WeightsError: weights that do not fit.
+    """
+    task = description["task"]
+    require(task in _CLASSES, f"{source} is of task {task!r}; models of {', '.join(_CLASSES)} are built")
+    cls = _CLASSES[task]
+    usual = description["dtype"] if cls is ClassifierModel else "fp32"  # as each is judged by `eval`
+    require(
+        dtype is None or dtype in DTYPES, f"dtype is {dtype!r}; give 'bf16', 'fp32', torch.bfloat16 or torch.float32"
+    )
+    place = device_of(device)
+    network = cls.empty(description)
+    if state is not None:
+        cls.fill(network, state, source)
+    compute = DTYPES[usual if dtype is None else dtype]
+    return cls(network, description, compute=compute, words=words).to(place)
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1` or a torch.device. Raises ConfigError: no such device, or it is not there."""
+    name = str(device)
+    if name in ("auto", "cpu", "cuda"):
+        return pick_device(name)
+    number = name.removeprefix("cuda:")
+    require(
+        name.startswith("cuda:") and number.isdigit(), f"device is {name!r}; give 'auto', 'cpu', 'cuda' or 'cuda:1'"
+    )
+    require(torch.cuda.is_available(), f"device is {name!r}, but torch sees no GPU; use 'cpu'")
+    return pick_device("cuda", int(number))
