@@ -21,7 +21,6 @@ from umt_fast.models.answer_decoder import AnswerList
 from umt_fast.models.attention import use_attention
 from umt_fast.models.downstream import QuestionModel
 from umt_fast.models.weights import load_question
-from umt_fast.models import flops
 from umt_fast.tasks.answer_ranking import LOGITS_MEMORY, Rule, rank_answers
 
 _IGNORED = -100

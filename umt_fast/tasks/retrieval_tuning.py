@@ -18,7 +18,6 @@ from umt_fast.config import AttentionBackend, TextConfig, VitConfig
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.downstream import RetrievalModel
-from umt_fast.models import flops
 from umt_fast.models.weights import load_retrieval
 from umt_fast.tasks import video_text_losses as vision_text
 
