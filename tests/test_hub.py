@@ -14,6 +14,7 @@ from transformers import BertTokenizerFast
 
 import umt_fast
 from umt_fast import hub, recipe, zoo
+from umt_fast.__main__ import main
 from umt_fast.config import ConfigError, DataConfig
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.loaders.tokens import Tokens
@@ -212,6 +213,30 @@ def test_a_pushed_repository_comes_back(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(hub_mixin, "hf_hub_download", gone)
     with pytest.raises(WeightsError, match="no model can be had from somebody/else.*no such thing"):
         umt_fast.from_pretrained("somebody/else")
+
+
+def test_checkpoints_of_runs(tmp_path: Path, tiny_list: Path, words: Path) -> None:
+    """A run's own file, with the optimizer beside the weights; one that carries only the older record; the run's tokenizer."""
+    out = tmp_path / "run"
+    command = ["train", f"{TINY}:tiny", "--data.train", str(tiny_list), "--run.out", str(out), "--run.max_steps", "1"]
+    assert main(command) == 0
+    checkpoint = out / "checkpoint-00000001.pt"
+    model = umt_fast.load_model(weights=checkpoint, device="cpu")
+    content = torch.load(checkpoint, weights_only=True)
+    student, described = trained("tiny")
+    student.load_state_dict(content["model"])
+    video = batch_of(tiny_list, "sparse", "center")
+    with torch.no_grad():
+        assert torch.equal(model.features(video).tokens.flatten(1, 3), student.encoder.norm(student.encoder(video)[0]))
+    del content["model_config"]
+    torch.save(content, tmp_path / "older.pt")
+    older = umt_fast.load_model(weights=tmp_path / "older.pt", device="cpu")
+    assert older.fingerprint() == model.fingerprint() and older.vit.grid == model.vit.grid
+
+    module, described = trained("captions")
+    content = {"model": module.state_dict(), "model_config": described, "config": {"tokenizer": str(words)}}
+    torch.save(content, tmp_path / "stage2.pt")
+    assert umt_fast.load_model(weights=tmp_path / "stage2.pt", device="cpu").encode_text(["a b"]).shape == (1, 8)
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,8 @@ def _fetched(released: ZooFile) -> Path:
     except Exception as error:  # the hub client has its own tree of network errors
         raise WeightsError(
             f"{released.name} could not be fetched ({type(error).__name__}): that needs the network, the terms of "
-            f"{REPOSITORY} on Hugging Face accepted, and `hf auth login`; or fetch {released.file} there by hand and give weights=PATH"
+            f"{REPOSITORY} on Hugging Face accepted, and `hf auth login`; or fetch {released.file} there by hand and give "
+            "weights=PATH"
         ) from error
     raise WeightsError(f"{REPOSITORY} on Hugging Face has no {released.file}; fetch it elsewhere and give weights=PATH")
 
