@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -42,6 +43,24 @@ def saved(folder: Path, name: str) -> tuple[Path, torch.nn.Module]:
     module, described = trained(name)
     save_state(module.state_dict(), folder / f"{name}.safetensors", described)
     return folder / f"{name}.safetensors", module
+
+
+@pytest.fixture
+def tiny_list(tmp_path: Path) -> Path:
+    """Two small videos whose every part and frame differs, so that frames, crops and filters show in the features."""
+    rng, lines = np.random.default_rng(0), []
+    for number in range(2):
+        with av.open(str(tmp_path / f"video{number}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 48, 40, "yuv420p"
+            for _ in range(12):
+                picture = rng.integers(0, 256, (10, 12, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        lines.append(f"video{number}.mp4,{number}\n")
+    table = tmp_path / "tiny.csv"
+    table.write_text("".join(lines))
+    return table
 
 
 def batch_of(table: Path, sampling: str, augment: str) -> Tensor:
