@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import BertTokenizerFast
 
 import umt_fast
 from umt_fast import hub, recipe, zoo
+from umt_fast.__main__ import main
 from umt_fast.config import ConfigError, DataConfig
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.loaders.tokens import Tokens
@@ -41,6 +43,24 @@ def saved(folder: Path, name: str) -> tuple[Path, torch.nn.Module]:
     module, described = trained(name)
     save_state(module.state_dict(), folder / f"{name}.safetensors", described)
     return folder / f"{name}.safetensors", module
+
+
+@pytest.fixture
+def tiny_list(tmp_path: Path) -> Path:
+    """Two small videos whose every part and frame differs, so that frames, crops and filters show in the features."""
+    rng, lines = np.random.default_rng(0), []
+    for number in range(2):
+        with av.open(str(tmp_path / f"video{number}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 48, 40, "yuv420p"
+            for _ in range(12):
+                picture = rng.integers(0, 256, (10, 12, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        lines.append(f"video{number}.mp4,{number}\n")
+    table = tmp_path / "tiny.csv"
+    table.write_text("".join(lines))
+    return table
 
 
 def batch_of(table: Path, sampling: str, augment: str) -> Tensor:
@@ -212,6 +232,30 @@ def test_a_pushed_repository_comes_back(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(hub_mixin, "hf_hub_download", gone)
     with pytest.raises(WeightsError, match="no model can be had from somebody/else.*no such thing"):
         umt_fast.from_pretrained("somebody/else")
+
+
+def test_checkpoints_of_runs(tmp_path: Path, tiny_list: Path, words: Path) -> None:
+    """A run's own file, with the optimizer beside the weights; one that carries only the older record; the run's tokenizer."""
+    out = tmp_path / "run"
+    command = ["train", f"{TINY}:tiny", "--data.train", str(tiny_list), "--run.out", str(out), "--run.max_steps", "1"]
+    assert main(command) == 0
+    checkpoint = out / "checkpoint-00000001.pt"
+    model = umt_fast.load_model(weights=checkpoint, device="cpu")
+    content = torch.load(checkpoint, weights_only=True)
+    student, described = trained("tiny")
+    student.load_state_dict(content["model"])
+    video = batch_of(tiny_list, "sparse", "center")
+    with torch.no_grad():
+        assert torch.equal(model.features(video).tokens.flatten(1, 3), student.encoder.norm(student.encoder(video)[0]))
+    del content["model_config"]
+    torch.save(content, tmp_path / "older.pt")
+    older = umt_fast.load_model(weights=tmp_path / "older.pt", device="cpu")
+    assert older.fingerprint() == model.fingerprint() and older.vit.grid == model.vit.grid
+
+    module, described = trained("captions")
+    content = {"model": module.state_dict(), "model_config": described, "config": {"tokenizer": str(words)}}
+    torch.save(content, tmp_path / "stage2.pt")
+    assert umt_fast.load_model(weights=tmp_path / "stage2.pt", device="cpu").encode_text(["a b"]).shape == (1, 8)
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
