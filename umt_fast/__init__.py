@@ -9,8 +9,8 @@ Functions are imported when they are first asked for: torch takes seconds, `impo
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # type checkers take it for true; importing typing would take longer than all the rest
 if TYPE_CHECKING:
     from umt_fast.config import ConfigError
     from umt_fast.data.sources.clip import DataError
@@ -65,7 +65,7 @@ if _found is not None and not any(
     )
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'umt_fast' has no attribute {name!r}")
     value = getattr(import_module(f"umt_fast.{_MODULE_OF[name]}"), name)

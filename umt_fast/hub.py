@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from umt_fast.config import ConfigError, require
-from umt_fast.engine.precision import usable_dtype
+from umt_fast.engine.precision import device_of, usable_dtype
 from umt_fast.models.description import MODELS, STAGE1_MODELS, TOKENIZERS, complete, found_in
 from umt_fast.models.sizes import TEACHERS, teacher_size
 from umt_fast.models.teachers.clip import ClipTeacher
 from umt_fast.models.weights import WeightsError, WeightsFile, kind_of
 from umt_fast.models.weights import load_teacher as fill_teacher
-from umt_fast.pretrained import CONFIG, DTYPES, Dtype, PretrainedModel, build, device_of
+from umt_fast.pretrained import CONFIG, DTYPES, Dtype, PretrainedModel, build
 from umt_fast.tasks.evaluate import read_checkpoint
 from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
 

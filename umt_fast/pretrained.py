@@ -25,7 +25,7 @@ from umt_fast.data.loaders.given import Videos, pixels_of
 from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
 from umt_fast.data.sources.captions import clean_caption
 from umt_fast.data.sources.clip import DataError
-from umt_fast.engine.precision import pick_device
+from umt_fast.engine.precision import device_of
 from umt_fast.files import write_json
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.description import found_in, text_config, vit_config
@@ -436,16 +436,3 @@ def build(
         cls.fill(network, state, source)
     compute = DTYPES[usual if dtype is None else dtype]
     return cls(network, description, compute=compute, words=words).to(place)
-
-
-def device_of(device: str | torch.device) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1` or a torch.device. Raises ConfigError: no such device, or it is not there."""
-    name = str(device)
-    if name in ("auto", "cpu", "cuda"):
-        return pick_device(name)
-    number = name.removeprefix("cuda:")
-    require(
-        name.startswith("cuda:") and number.isdigit(), f"device is {name!r}; give 'auto', 'cpu', 'cuda' or 'cuda:1'"
-    )
-    require(torch.cuda.is_available(), f"device is {name!r}, but torch sees no GPU; use 'cpu'")
-    return pick_device("cuda", int(number))

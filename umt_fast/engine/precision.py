@@ -39,6 +39,19 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def device_of(device: str | torch.device) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1` or a torch.device. Raises ConfigError: no such device, or it is not there."""
+    name = str(device)
+    if name in ("auto", "cpu", "cuda"):
+        return pick_device(name)
+    number = name.removeprefix("cuda:")
+    if number == name or not number.isdigit():
+        raise ConfigError(f"device is {name!r}; give 'auto', 'cpu', 'cuda' or 'cuda:1'")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device is {name!r}, but torch sees no GPU; use 'cpu'")
+    return pick_device("cuda", int(number))
+
+
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 in hardware (AVX512-BF16 or AMX); elsewhere bf16 is slower than fp32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
