@@ -251,6 +251,9 @@ def _bench(arguments: list[str]) -> None:
     from umt_fast.engine.precision import room_for
 
     known = {"stage1": stage1.main, "stage2": stage2.main, "fidelity": fidelity.main}
+    if arguments in (["--help"], ["-h"]):
+        print(f"usage: python -m umt_fast bench {'|'.join(known)} [...]; each has --help")
+        return
     if not arguments or arguments[0] not in known:
         given = f"unknown benchmark {arguments[0]!r}" if arguments else "bench needs the name of a benchmark"
         raise ConfigError(f"{given}; there are: {', '.join(known)}")

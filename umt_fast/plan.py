@@ -30,10 +30,12 @@ Gpu = Literal["a100", "h100", "h200"]
 
 @dataclass(frozen=True)
 class GpuSheet:
-    """NVIDIA's datasheets: dense bf16 FLOP/s, memory bytes, bytes/s of memory, of NVLink and of one GPU's network port."""
+    """NVIDIA's datasheets: dense bf16 and fp32 FLOP/s, memory bytes, bytes/s of memory, of NVLink and of one GPU's network
+    port."""
 
     name: str
     matmul: float
+    matmul_fp32: float
     memory: float
     bandwidth: float
     nvlink: float
@@ -41,9 +43,9 @@ class GpuSheet:
 
 
 SHEETS: dict[str, GpuSheet] = {
-    "a100": GpuSheet("A100 80 GB SXM", 312e12, 80e9, 2.039e12, 300e9, 25e9),
-    "h100": GpuSheet("H100 SXM", 989e12, 80e9, 3.35e12, 450e9, 50e9),
-    "h200": GpuSheet("H200 SXM", 989e12, 141e9, 4.8e12, 450e9, 50e9),
+    "a100": GpuSheet("A100 80 GB SXM", 312e12, 19.5e12, 80e9, 2.039e12, 300e9, 25e9),
+    "h100": GpuSheet("H100 SXM", 989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
+    "h200": GpuSheet("H200 SXM", 989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
 }
 GPUS_PER_NODE = 8
 # Assumed share of the matmul rate.
@@ -217,7 +219,8 @@ def _clips(config: Any, options: PlanOptions) -> tuple[int, str]:
 def report(name: str, config: Any, options: PlanOptions) -> str:
     """The plan as text."""
     sheet, run = SHEETS[options.gpu], config.run
-    matmul, share, where = sheet.matmul, options.share, ""
+    half = run.dtype == "bf16"
+    matmul, share, where = sheet.matmul if half else sheet.matmul_fp32, options.share, ""
     if options.measured:
         matmul, share, where = _measured(options.measured)
     clips, clips_from = _clips(config, options)
@@ -261,7 +264,11 @@ def report(name: str, config: Any, options: PlanOptions) -> str:
     port = "NVLink, one direction" if inside else "one port for each GPU"
     sources = [
         ("clips of an epoch", f"{clips}", clips_from),
-        ("matmul rate", f"{matmul / 1e12:.0f} TFLOP/s", f"measured: {where}" if where else "datasheet, dense bf16"),
+        (
+            "matmul rate",
+            f"{matmul / 1e12:.0f} TFLOP/s",
+            f"measured: {where}" if where else f"datasheet, dense {run.dtype}",
+        ),
         ("share of it", f"{100 * share:.1f}%", f"measured: {where}" if where else predicted),
         ("memory bandwidth", f"{sheet.bandwidth / 1e9:.0f} GB/s", "datasheet"),
         ("network per GPU", f"{link / 1e9:.0f} GB/s", "given" if options.link else f"datasheet, {port}"),

@@ -172,7 +172,8 @@ class AlignConfig:
     """K: the last K blocks of both towers, paired in order."""
     normalize: Literal["l2", "none"] = "l2"
     loss: Literal["l2", "mse", "smooth_l1"] = "l2"
-    """`l2`: 2 - 2 cos summed over channels, as in the official code; the others average over channels too."""
+    """`l2`: 2 - 2 cos summed over channels, as in the official code; the others average over channels too. With `normalize
+    none` l2 has no lower bound, as officially: take one of the others there."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "align")

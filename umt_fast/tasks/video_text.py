@@ -299,6 +299,14 @@ def _refuse_unread(config: Stage2Config, refuse: Refuse, world_size: int) -> Non
     refuse("data.separator data.frame_pattern", "caption lists have neither columns nor frame folders")
     if not losses.mlm:
         refuse("mask_words", "losses.mlm is 0, so that no word is asked for")
+    if not losses.vtc:
+        refuse("losses.gather", "losses.vtc is 0, and no other loss gathers")
+        if not losses.vtm:
+            refuse("same_sample", "losses.vtc and losses.vtm are 0, and no other loss compares samples")
+    if not losses.uta:
+        refuse("align.loss align.normalize", "losses.uta is 0, and nothing is aligned")
+    if not config.runs_teacher:
+        refuse("teacher.precision", "no loss runs the teacher")
     if config.videos and not config.images and not one_frame:
         refuse("image_mask.kind", "images is empty", config.mask.kind)
         refuse("image_mask.ratio", "images is empty")

@@ -21,6 +21,9 @@ Kind = Literal["stage-1", "stage-2", "downstream", "classifier", "CLIP", "unknow
 # Constant, and not in every file.
 _POSITION_IDS = "text_encoder.bert.embeddings.position_ids"
 
+# Keys of one kind that the log lists; a file of another model has hundreds.
+_MAX_LISTED = 12
+
 
 def kind_of(state: dict[str, Tensor]) -> Kind:
     """What a file holds, told by its keys.
@@ -71,8 +74,10 @@ def fit(
         ],
     }
     for kind, keys in problems.items():
-        for key in keys:
+        for key in keys[:_MAX_LISTED]:
             log.error("%s: %s: %s", source, kind, key)
+        if len(keys) > _MAX_LISTED:
+            log.error("%s: %s: and %d more", source, kind, len(keys) - _MAX_LISTED)
     if any(problems.values()):
         kinds = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
         raise WeightsError(
