@@ -111,7 +111,7 @@ def test_parity_of_accuracy_over_ranks_one_of_them_without_clips(tmp_path: Path)
         "right = tensors['out.choice'] == tensors['in.answer']\n"
         "assert figures == {'accuracy': right.double().mean().item(), 'clips': len(right)}\n"
         "assert torch.equal(rows[:, 1], tensors['out.choice'])\n"
-        "print('equal on', rank)\n"
+        "sys.stdout.write(f'equal on {rank}\\n')  # one write: ranks share the pipe\n"
         "dist.destroy_process_group()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", str(script)]
