@@ -118,6 +118,10 @@ def _like(value: Tensor, reference: Tensor) -> Tensor:
     return value
 
 
+def _size(state: dict[str, Tensor], name: str) -> str:
+    return str(tuple(state[name].shape)) if name in state else "absent"
+
+
 def load_states(
     module: nn.Module, optimizer: torch.optim.Optimizer, model: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
@@ -126,6 +130,16 @@ def load_states(
     Raises RuntimeError or ValueError where they do not fit.
     """
     own = module.state_dict()
+    unlike = [
+        f"{name} is {_size(model, name)} in the file, {_size(own, name)} in this run"
+        for name in dict.fromkeys([*model, *own])
+        if _size(model, name) != _size(own, name)
+    ]
+    if unlike:
+        raise ValueError(
+            f"{len(unlike)} tensors differ, the first: {'; '.join(unlike[:3])}. Continue with the model settings it was made "
+            "with, or start a new run.out"
+        )
     module.load_state_dict({name: _like(value, own[name]) if name in own else value for name, value in model.items()})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
