@@ -138,6 +138,8 @@ def compare_gallery(case: _Case, name: str, monkeypatch: pytest.MonkeyPatch) -> 
     config, theirs, model = case
     gallery, video = config["gallery"][name], theirs["gallery.video"]
     monkeypatch.setattr(retrieval, "ClipLoader", lambda clips, *_, **more: ({"video": part} for part in video.split(5)))
+    # Memory not filled is NaN: nothing of it may count, not even with a weight of zero.
+    monkeypatch.setattr(retrieval.Keeper, "empty", lambda _, *shape: torch.full(shape, torch.nan))
     listed = {int(row): [texts] if isinstance(texts, int) else texts for row, texts in gallery["text_of_video"].items()}
     right = torch.tensor(sorted((row, text) for row, texts in listed.items() for text in texts))
     queries = Gallery(range(len(video)), range(len(gallery["texts"])), right)

@@ -172,7 +172,9 @@ def encode_texts(model: VideoText, tokens: Tokens, keeper: Keeper, *, batch_size
         ids, mask = tokens[rows]
         part = model.text_encoder.encode(ids.to(device), mask.to(device))
         embeddings.append(model.project_text(part).cpu())
-        hidden[rows[0] : rows[-1] + 1, : part.shape[1]] = part.cpu()
+        kept = hidden[rows[0] : rows[-1] + 1]
+        kept[:, : part.shape[1]] = part.cpu()
+        kept[:, part.shape[1] :] = 0  # padding beside longer captions: NaN left in memory would pass a mask, as 0 * NaN
     return Texts(torch.cat(embeddings), hidden, lengths)
 
 
