@@ -1,0 +1,50 @@
+"""The recipes' shell scripts: what they pass on and what they ask for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def at_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def test_stage1_recipe_script_reaches_the_trainer_without_a_gpu(tmp_path: Path) -> None:
+    """The launcher itself must not stop at a missing nvidia-smi; the list's absence is then the trainer's to report."""
+    environment = {**os.environ, "UMT_PYTHON": sys.executable, "DATA": str(tmp_path / "no.csv"), "OUT": str(tmp_path)}
+    environment.pop("NGPU", None)
+    done = subprocess.run(
+        ["bash", "recipes/stage1_k710.sh", "--run.device", "cpu"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "no list at" in done.stderr, (done.returncode, done.stderr)
+    del environment["DATA"]
+    done = subprocess.run(["bash", "recipes/stage1_k710.sh"], env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "set DATA" in done.stderr
+
+
+@pytest.mark.parametrize("corpus", ["5m", "17m", "25m"])
+def test_stage_2_recipe_scripts_pass_every_corpus_on(corpus: str, tmp_path: Path) -> None:
+    """An interpreter that only prints its arguments stands in for Python."""
+    echo = tmp_path / "echo.sh"
+    echo.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    echo.chmod(0o755)
+    names = {"5m": ["WEBVID2M", "CC3M"]}
+    names["17m"] = [*names["5m"], "COCO", "VG", "SBU", "CC12M"]
+    names["25m"] = ["WEBVID10M", *names["17m"][1:]]
+    lists = {name: f"{name.lower()}.json=/data/{name}" for name in names[corpus]}
+    environment = {**os.environ, "UMT_PYTHON": str(echo), "INIT": "stage1.pth", "OUT": "runs/x", "NGPU": "1", **lists}
+    script = ["bash", f"recipes/stage2_{corpus}.sh", "--run.seed", "7"]
+    words = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    videos, images = words.index("--videos"), words.index("--images")
+    assert words[videos + 1 : images] == [lists[names[corpus][0]]]
+    assert words[images + 1 : words.index("--init")] == [lists[name] for name in names[corpus][1:]]
+    assert words[-2:] == ["--run.seed", "7"] and words[words.index("train") + 1].endswith("recipes/stage2.py:b16")
+    del environment[names[corpus][-1]]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and f"set {names[corpus][-1]}" in done.stderr
