@@ -93,17 +93,14 @@ class PretrainedModel(
     @classmethod
     def empty(cls, description: dict[str, Any]) -> nn.Module:
         """The network with fresh weights."""
-        raise NotImplementedError
 
     @classmethod
     def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
         """Copies weights into it. Raises WeightsError: they do not fit."""
-        raise NotImplementedError
 
     @property
     def tower(self) -> VisionTransformer:
         """The video ViT."""
-        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -167,7 +164,6 @@ class PretrainedModel(
 
     def _finish(self, last: Tensor) -> tuple[Tensor, Tensor]:
         """The last block's output (B, n, C) -> tokens of the same shape, pooled (B, C)."""
-        raise NotImplementedError
 
     def _grid(self, tokens: Tensor) -> Tensor:
         grid = self.tower.grid

@@ -91,7 +91,8 @@ def test_spatial_attention_needs_equal_frames(kind: type) -> None:
 
 
 def test_an_image_may_be_masked_at_random_under_spatial_attention() -> None:
-    Stage2Config(images=("x.json",), image_mask=MaskConfig(kind="random"), **tower(attention="spatial"))
+    images = {"images": ("x.json",), **tower(attention="spatial")}
+    assert Stage2Config(image_mask=MaskConfig(kind="random"), **images).image_mask.kind == "random"
 
 
 @pytest.mark.parametrize(
@@ -175,10 +176,20 @@ def test_options_that_would_change_nothing(kind: type, changes: dict[str, Any], 
             assert getattr(owner, last) != changes[name]
 
 
+def refusal(config: object, ranks: int) -> str:
+    """Why a run on so many ranks would not read a setting, or an empty text."""
+    try:
+        check_used(config, ranks)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def test_several_ranks_read_what_one_does_not() -> None:
     for changes in ({"run.compress": "bf16"}, {"run.parallel": "fsdp"}):
-        check_used(with_fields(Stage1Config, changes), 2)
-    check_used(with_fields(Stage2Config, {"losses.vtm": 0.0, "run.batch_size": 1}), 2)
+        assert next(iter(changes)) in refusal(with_fields(Stage1Config, changes), 1)
+        assert not refusal(with_fields(Stage1Config, changes), 2)
+    assert not refusal(with_fields(Stage2Config, {"losses.vtm": 0.0, "run.batch_size": 1}), 2)
 
 
 def test_recipes_are_refused_nothing() -> None:
@@ -190,7 +201,7 @@ def test_recipes_are_refused_nothing() -> None:
         ("quickstart", ("stage1", "motion", "scene", "stage2")),
     ):
         for variant in variants:
-            check_used(recipe.load(f"{page}:{variant}"), 1)
+            assert not refusal(recipe.load(f"{page}:{variant}"), 1), (page, variant)
 
 
 def test_training_checks_what_was_set_after_construction(tmp_path: Path) -> None:
@@ -208,4 +219,5 @@ def test_training_checks_what_was_set_after_construction(tmp_path: Path) -> None
 
 
 def test_image_masks_of_the_clips_kind_ask_for_nothing() -> None:
-    check_used(with_fields(Stage2Config, {"videos": ("x",), "mask.kind": "tube", "image_mask.kind": "tube"}), 1)
+    changes = {"videos": ("x",), "mask.kind": "tube", "image_mask.kind": "tube"}
+    assert not refusal(with_fields(Stage2Config, changes), 1)

@@ -60,7 +60,9 @@ def test_options_that_change_something_are_taken() -> None:
         {}, {"augment": "center"}, {"augment": "center", "flip": False}, {"sampling": "dense", "sampling_rate": 8},
         {"num_sample": 2, "flip": True}, {"augment": "random_resized_crop", "flip": True}, {"flip": False},
     ):  # fmt: skip
-        DataConfig(**options).require_used()
+        config = DataConfig(**options)
+        config.require_used()
+        assert all(getattr(config, name) == value for name, value in options.items())
 
 
 def test_random_crops_are_mirrored_unless_that_is_switched_off() -> None:

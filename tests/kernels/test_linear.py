@@ -37,7 +37,7 @@ def before_nan(x: Tensor) -> Tensor:
     return memory[: x.shape[0], : x.shape[1]].copy_(x)
 
 
-def compare(compute, truth, tensors: dict[str, Tensor], upstream: Tensor, dtype: torch.dtype) -> None:
+def assert_values_and_gradients(compute, truth, tensors: dict[str, Tensor], upstream: Tensor, dtype: torch.dtype) -> None:
     """compute(backend, **tensors) on both roads, with its gradients, against truth(**tensors) in float64."""
     results = {}
     for road in (*ROADS, "truth"):
@@ -66,7 +66,7 @@ def test_linear_value_and_gradients(rows, inputs, outputs, activation, dtype) ->
         "bias": numbers(outputs),
         "residual": before_nan(numbers(rows, outputs)),
     }
-    compare(
+    assert_values_and_gradients(
         lambda backend, **given: kernels.linear(**given, activation=activation, backend=backend),
         lambda x, weight, bias, residual: act(x @ weight.T + bias, activation) + residual,
         tensors,
@@ -88,7 +88,7 @@ def test_mlp_value_and_gradients(rows, inputs, hidden, activation, save, dtype) 
         "b2": numbers(inputs),
         "residual": numbers(rows, inputs),
     }
-    compare(
+    assert_values_and_gradients(
         lambda backend, **given: kernels.mlp(**given, activation=activation, save=save, backend=backend),
         # An fp32 weight is rounded for the product, and its gradient is fp32.
         lambda x, w1, b1, w2, b2, residual: (
@@ -210,7 +210,7 @@ def test_tiles_and_descriptors_of_hopper(hopper: None, rows: int, monkeypatch: p
         "b1": numbers(256), "w2": numbers(72, 256, dtype=torch.bfloat16) / 16, "b2": numbers(72),
         "residual": numbers(rows, 72),
     }  # fmt: skip
-    compare(
+    assert_values_and_gradients(
         lambda backend, **given: kernels.mlp(**given, backend=backend),
         lambda x, w1, b1, w2, b2, residual: act(x @ w1.T + b1, "gelu") @ w2.T + b2 + residual,
         tensors,
