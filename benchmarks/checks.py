@@ -102,8 +102,14 @@ def attention_values(lines: Lines) -> bool:
         values = inputs(case, tokens, queries)
         right = truth(*values)
         for backend in (*BACKENDS, "auto", "definition"):
-            row: Row = {"bench": "attention values", "backend": backend, "case": case, "tokens": tokens, "queries": queries,
-                        "dtype": NAME}  # fmt: skip
+            row: Row = {
+                "bench": "attention values",
+                "backend": backend,
+                "case": case,
+                "tokens": tokens,
+                "queries": queries,
+                "dtype": NAME,
+            }
             try:
                 errors = errors_of(backend, *values, right)
             except RuntimeError as error:
@@ -114,8 +120,10 @@ def attention_values(lines: Lines) -> bool:
             ok = backend == "definition" or max(errors) <= BOUND
             named = dict(zip(("output", "dq", "dk", "dv"), (float(f"{e:.3g}") for e in errors), strict=True))
             lines.add(row | {"errors": named} | ({} if backend == "definition" else {"ok": ok, "bound": BOUND}))
-            print(f"attention {case}, {tokens} tokens, {queries} queries, {backend}: {named} {'ok' if ok else 'WRONG'}",
-                  flush=True)  # fmt: skip
+            print(
+                f"attention {case}, {tokens} tokens, {queries} queries, {backend}: {named} {'ok' if ok else 'WRONG'}",
+                flush=True,
+            )
             good &= ok
     return good
 

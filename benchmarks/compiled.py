@@ -181,12 +181,22 @@ def predict(model: Model, batch_size: int, gpus: Iterable[str], most: int, built
         kernels = known[capability, "native"].kernels
         generated = [kernel for kernel in kernels if kernel.name.startswith(GENERATED)]
         yield {
-            "bench": "compiled", "kind": "prediction", "model": model, "batch_size": batch_size, "gpu": sheet.name,
-            "matmul_tflops": round(rates[0] / 1e12, 2), "copy_gb_per_s": round(rates[1] / 1e9, 1),
-            "torch": torch.__version__, "triton": triton.__version__, "steps": steps, "kinds": kinds, "built": machine,
+            "bench": "compiled",
+            "kind": "prediction",
+            "model": model,
+            "batch_size": batch_size,
+            "gpu": sheet.name,
+            "matmul_tflops": round(rates[0] / 1e12, 2),
+            "copy_gb_per_s": round(rates[1] / 1e9, 1),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "steps": steps,
+            "kinds": kinds,
+            "built": machine,
             "most_ms": top(kernels, *rates, by="ms", most=most),
-            "most_gb": top(generated, *rates, by="gb", most=most), "not_counted": NOT_COUNTED,
-        }  # fmt: skip
+            "most_gb": top(generated, *rates, by="gb", most=most),
+            "not_counted": NOT_COUNTED,
+        }
 
 
 def table(line: dict) -> str:

@@ -29,14 +29,24 @@ aten, ours = torch.ops.aten, torch.ops.umt_kernels
 # The caching allocator gives out whole multiples of this.
 _GRAIN = 512
 _UNWRITTEN = {
-    aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
     aten.new_empty_strided.default,
-}  # fmt: skip
+}
 # In-place operations that do not read what they overwrite.
 _OVERWRITES = {
-    aten.copy_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.normal_.default, aten.uniform_.default,
-    aten.bernoulli_.float, aten.exponential_.default, aten.random_.default,
-}  # fmt: skip
+    aten.copy_.default,
+    aten.zero_.default,
+    aten.fill_.Scalar,
+    aten.fill_.Tensor,
+    aten.normal_.default,
+    aten.uniform_.default,
+    aten.bernoulli_.float,
+    aten.exponential_.default,
+    aten.random_.default,
+}
 _EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 
 

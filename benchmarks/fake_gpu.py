@@ -89,9 +89,16 @@ def _edge_of(tensor: Tensor) -> tuple[Any, int]:
 
 @torch.no_grad()
 def run_backward(
-    outputs: Sequence[Tensor], gradients: Sequence[Tensor], keep_graph: bool = False, create_graph: bool = False,
-    inputs: Sequence[Tensor] = (), allow_unused: bool = True, *, accumulate_grad: bool, **_: object,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    keep_graph: bool = False,
+    create_graph: bool = False,
+    inputs: Sequence[Tensor] = (),
+    allow_unused: bool = True,
+    *,
+    accumulate_grad: bool,
+    **_: object,
+) -> tuple[Tensor | None, ...]:
     """What torch.autograd's engine does for `backward()` and `grad()`, in its order, without a device's streams and threads.
 
     The graph is given up on the way of `backward()`, so that what a node has saved is freed once the node has run.
@@ -152,9 +159,16 @@ def run_backward(
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
-    scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """What F.scaled_dot_product_attention takes on a GPU for half precision without a mask."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0]
 

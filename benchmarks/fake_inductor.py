@@ -79,9 +79,16 @@ def _unloaded(key: str, path: str, linemap: object = None, attrs: object = None)
 def _properties(capability: tuple[int, int]) -> types.SimpleNamespace:
     """What Inductor reads of torch.cuda.get_device_properties; the same for both generations but for the processors."""
     return types.SimpleNamespace(
-        name="fake", major=capability[0], minor=capability[1], multi_processor_count=_PROCESSORS[capability], warp_size=32,
-        max_threads_per_multi_processor=2048, max_threads_per_block=1024, regs_per_multiprocessor=65536, gcnArchName="",
-    )  # fmt: skip
+        name="fake",
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=_PROCESSORS[capability],
+        warp_size=32,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        regs_per_multiprocessor=65536,
+        gcnArchName="",
+    )
 
 
 def _forget() -> None:

@@ -131,9 +131,16 @@ def run_phase(phase: Phase, seconds: float, environment: dict[str, str]) -> dict
     started, last = time.monotonic(), deque(maxlen=40)
     environment = environment | {"UMT_PHASE_UNTIL": str(time.time() + seconds)}
     child = subprocess.Popen(
-        phase.command, cwd=REPOSITORY, env=environment, start_new_session=True, text=True, errors="replace",
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        phase.command,
+        cwd=REPOSITORY,
+        env=environment,
+        start_new_session=True,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
     def pass_on() -> None:
         for line in child.stdout:
@@ -161,9 +168,13 @@ def run_phase(phase: Phase, seconds: float, environment: dict[str, str]) -> dict
         said = next((line.strip() for line in reversed(last) if line.strip()), "no output")
         state, reason = "failed", (f"signal {-code}" if code < 0 else f"exit status {code}") + f": {said[:300]}"
     line: dict[str, object] = {
-        "phase": phase.name, "state": state, "reason": reason, "exit_status": child.returncode,
-        "seconds": round(time.monotonic() - started, 1), "limit_s": round(seconds, 1),
-    }  # fmt: skip
+        "phase": phase.name,
+        "state": state,
+        "reason": reason,
+        "exit_status": child.returncode,
+        "seconds": round(time.monotonic() - started, 1),
+        "limit_s": round(seconds, 1),
+    }
     return line | ({} if state == "done" else {"tail": "".join(last)[-3000:]})
 
 

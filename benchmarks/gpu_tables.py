@@ -59,10 +59,14 @@ def check_tables(rows: list[Row]) -> list[str]:
     tests = {row["file"]: row for row in rows if row["bench"] == "tests"}
     if tests:
         lines = [
-            [name, "ok" if row["ok"] else "FAILED", *(str(row.get(key, 0)) for key in ("passed", "skipped", "failed")),
-             ", ".join(row["failed_tests"])[:300].replace("|", "/")]
+            [
+                name,
+                "ok" if row["ok"] else "FAILED",
+                *(str(row.get(key, 0)) for key in ("passed", "skipped", "failed")),
+                ", ".join(row["failed_tests"])[:300].replace("|", "/"),
+            ]
             for name, row in tests.items()
-        ]  # fmt: skip
+        ]
         parts.append(table(["tests", "", "passed", "skipped", "failed", "which"], lines))
     values = [row for row in rows if row["bench"] == "attention values"]
     lines = []
@@ -102,10 +106,13 @@ def rate_tables(rows: list[Row]) -> list[str]:
     attention = [row for row in rows if row["bench"] == "attention"]
     parts = []
     for group, what, column in (
-        (products, "TFLOP/s of a product",
-         lambda r: f"{r['kind']} {r['pass']}" + (f" + {_short(r['epilogue'])}" if r["epilogue"] else "")),
+        (
+            products,
+            "TFLOP/s of a product",
+            lambda r: f"{r['kind']} {r['pass']}" + (f" + {_short(r['epilogue'])}" if r["epilogue"] else ""),
+        ),
         (attention, "TFLOP/s of attention", lambda r: f"{r['backend']} {r['pass']}"),
-    ):  # fmt: skip
+    ):
         if not group:
             continue
         columns = list(dict.fromkeys(map(column, group)))
@@ -113,9 +120,10 @@ def rate_tables(rows: list[Row]) -> list[str]:
         for keys, same in by(group, "model", "shape").items():
             first, cells = same[0], {column(row): row for row in same}
             size = (
-                f"{first['rows']} x {first['inputs']} to {first['outputs']}" if "rows" in first
+                f"{first['rows']} x {first['inputs']} to {first['outputs']}"
+                if "rows" in first
                 else f"{first['batch']} x {first['tokens']}, torch takes {first['torch_takes']}"
-            )  # fmt: skip
+            )
             lines.append([" ".join(keys), size, *(_rate(cells.get(name)) for name in columns)])
         parts.append(table([what, "size", *columns], lines))
         failed = {row["error"] for row in group if "error" in row}
@@ -163,12 +171,19 @@ def step_table(rows: list[Row], bound_of: Callable[[str, int], float | None]) ->
             )
             exact = name != "plain" and "teacher" not in name
             lines.append(
-                [f"{model}, {clips} clips", name, f"{rate:.4g} ({', '.join(f'{value:.4g}' for value in row['all'])})",
-                 f"{rate / plain:.2f}" if plain else "", f"{ms[0]} ({low:.2f} to {high:.2f})", ms[1],
-                 f"{share:.0%}" if share else "", f"{bound:.4g}, {rate / bound:.0%}" if bound and exact else "",
-                 f"{peak:.2f}" if peak is not None else "",
-                 f"{clocks['sm_mhz']:.0f} MHz, {clocks['power_w']:.0f} W" if clocks else ""]
-            )  # fmt: skip
+                [
+                    f"{model}, {clips} clips",
+                    name,
+                    f"{rate:.4g} ({', '.join(f'{value:.4g}' for value in row['all'])})",
+                    f"{rate / plain:.2f}" if plain else "",
+                    f"{ms[0]} ({low:.2f} to {high:.2f})",
+                    ms[1],
+                    f"{share:.0%}" if share else "",
+                    f"{bound:.4g}, {rate / bound:.0%}" if bound and exact else "",
+                    f"{peak:.2f}" if peak is not None else "",
+                    f"{clocks['sm_mhz']:.0f} MHz, {clocks['power_w']:.0f} W" if clocks else "",
+                ]
+            )
     head = [
         "step",
         "variant",
@@ -191,10 +206,14 @@ def profile_tables(rows: list[Row]) -> list[str]:
             else ""
         )
         lines = [
-            [f"`{top['name'].replace('|', '/')}`", f"{top['share']:.1%}", f"{top['calls_per_step']:g}",
-             f"{top['us_per_step']:.0f}"]
+            [
+                f"`{top['name'].replace('|', '/')}`",
+                f"{top['share']:.1%}",
+                f"{top['calls_per_step']:g}",
+                f"{top['us_per_step']:.0f}",
+            ]
             for top in row["top"][:10]
-        ]  # fmt: skip
+        ]
         title = f"{row['model']}, {row['batch_size']} clips, {row['variant']}, {row['of']}: {kinds}{busy}"
         parts.append(f"{title}\n\n" + table(["costliest", "share", "calls a step", "µs a step"], lines))
     return parts
@@ -212,8 +231,16 @@ def trainer_table(rows: list[Row]) -> list[str]:
             r for r in rows if r["bench"] == "step" and r["model"] == row["model"] and r["variant"] == row["variant"]
         ]
         bench = medians(same).get(row["variant"], {}).get("clips_per_s")
-        lines.append([row["model"], row["variant"], f"{row['clips_per_s']:.4g}", f"{bench:.4g}" if bench else "",
-                      f"{row['clips_per_s'] / bench:.0%}" if bench else "", f"{row['data_wait']:.0%}"])  # fmt: skip
+        lines.append(
+            [
+                row["model"],
+                row["variant"],
+                f"{row['clips_per_s']:.4g}",
+                f"{bench:.4g}" if bench else "",
+                f"{row['clips_per_s'] / bench:.0%}" if bench else "",
+                f"{row['data_wait']:.0%}",
+            ]
+        )
     if lines:
         parts.append(table(["Trainer", "variant", "clips/s", "bench", "of it", "waits for data"], lines))
     for row in {row["model"]: row for row in rows if row["bench"] == "trainer losses"}.values():
@@ -281,8 +308,10 @@ def predicted(about: Row) -> Callable[[str, int], float | None]:
 def tables(folder: Path, read: Callable[[Path], list[Row]]) -> list[str]:
     """All tables of a folder of gpu.py; read: the lines of a file."""
     about = json.loads((folder / "rates.json").read_text())
-    rows = {name: read(path) if (path := folder / f"{name}.jsonl").exists() else [] for name in
-            ("phases", "rates", "checks", "steps", "kernels")}  # fmt: skip
+    rows = {
+        name: read(path) if (path := folder / f"{name}.jsonl").exists() else []
+        for name in ("phases", "rates", "checks", "steps", "kernels")
+    }
     parts = [header(about)] + ([phase_table(rows["phases"])] if rows["phases"] else [])
     if any(row["bench"] == "step" for row in rows["steps"]):
         parts.append(step_table(rows["steps"], predicted(about)))

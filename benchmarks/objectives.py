@@ -31,8 +31,11 @@ def measure(folder: Path, seed: int, off: str | None, epochs: int) -> dict[str, 
 def main(folder: Path, epochs: int = 0) -> str:
     """The table, a row for each variant; epochs 0: as many as the quickstart's page says."""
     seed = json.loads((folder / "results.json").read_text())["seed"]
-    heads = [(f"{how}_{way}_r1", f"{text} R@1") for how, text in (("dual", "embeddings"), ("match", "re-ranked"))
-             for way in ("t2v", "v2t")]  # fmt: skip
+    heads = [
+        (f"{how}_{way}_r1", f"{text} R@1")
+        for how, text in (("dual", "embeddings"), ("match", "re-ranked"))
+        for way in ("t2v", "v2t")
+    ]
     lines = [["objectives", *(f"{text}, {key.split('_')[1]}" for key, text in heads)], ["---"] * (1 + len(heads))]
     with quickstart.side_by_side() as pool:
         runs = {name: pool.submit(measure, folder, seed, off, epochs) for name, off in VARIANTS.items()}

@@ -40,8 +40,10 @@ def load(folder: Path) -> Namespace:
     """The official modules: models, engine, utils, optimizers. Raises ConfigError where they cannot be imported."""
     root = folder / "single_modality"
     if not (root / "run_umt_pretraining.py").is_file():
-        raise ConfigError(f"folder is {folder}, which holds no single_modality/run_umt_pretraining.py; clone "
-                          "github.com/OpenGVLab/unmasked_teacher and name that folder")  # fmt: skip
+        raise ConfigError(
+            f"folder is {folder}, which holds no single_modality/run_umt_pretraining.py; clone "
+            "github.com/OpenGVLab/unmasked_teacher and name that folder"
+        )
     found = importlib.util.find_spec("timm") and importlib.import_module("timm").__version__
     if found != TIMM:
         raise ConfigError(f"the official code needs timm {TIMM}, found {found or 'none'}; pip install timm=={TIMM}")
@@ -76,17 +78,33 @@ def build(official: Namespace, config: Stage1Config) -> tuple[nn.Module, nn.Modu
     student_class = sys.modules[official.models.pretrain_umt_base_patch16_224.__module__].PretrainVisionTransformer
     teacher_class = sys.modules[official.models.clip_b16.__module__].VisionTransformer
     student = student_class(
-        img_size=vit.image_size, patch_size=vit.patch_size, encoder_embed_dim=vit.width, encoder_depth=vit.depth,
-        encoder_num_heads=vit.num_heads, mlp_ratio=vit.mlp_ratio, qkv_bias=True,
-        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6), drop_path_rate=vit.drop_path, num_frames=vit.num_frames,
-        tubelet_size=vit.tubelet_size, clip_decoder_embed_dim=vit.width, clip_output_dim=teacher.output_dim,
-        clip_norm_type=config.align.normalize, clip_return_layer=layers,
-    )  # fmt: skip
-    frozen = teacher_class(
-        input_resolution=teacher.image_size, patch_size=teacher.patch_size, width=teacher.width, layers=teacher.depth,
-        heads=teacher.num_heads, output_dim=teacher.output_dim, clip_norm_type=config.align.normalize, return_attn=True,
+        img_size=vit.image_size,
+        patch_size=vit.patch_size,
+        encoder_embed_dim=vit.width,
+        encoder_depth=vit.depth,
+        encoder_num_heads=vit.num_heads,
+        mlp_ratio=vit.mlp_ratio,
+        qkv_bias=True,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+        drop_path_rate=vit.drop_path,
+        num_frames=vit.num_frames,
+        tubelet_size=vit.tubelet_size,
+        clip_decoder_embed_dim=vit.width,
+        clip_output_dim=teacher.output_dim,
+        clip_norm_type=config.align.normalize,
         clip_return_layer=layers,
-    )  # fmt: skip
+    )
+    frozen = teacher_class(
+        input_resolution=teacher.image_size,
+        patch_size=teacher.patch_size,
+        width=teacher.width,
+        layers=teacher.depth,
+        heads=teacher.num_heads,
+        output_dim=teacher.output_dim,
+        clip_norm_type=config.align.normalize,
+        return_attn=True,
+        clip_return_layer=layers,
+    )
     return student, frozen.eval()
 
 
@@ -97,9 +115,13 @@ class Unscaled:
         self.norm = norm
 
     def __call__(
-        self, loss: Tensor, optimizer: torch.optim.Optimizer, clip_grad: float | None = None, parameters: Any = None,
+        self,
+        loss: Tensor,
+        optimizer: torch.optim.Optimizer,
+        clip_grad: float | None = None,
+        parameters: Any = None,
         create_graph: bool = False,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         loss.backward(create_graph=create_graph)
         norm = self.norm(parameters)
         optimizer.step()
@@ -135,11 +157,23 @@ def official_steps(official: Namespace, config: Stage1Config, video: Tensor, dev
     def step(number: int) -> None:
         with told(device, dtype):
             official.engine.train_one_epoch(
-                student, batch, optimizer, device, 0, scaler, None, start_steps=0, lr_schedule_values=[1e-4],
-                wd_schedule_values=[config.optim.weight_decay], teacher_model=teacher,
-                clip_input_resolution=config.teacher.image_size, clip_loss_type=config.align.loss, clip_loss_ratio=1.0,
-                mask_type="attention", mask_ratio=config.mask.ratio,
-            )  # fmt: skip
+                student,
+                batch,
+                optimizer,
+                device,
+                0,
+                scaler,
+                None,
+                start_steps=0,
+                lr_schedule_values=[1e-4],
+                wd_schedule_values=[config.optim.weight_decay],
+                teacher_model=teacher,
+                clip_input_resolution=config.teacher.image_size,
+                clip_loss_type=config.align.loss,
+                clip_loss_ratio=1.0,
+                mask_type="attention",
+                mask_ratio=config.mask.ratio,
+            )
 
     def timed(number: int, clock: Clock) -> None:
         hooks = [
@@ -193,9 +227,13 @@ def stage1(
     vit = config.student
     video = normalised(random_video(batch_size, vit.num_frames, vit.image_size, case.device))
     flops = UnmaskedAlignment.flops_of(config) * batch_size
-    print(json.dumps(case.measure(
-        "stage1", lambda: official_steps(official, config, video, case.device, case.computed_in), flops
-    )))  # fmt: skip
+    print(
+        json.dumps(
+            case.measure(
+                "stage1", lambda: official_steps(official, config, video, case.device, case.computed_in), flops
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -63,9 +63,10 @@ def count(config: Stage1Config, road: Literal["fast", "plain"], capability: tupl
     share = (num_visible(per_frame, config.mask.ratio), per_frame)
     try:
         with (
-            fake_gpu(capability) as device, Counter(device, share) as counter,
+            fake_gpu(capability) as device,
+            Counter(device, share) as counter,
             mock.patch("torch.cuda.synchronize", counter.wait),
-        ):  # fmt: skip
+        ):
             video = random_video(config.run.batch_size, vit.num_frames, vit.image_size, device)
             steps = fast_steps(config, video, device, False) if road == "fast" else plain_steps(config, video, device)
             steps[0](0)
@@ -81,9 +82,10 @@ def figures(counts: Counts, batch_size: int, matmul: float, copy: float) -> dict
     seconds = [operation.seconds(matmul, copy) for operation in counts.operations]
     floor = sum(seconds)
     products = sum(
-        taken for operation, taken in zip(counts.operations, seconds, strict=True)
+        taken
+        for operation, taken in zip(counts.operations, seconds, strict=True)
         if operation.products or operation.products8
-    )  # fmt: skip
+    )
     return {
         "floor_ms": round(1e3 * floor, 3),
         "clips_per_s_at_most": round(batch_size / floor, 2),
@@ -177,24 +179,36 @@ def predict(model: Model, batch_size: int, gpus: Iterable[str], matmul: float, c
         slowest, fast = roads["plain"], counted["fast", "native"].operations
         lines.append(
             {
-                "bench": "predict", "kind": "prediction", "model": model, "batch_size": batch_size, "gpu": sheet.name,
-                "matmul_tflops": round(rates[0] / 1e12, 2), "copy_gb_per_s": round(rates[1] / 1e9, 1),
-                "rates": "given" if matmul or copy else "datasheet", "torch": torch.__version__,
-                "wait_us": 1e6 * WAIT, "pageable_gb_per_s": PAGEABLE_RATE / 1e9, "pinned_gb_per_s": PINNED_RATE[gpu] / 1e9,
-                "roads": roads, "bounds": bounds,
+                "bench": "predict",
+                "kind": "prediction",
+                "model": model,
+                "batch_size": batch_size,
+                "gpu": sheet.name,
+                "matmul_tflops": round(rates[0] / 1e12, 2),
+                "copy_gb_per_s": round(rates[1] / 1e9, 1),
+                "rates": "given" if matmul or copy else "datasheet",
+                "torch": torch.__version__,
+                "wait_us": 1e6 * WAIT,
+                "pageable_gb_per_s": PAGEABLE_RATE / 1e9,
+                "pinned_gb_per_s": PINNED_RATE[gpu] / 1e9,
+                "roads": roads,
+                "bounds": bounds,
                 "speed_against_plain": {
                     name: round(slowest["floor_ms"] / row["floor_ms"], 3)
-                    for name, row in (roads | bounds).items() if name != "plain"
+                    for name, row in (roads | bounds).items()
+                    if name != "plain"
                 },
                 "speed_against_plain_with_host": {
                     name: round(row["clips_per_s_with_host"] / slowest["clips_per_s_with_host"], 3)
-                    for name, row in roads.items() if name != "plain"
+                    for name, row in roads.items()
+                    if name != "plain"
                 },
                 "memory_against_plain": round(roads["fast"]["peak_memory_gib"] / slowest["peak_memory_gib"], 3),
-                "most_ms": top(fast, *rates, by="ms", most=most), "most_gb": top(fast, *rates, by="gb", most=most),
+                "most_ms": top(fast, *rates, by="ms", most=most),
+                "most_gb": top(fast, *rates, by="gb", most=most),
                 "not_counted": NOT_COUNTED,
             }
-        )  # fmt: skip
+        )
     return lines
 
 
@@ -214,9 +228,24 @@ def table(line: dict) -> str:
     """A line for people."""
     where = f"{line['gpu']}, {line['model']}, {line['batch_size']} clips"
     rows = [
-        ["prediction", "road", "floor ms", "clips/s at most", "against plain", "host ms", "against plain with it",
-         "in products", "peak GiB", "of plain's", "TFLOP", "GB", "operations", "host waits", "host MB"],
-    ]  # fmt: skip
+        [
+            "prediction",
+            "road",
+            "floor ms",
+            "clips/s at most",
+            "against plain",
+            "host ms",
+            "against plain with it",
+            "in products",
+            "peak GiB",
+            "of plain's",
+            "TFLOP",
+            "GB",
+            "operations",
+            "host waits",
+            "host MB",
+        ],
+    ]
     rows.append(["---"] * len(rows[0]))
     plain_peak = line["roads"]["plain"]["peak_memory_gib"]
     for name, row in (line["roads"] | line["bounds"]).items():
@@ -224,21 +253,30 @@ def table(line: dict) -> str:
         cells.append(f"{line['speed_against_plain'].get(name, 1):.2f}x")
         if "peak_memory_gib" in row:
             cells += [
-                f"{row['host_ms']:.1f}", f"{line['speed_against_plain_with_host'].get(name, 1):.2f}x",
-                f"{100 * row['share_of_matrix_products']:.0f}%", f"{row['peak_memory_gib']:.2f}",
-                f"{100 * row['peak_memory_gib'] / plain_peak:.0f}%", f"{row['tflop']:.2f}", f"{row['gb']:.1f}",
-                row["operations"], row["host_waits"], f"{row['host_mb']:.0f}",
-            ]  # fmt: skip
+                f"{row['host_ms']:.1f}",
+                f"{line['speed_against_plain_with_host'].get(name, 1):.2f}x",
+                f"{100 * row['share_of_matrix_products']:.0f}%",
+                f"{row['peak_memory_gib']:.2f}",
+                f"{100 * row['peak_memory_gib'] / plain_peak:.0f}%",
+                f"{row['tflop']:.2f}",
+                f"{row['gb']:.1f}",
+                row["operations"],
+                row["host_waits"],
+                f"{row['host_mb']:.0f}",
+            ]
         rows.append(["prediction: " + cells[0], *cells[1:], *[""] * (len(rows[0]) - len(cells))])
     for title, key in (("by floor", "most_ms"), ("by bytes", "most_gb")):
         if line[key]:
             rows += [[], [f"prediction: fast road, {title}", "place", "operation", "calls", "ms", "GB"], ["---"] * 6]
             rows += cells_of(line[key])
     text = ["| " + " | ".join(map(str, row)) + " |" if row else "" for row in rows]
-    text += ["", f"prediction at {line['matmul_tflops']:.0f} TFLOP/s and {line['copy_gb_per_s']:.0f} GB/s "
-             f"({line['rates']}): sum over operations of max(FLOPs / matmul rate, bytes / copy rate). Host ms assume "
-             f"{1e6 * WAIT:.0f} µs for each wait, {PAGEABLE_RATE / 1e9:.0f} GB/s for copies within the step and "
-             f"{line['pinned_gb_per_s']:.0f} GB/s for the clips. Not in it:"]  # fmt: skip
+    text += [
+        "",
+        f"prediction at {line['matmul_tflops']:.0f} TFLOP/s and {line['copy_gb_per_s']:.0f} GB/s "
+        f"({line['rates']}): sum over operations of max(FLOPs / matmul rate, bytes / copy rate). Host ms assume "
+        f"{1e6 * WAIT:.0f} µs for each wait, {PAGEABLE_RATE / 1e9:.0f} GB/s for copies within the step and "
+        f"{line['pinned_gb_per_s']:.0f} GB/s for the clips. Not in it:",
+    ]
     return "\n".join(text + [f"- {what}" for what in line["not_counted"]])
 
 

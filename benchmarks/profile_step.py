@@ -69,8 +69,12 @@ def traced(step: Callable[[int], object], steps: int, most: int = 15) -> dict[st
         busy, whole = covered(spans)
         found |= {"busy_share": round(busy / whole, 4) if whole else 0.0, "kernels_per_step": len(spans) / steps}
     top = [
-        {"name": row.key[:120], "share": round(getattr(row, key) / total, 4), "calls_per_step": row.count / steps,
-         "us_per_step": round(getattr(row, key) / steps, 1)}
+        {
+            "name": row.key[:120],
+            "share": round(getattr(row, key) / total, 4),
+            "calls_per_step": row.count / steps,
+            "us_per_step": round(getattr(row, key) / steps, 1),
+        }
         for row in rows[:most]
-    ]  # fmt: skip
+    ]
     return found | {"top": top, "of": "device time by kernel" if gpu else "CPU time by operator"}

@@ -37,9 +37,11 @@ HOW = (
 )
 CLIPS = {"tiny": 2, "b16": 64, "l16": 32}
 BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
-}  # fmt: skip
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,11 @@ def shapes_of(model: str) -> list[Shape]:
     config = stage1_config(model, CLIPS[model], "bf16")
     student, clip = config.student, config.teacher
     grid = TokenGrid.of(
-        num_frames=student.num_frames, tubelet_size=student.tubelet_size, image_size=student.image_size,
+        num_frames=student.num_frames,
+        tubelet_size=student.tubelet_size,
+        image_size=student.image_size,
         patch_size=student.patch_size,
-    )  # fmt: skip
+    )
     rows, c, d = CLIPS[model] * visible_per_clip(config.mask.kind, grid, config.mask.ratio), student.width, clip.width
     every = CLIPS[model] * grid.frames * (1 + (clip.image_size // clip.patch_size) ** 2)
     return [
@@ -131,8 +135,10 @@ def eight_bit_calls(shape: Shape) -> Iterator[tuple[str, str, str, Callable[[], 
         yield "fp8 tensor", name, "", tensor
         yield "fp8 row", name, "", row
         yield "fp8 block", name, "", _made_at_first_call(block)
-    integers = [torch.randint(-127, 128, s, dtype=torch.int8, device=DEVICE) for s in
-                ((shape.rows, shape.inputs), (shape.outputs, shape.inputs))]  # fmt: skip
+    integers = [
+        torch.randint(-127, 128, s, dtype=torch.int8, device=DEVICE)
+        for s in ((shape.rows, shape.inputs), (shape.outputs, shape.inputs))
+    ]
     yield "int8", "forward", "", lambda: torch._int_mm(integers[0], integers[1].t())
     x, weight = _random(shape.rows, shape.inputs), torch.randn(shape.outputs, shape.inputs, device=DEVICE)
     bias = torch.randn(shape.outputs, device=DEVICE)
@@ -179,8 +185,17 @@ def products(lines: Lines, models: list[str]) -> None:
         for kind, which, epilogue, call in chain(native, eight):
             if (shape.model, shape.name, kind, which, epilogue) in known:
                 continue
-            row = {"bench": "product", "model": shape.model, "shape": shape.name, "kind": kind, "pass": which,
-                   "epilogue": epilogue, "rows": shape.rows, "inputs": shape.inputs, "outputs": shape.outputs}  # fmt: skip
+            row = {
+                "bench": "product",
+                "model": shape.model,
+                "shape": shape.name,
+                "kind": kind,
+                "pass": which,
+                "epilogue": epilogue,
+                "rows": shape.rows,
+                "inputs": shape.inputs,
+                "outputs": shape.outputs,
+            }
             row = lines.add(row | _timed(call, flops) | {"how": HOW})
             said = row.get("error") or f"{row['tflops']} TFLOP/s"
             print(f"{shape.model} {shape.name} {kind} {which} {epilogue}: {said}", flush=True)
@@ -288,10 +303,12 @@ def machine(out: Path) -> None:
         product, copies = _timed(lambda: a @ b, 2.0 * size**3), spans_of(source.clone)
     order = [backend.name for backend in _cur_sdpa_kernel_backends(with_priority=True)]
     found |= {
-        "matmul_tflops": product["tflops"], "matmul_of": f"{NAME}, {size} cubed",
+        "matmul_tflops": product["tflops"],
+        "matmul_of": f"{NAME}, {size} cubed",
         "copy_gb_per_s": round(2 * source.numel() / statistics.median(copies) / 1e9, 1),
-        "sdpa_order": ", ".join(order), "clocks": clocks.row(),
-    }  # fmt: skip
+        "sdpa_order": ", ".join(order),
+        "clocks": clocks.row(),
+    }
     write(out, found)
     print(json.dumps(found), flush=True)
 

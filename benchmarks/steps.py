@@ -123,11 +123,13 @@ class Variant:
         if self.trainer:
             losses_of(self.trainer)
         return {
-            "steps": STEPS, "ms_per_step": round(1e3 * whole / STEPS, 3),
+            "steps": STEPS,
+            "ms_per_step": round(1e3 * whole / STEPS, 3),
             "ms_spread": [round(1e3 * value, 3) for value in spread(each)],
             "ms_median": round(1e3 * statistics.median(each), 3),
-            "host_ms_per_step": round(1e3 * issued / STEPS, 3), "clocks": clocks.row(),
-        }  # fmt: skip
+            "host_ms_per_step": round(1e3 * issued / STEPS, 3),
+            "clocks": clocks.row(),
+        }
 
 
 def clips_of(model: str) -> int:

@@ -131,9 +131,12 @@ class Clocks(contextlib.AbstractContextManager):
             return {}
         sm, memory, power, heat = zip(*self.samples, strict=True)
         return {
-            "sm_mhz": statistics.median(sm), "sm_mhz_least": min(sm), "memory_mhz": statistics.median(memory),
-            "power_w": statistics.median(power), "temperature_c": max(heat),
-        }  # fmt: skip
+            "sm_mhz": statistics.median(sm),
+            "sm_mhz_least": min(sm),
+            "memory_mhz": statistics.median(memory),
+            "power_w": statistics.median(power),
+            "temperature_c": max(heat),
+        }
 
 
 def _smi(query: str) -> str:
@@ -157,10 +160,13 @@ def about() -> Row:
             )
         )
         device: Row = {
-            "device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability()),
-            "memory_gib": round(props.total_memory / 2**30, 1), "processors": props.multi_processor_count,
-            "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-        } | smi  # fmt: skip
+            "device": torch.cuda.get_device_name(),
+            "capability": list(torch.cuda.get_device_capability()),
+            "memory_gib": round(props.total_memory / 2**30, 1),
+            "processors": props.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        } | smi
     else:
         names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if "model name" in line]
         device = {"device": f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"}

@@ -99,12 +99,15 @@ def main(model: str) -> None:
         # Rows of one window share its rate; the first window holds warming up, compiling and recording.
         later = [rows[at] for at in range(window, len(rows), window)]
         found = {
-            "variant": "compiled+graph" if fast else "eager", "steps": STEPS, "workers": config.data.workers,
+            "variant": "compiled+graph" if fast else "eager",
+            "steps": STEPS,
+            "workers": config.data.workers,
             "clips_per_s": statistics.median(row["clips_per_s"] for row in later),
             "clips_per_s_windows": [row["clips_per_s"] for row in later],
-            "data_wait": statistics.median(row["data_wait"] for row in later), "clocks": clocks.row(),
+            "data_wait": statistics.median(row["data_wait"] for row in later),
+            "clocks": clocks.row(),
             "how": f"the Trainer's own metrics.jsonl, windows of {window} steps after the first; JPEGs decoded by the loader",
-        }  # fmt: skip
+        }
         lines.add(about | found)
         print(
             f"Trainer: {found['clips_per_s']} clips/s, waits for data {found['data_wait']:.0%} of the time", flush=True

@@ -57,9 +57,22 @@ def _unit(x, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def _row(
-    student, target, visible, i_row, i_layer, weight, bias, rows_per_layer, n, tokens, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, GATHER: tl.constexpr,
-):  # fmt: skip
+    student,
+    target,
+    visible,
+    i_row,
+    i_layer,
+    weight,
+    bias,
+    rows_per_layer,
+    n,
+    tokens,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    GATHER: tl.constexpr,
+):
     """One row: standardised x, inverse deviation, affine weight, normalised student, its inverse norm, the target."""
     o = tl.arange(0, BLOCK)
     inside = o < D
@@ -82,14 +95,40 @@ def _row(
 
 @triton.jit
 def align_loss_fwd_kernel(
-    out, student, target, visible, weight, bias, rows_per_layer, n, tokens, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, LOSS: tl.constexpr, GATHER: tl.constexpr,
-):  # fmt: skip
+    out,
+    student,
+    target,
+    visible,
+    weight,
+    bias,
+    rows_per_layer,
+    n,
+    tokens,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    LOSS: tl.constexpr,
+    GATHER: tl.constexpr,
+):
     i_row = tl.program_id(0).to(tl.int64)
     _, _, _, s, _, t = _row(
-        student, target, visible, i_row, i_row // rows_per_layer, weight, bias, rows_per_layer, n, tokens, eps,
-        D, BLOCK, NORMALIZE, GATHER,
-    )  # fmt: skip
+        student,
+        target,
+        visible,
+        i_row,
+        i_row // rows_per_layer,
+        weight,
+        bias,
+        rows_per_layer,
+        n,
+        tokens,
+        eps,
+        D,
+        BLOCK,
+        NORMALIZE,
+        GATHER,
+    )
     if LOSS == 0:
         value = 2 - 2 * tl.sum(s * t, 0)
     elif LOSS == 1:
@@ -102,10 +141,26 @@ def align_loss_fwd_kernel(
 
 @triton.jit
 def align_loss_bwd_kernel(
-    dstudent, dweight, dbias, dout, student, target, visible, weight, bias, rows_per_layer, n, tokens, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr, LOSS: tl.constexpr, GATHER: tl.constexpr,
+    dstudent,
+    dweight,
+    dbias,
+    dout,
+    student,
+    target,
+    visible,
+    weight,
+    bias,
+    rows_per_layer,
+    n,
+    tokens,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    LOSS: tl.constexpr,
+    GATHER: tl.constexpr,
     ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """One program per ROWS rows of one layer; their LayerNorm gradients are summed in fp32 in a fixed order."""
     i_part, i_layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o = tl.arange(0, BLOCK)
@@ -118,9 +173,22 @@ def align_loss_bwd_kernel(
         here = first + i < rows_per_layer
         i_row = i_layer * rows_per_layer + tl.minimum(first + i, rows_per_layer - 1)
         standard, rstd, b_weight, s, inverse, t = _row(
-            student, target, visible, i_row, i_layer, weight, bias, rows_per_layer, n, tokens, eps,
-            D, BLOCK, NORMALIZE, GATHER,
-        )  # fmt: skip
+            student,
+            target,
+            visible,
+            i_row,
+            i_layer,
+            weight,
+            bias,
+            rows_per_layer,
+            n,
+            tokens,
+            eps,
+            D,
+            BLOCK,
+            NORMALIZE,
+            GATHER,
+        )
         if LOSS == 0:
             ds = -2 * t
         elif LOSS == 1:
@@ -153,18 +221,31 @@ def _arguments(student: Tensor, target: Tensor, visible: Tensor | None, weight: 
 
 @torch.library.custom_op("umt_kernels::align_loss", mutates_args=(), tags=ANY_STRIDES)
 def _align_loss(
-    student: Tensor, target: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, eps: float, normalize: bool,
+    student: Tensor,
+    target: Tensor,
+    visible: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    normalize: bool,
     loss: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     layers, batch, n, width = student.shape
     out = torch.empty(layers, batch * n, dtype=torch.float32, device=student.device)
     if out.numel():
         with on_device(out):
             align_loss_fwd_kernel[(out.numel(),)](
-                out, *_arguments(student, target, visible, weight, bias), eps,
-                D=width, BLOCK=power_of_two(width), NORMALIZE=normalize, LOSS=loss, GATHER=visible is not None,
-                num_warps=warps_for(width), **COMPILER_OPTIONS,
-            )  # fmt: skip
+                out,
+                *_arguments(student, target, visible, weight, bias),
+                eps,
+                D=width,
+                BLOCK=power_of_two(width),
+                NORMALIZE=normalize,
+                LOSS=loss,
+                GATHER=visible is not None,
+                num_warps=warps_for(width),
+                **COMPILER_OPTIONS,
+            )
     return out
 
 
@@ -175,9 +256,16 @@ def _(student, target, visible, weight, bias, eps, normalize, loss):
 
 @torch.library.custom_op("umt_kernels::align_loss_backward", mutates_args=(), tags=ANY_STRIDES)
 def _align_loss_backward(
-    dout: Tensor, student: Tensor, target: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
-    normalize: bool, loss: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    student: Tensor,
+    target: Tensor,
+    visible: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    normalize: bool,
+    loss: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     layers, batch, n, width = student.shape
     per_program = rows_per_program(layers * batch * n)
     parts = -(-batch * n // per_program)
@@ -186,10 +274,21 @@ def _align_loss_backward(
     if dstudent.numel():
         with on_device(dstudent):
             align_loss_bwd_kernel[(parts, layers)](
-                dstudent, partial[0], partial[1], dout.contiguous(), *_arguments(student, target, visible, weight, bias), eps,
-                D=width, BLOCK=power_of_two(width), NORMALIZE=normalize, LOSS=loss, GATHER=visible is not None,
-                ROWS=per_program, num_warps=warps_for(width), **COMPILER_OPTIONS,
-            )  # fmt: skip
+                dstudent,
+                partial[0],
+                partial[1],
+                dout.contiguous(),
+                *_arguments(student, target, visible, weight, bias),
+                eps,
+                D=width,
+                BLOCK=power_of_two(width),
+                NORMALIZE=normalize,
+                LOSS=loss,
+                GATHER=visible is not None,
+                ROWS=per_program,
+                num_warps=warps_for(width),
+                **COMPILER_OPTIONS,
+            )
     # Summed apart: an operator's results must not share memory.
     return dstudent, partial[0].sum(1).to(weight.dtype), partial[1].sum(1).to(bias.dtype)
 
@@ -234,9 +333,15 @@ def align_features(
 
 
 def _reference(
-    student: Tensor, target: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, eps: float, normalize: bool,
+    student: Tensor,
+    target: Tensor,
+    visible: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    normalize: bool,
     loss: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     s = align_features(student, weight, bias, eps, "l2" if normalize else "none")
     if visible is not None:
         index = visible.long()[None, :, :, None].expand(*target.shape[:2], -1, target.shape[3])

@@ -171,9 +171,15 @@ def _math(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None 
 
 
 def _fused(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None = None, dropout: float = 0.0,
-    road: str = "sdpa", kind: str = "attention",
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    allowed: Tensor | None = None,
+    dropout: float = 0.0,
+    road: str = "sdpa",
+    kind: str = "attention",
+) -> Tensor:
     """PyTorch's kernels in the (B, N, H, D) layout, asked in the order of a road."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # On the CPU torch has the one order, and cuDNN is not in it.
@@ -288,9 +294,13 @@ def _padded(
 
     allowed = torch.arange(longest_k, device=cu_k.device) < cu_k.diff()[:, None]
     out = _fused(
-        spread(q, row_q, slot_q, longest_q), spread(k, row_k, slot_k, longest_k), spread(v, row_k, slot_k, longest_k),
-        scale, allowed[:, None, None], kind="packed attention",
-    )  # fmt: skip
+        spread(q, row_q, slot_q, longest_q),
+        spread(k, row_k, slot_k, longest_k),
+        spread(v, row_k, slot_k, longest_k),
+        scale,
+        allowed[:, None, None],
+        kind="packed attention",
+    )
     return out[row_q, slot_q]
 
 
@@ -353,9 +363,7 @@ def attention_varlen(
         allowed = _segments(cu_seqlens_q, len(q))[:, None] == _segments(cu_seqlens_k, len(k))[None]
         return _math(q[None], k[None], v[None], scale, allowed)[0]
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        lengths = (
-            _lengths(cu_seqlens_q, len(q), max_seqlen_q, "q"), _lengths(cu_seqlens_k, len(k), max_seqlen_k, "k")
-        )  # fmt: skip
+        lengths = (_lengths(cu_seqlens_q, len(q), max_seqlen_q, "q"), _lengths(cu_seqlens_k, len(k), max_seqlen_k, "k"))
         return _by_length(q, k, v, *lengths, scale)
     return _padded(q, k, v, *places, scale)
 

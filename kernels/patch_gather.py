@@ -31,11 +31,30 @@ from kernels._launch import (
 
 @triton.jit
 def patch_gather_kernel(
-    out, video, visible, origin,
-    n, rows, columns, stride_b, stride_t, stride_y, stride_x, stride_c,
-    scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
-    TUBELET: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
+    out,
+    video,
+    visible,
+    origin,
+    n,
+    rows,
+    columns,
+    stride_b,
+    stride_t,
+    stride_y,
+    stride_x,
+    stride_c,
+    scale_r,
+    scale_g,
+    scale_b,
+    shift_r,
+    shift_g,
+    shift_b,
+    TUBELET: tl.constexpr,
+    PATCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     """One program per visible token; offsets in int64 because a batch of videos exceeds 2^31 bytes."""
     i_row = tl.program_id(0).to(tl.int64)
     i_batch = i_row // n
@@ -85,11 +104,24 @@ def _patch_gather(
     if out.numel():
         with on_device(out):
             patch_gather_kernel[(batch * n,)](
-                out, view, visible, None if origin is None else origin.contiguous(),
-                n, rows, columns, *view.stride(), *(scale or (1.0,) * 3), *(shift or (0.0,) * 3),
-                TUBELET=tubelet, PATCH=patch, BLOCK=power_of_two(width), SCALED=scale is not None,
-                WINDOW=origin is not None, num_warps=4, **COMPILER_OPTIONS,
-            )  # fmt: skip
+                out,
+                view,
+                visible,
+                None if origin is None else origin.contiguous(),
+                n,
+                rows,
+                columns,
+                *view.stride(),
+                *(scale or (1.0,) * 3),
+                *(shift or (0.0,) * 3),
+                TUBELET=tubelet,
+                PATCH=patch,
+                BLOCK=power_of_two(width),
+                SCALED=scale is not None,
+                WINDOW=origin is not None,
+                num_warps=4,
+                **COMPILER_OPTIONS,
+            )
     return out
 
 

@@ -82,11 +82,18 @@ def _quantize_rows(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     if rows:
         with on_device(x):
             quantize_rows_kernel[(rows,)](
-                values, scale, x, x.stride(0), K=width, BLOCK=power_of_two(width), LARGEST=LARGEST[dtype], TINY=TINY,
+                values,
+                scale,
+                x,
+                x.stride(0),
+                K=width,
+                BLOCK=power_of_two(width),
+                LARGEST=LARGEST[dtype],
+                TINY=TINY,
                 num_warps=warps_for(width),
                 # Fused with the sum behind it, the product would not be rounded by itself.
                 **COMPILER_OPTIONS,
-            )  # fmt: skip
+            )
     return values, scale
 
 

@@ -56,11 +56,27 @@ def _keep_largest(out, score, seed, i_row, L, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def semantic_mask_kernel(
-    out, score_out, q, k, seed, scale, L, n,
-    q_row, q_head, k_row, k_head, k_token,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, RETURN: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    out,
+    score_out,
+    q,
+    k,
+    seed,
+    scale,
+    L,
+    n,
+    q_row,
+    q_head,
+    k_row,
+    k_head,
+    k_token,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RETURN: tl.constexpr,
+    STAGES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """One program per frame: all heads' softmax rows are summed in registers, then sampled.
 
     The logits are a matrix product with one useful row of 16. The wasted products are free (the tensor cores idle anyway);
@@ -129,11 +145,26 @@ def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_sc
     if out.numel() or scores.numel():
         with on_device(out):
             semantic_mask_kernel[(rows,)](
-                out, scores, q, k, seed, width**-0.5, tokens, num_visible,
-                q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
-                HEADS=heads, D=width, RETURN=with_scores, UPCAST=interpreted(), **tiling(tokens, width, k.element_size()),
+                out,
+                scores,
+                q,
+                k,
+                seed,
+                width**-0.5,
+                tokens,
+                num_visible,
+                q.stride(0),
+                q.stride(1),
+                k.stride(0),
+                k.stride(1),
+                k.stride(2),
+                HEADS=heads,
+                D=width,
+                RETURN=with_scores,
+                UPCAST=interpreted(),
+                **tiling(tokens, width, k.element_size()),
                 **COMPILER_OPTIONS,
-            )  # fmt: skip
+            )
     return out, scores
 
 
@@ -151,9 +182,15 @@ def _sample_visible(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
     if out.numel():
         with on_device(out):
             sample_visible_kernel[(rows,)](
-                out, scores.contiguous(), seed, tokens, num_visible, BLOCK=power_of_two(tokens), num_warps=4,
+                out,
+                scores.contiguous(),
+                seed,
+                tokens,
+                num_visible,
+                BLOCK=power_of_two(tokens),
+                num_warps=4,
                 **COMPILER_OPTIONS,
-            )  # fmt: skip
+            )
     return out
 
 

@@ -61,7 +61,7 @@ def token_gather_bwd_kernel(dx, dout, visible, n, tokens, C: tl.constexpr, BLOCK
 @triton.jit
 def gather_norm_kernel(
     out, x, visible, weight, bias, n, tokens, eps, C: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr
-):  # fmt: skip
+):
     """One program per row; statistics in fp32, as the two-pass formula that does not cancel."""
     i_row = tl.program_id(0).to(tl.int64)
     i_source = i_row
@@ -86,9 +86,18 @@ def _token_gather(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
     if out.numel():
         with on_device(out):
             token_gather_fwd_kernel[(batch * n,)](
-                out, x, visible, None if table is None else table.contiguous(), n, tokens,
-                C=width, BLOCK=power_of_two(width), TABLE=table is not None, num_warps=4, **COMPILER_OPTIONS,
-            )  # fmt: skip
+                out,
+                x,
+                visible,
+                None if table is None else table.contiguous(),
+                n,
+                tokens,
+                C=width,
+                BLOCK=power_of_two(width),
+                TABLE=table is not None,
+                num_warps=4,
+                **COMPILER_OPTIONS,
+            )
     return out
 
 
@@ -106,7 +115,7 @@ def _token_gather_backward(dout: Tensor, visible: Tensor, tokens: int) -> Tensor
         with on_device(dx):
             token_gather_bwd_kernel[(batch * n,)](
                 dx, dout, visible, n, tokens, C=width, BLOCK=power_of_two(width), num_warps=4, **COMPILER_OPTIONS
-            )  # fmt: skip
+            )
     return dx
 
 
@@ -141,10 +150,20 @@ def _gather_norm(x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor
     if out.numel():
         with on_device(out):
             gather_norm_kernel[(batch * n,)](
-                out, x, visible, weight.contiguous(), bias.contiguous(), n, tokens, eps,
-                C=width, BLOCK=power_of_two(width), GATHER=visible is not None, num_warps=warps_for(width),
+                out,
+                x,
+                visible,
+                weight.contiguous(),
+                bias.contiguous(),
+                n,
+                tokens,
+                eps,
+                C=width,
+                BLOCK=power_of_two(width),
+                GATHER=visible is not None,
+                num_warps=warps_for(width),
                 **COMPILER_OPTIONS,
-            )  # fmt: skip
+            )
     return out
 
 

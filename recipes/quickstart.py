@@ -30,7 +30,7 @@ DEFAULT = "stage1"
 def _student() -> VitConfig:
     return VitConfig(
         width=96, depth=4, num_heads=3, patch_size=8, image_size=48, num_frames=4, tubelet_size=1, drop_path=0.0
-    )  # fmt: skip
+    )
 
 
 def stage1() -> Stage1Config:

@@ -28,15 +28,26 @@ def read_case(path: Path) -> tuple[dict, dict[str, Tensor]]:
 def sizes_of(config: dict, tensors: dict[str, Tensor]) -> tuple[VitConfig, TextConfig]:
     """The sizes of a downstream file's tower and text encoder; nothing is dropped."""
     vit = VitConfig(
-        width=config["dim"], depth=config["depth"], num_heads=config["heads"], patch_size=config["patch"],
-        image_size=config["img"], num_frames=config["t"], tubelet_size=config.get("tubelet", 1), drop_path=0.0,
-    )  # fmt: skip
+        width=config["dim"],
+        depth=config["depth"],
+        num_heads=config["heads"],
+        patch_size=config["patch"],
+        image_size=config["img"],
+        num_frames=config["t"],
+        tubelet_size=config.get("tubelet", 1),
+        drop_path=0.0,
+    )
     embeddings = "text_encoder.embeddings."
     text = TextConfig(
-        width=tensors[f"{embeddings}word_embeddings.weight"].shape[1], depth=config["layers"],
-        fusion_layer=config["fusion"], num_heads=config["theads"], vocab_size=config["vocab"],
-        max_positions=tensors[f"{embeddings}position_embeddings.weight"].shape[0], hidden_dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
+        width=tensors[f"{embeddings}word_embeddings.weight"].shape[1],
+        depth=config["layers"],
+        fusion_layer=config["fusion"],
+        num_heads=config["theads"],
+        vocab_size=config["vocab"],
+        max_positions=tensors[f"{embeddings}position_embeddings.weight"].shape[0],
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
     return vit, text
 
 

@@ -17,14 +17,28 @@ def write(path: Path, *rows: dict, tail: str = "") -> None:
 
 def test_tables_of_a_cpu(tmp_path: Path, capsys) -> None:
     (tmp_path / "machine.json").write_text(json.dumps({"device": "Some CPU"}))
-    row = {"bench": "stage1", "model": "b16", "batch_size": 4, "teacher_precision": "native", "share_of_matmul_rate": 0.9,
-           "peak_memory_gib": 3.0, "dtype": "fp32", "computed_in": "fp32"}  # fmt: skip
+    row = {
+        "bench": "stage1",
+        "model": "b16",
+        "batch_size": 4,
+        "teacher_precision": "native",
+        "share_of_matmul_rate": 0.9,
+        "peak_memory_gib": 3.0,
+        "dtype": "fp32",
+        "computed_in": "fp32",
+    }
     plain = row | {"road": "plain", "peak_memory_gib": 4.0}
     fast, official, half = row | {"road": "fast"}, row | {"road": "official"}, {"dtype": "bf16", "computed_in": "bf16"}
-    write(tmp_path / "cpu_steps_b16.jsonl", fast | {"clips_per_s": 0.5}, plain | {"clips_per_s": 0.25},
-          fast | {"clips_per_s": 0.3, "peak_memory_gib": 3.5}, plain | {"clips_per_s": 0.2},
-          fast | half | {"clips_per_s": 0.4, "teacher_precision": "int8"}, plain | half | {"clips_per_s": 0.1},
-          official | half | {"clips_per_s": 0.125})  # fmt: skip
+    write(
+        tmp_path / "cpu_steps_b16.jsonl",
+        fast | {"clips_per_s": 0.5},
+        plain | {"clips_per_s": 0.25},
+        fast | {"clips_per_s": 0.3, "peak_memory_gib": 3.5},
+        plain | {"clips_per_s": 0.2},
+        fast | half | {"clips_per_s": 0.4, "teacher_precision": "int8"},
+        plain | half | {"clips_per_s": 0.1},
+        official | half | {"clips_per_s": 0.125},
+    )
     part = {"part": "loss", "ms": 20.0, "gflop": 0.5, "mb": 30.0, "floor_ms": 10.0, "share_of_floor": 0.5}
     write(
         tmp_path / "parts_b16.jsonl",
@@ -69,8 +83,9 @@ def test_work_is_told_apart_by_name() -> None:
     assert kind_of("sm90_xmma_gemm_bf16bf16") == kind_of("aten::addmm") == "matrix products"
     assert kind_of("_patch_gather_kernel") == "our kernels" and kind_of("aten::gelu") == "other element-wise"
     assert shares([("aten::mm", 3.0), ("aten::add", 1.0), ("aten::bmm", 4.0)]) == {
-        "matrix products": 0.875, "other element-wise": 0.125,
-    }  # fmt: skip
+        "matrix products": 0.875,
+        "other element-wise": 0.125,
+    }
 
 
 def test_a_device_is_busy_while_any_kernel_runs() -> None:

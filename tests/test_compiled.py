@@ -73,11 +73,14 @@ def test_what_the_products_give_is_not_copied(step: tuple) -> None:
     config, _, found = step
     aligned = config.align.num_layers * 2 * 8 * 4 * config.teacher.output_dim * 2
     copies = [
-        kernel for kernel in found.kernels
-        if kernel.name.startswith(GENERATED) and kernel.part != "backward" and kernel.bytes >= aligned
+        kernel
+        for kernel in found.kernels
+        if kernel.name.startswith(GENERATED)
+        and kernel.part != "backward"
+        and kernel.bytes >= aligned
         and ("stack" in kernel.name or "cat" in kernel.name.removeprefix(GENERATED).split("_"))
         and "expand" not in kernel.name  # the class token before its patches
-    ]  # fmt: skip
+    ]
     assert not copies
 
 
@@ -132,11 +135,14 @@ def test_what_torch_knows_of_this_machine_neither_enters_nor_stays() -> None:
 
 def test_kernels_by_kind() -> None:
     found = passes(
-        [Operation("student", "Mlp", "addmm.default", 100.0, 0.0, 10.0),
-         Operation("student", "Mlp", f"{GENERATED}gelu", 0.0, 0.0, 40.0),
-         Operation("rest", "", "align_loss.default", 0.0, 0.0, 2e9)],
-        10.0, 2.0,
-    )  # fmt: skip
+        [
+            Operation("student", "Mlp", "addmm.default", 100.0, 0.0, 10.0),
+            Operation("student", "Mlp", f"{GENERATED}gelu", 0.0, 0.0, 40.0),
+            Operation("rest", "", "align_loss.default", 0.0, 0.0, 2e9),
+        ],
+        10.0,
+        2.0,
+    )
     assert found["products"] == {"launches": 1, "ms": 10_000, "gb": 0} and found["generated"]["ms"] == 20_000
     assert found["calls"] == {"launches": 1, "ms": 1e12, "gb": 2}
 
@@ -155,9 +161,12 @@ for capability in ((8, 0), (9, 0)):
 def test_inductors_kernels_build_for_both_generations() -> None:
     # A process of its own: here Triton may interpret, which rules compiling out.
     done = subprocess.run(
-        [sys.executable, "-c", BUILD], env={**os.environ, "TRITON_INTERPRET": "0"}, cwd=REPOSITORY, capture_output=True,
+        [sys.executable, "-c", BUILD],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        cwd=REPOSITORY,
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [ast.literal_eval(line) for line in done.stdout.splitlines()]
     assert found == 2 * [{"kernels": 1, "spilling": {}}]

@@ -175,10 +175,28 @@ def test_ranks_share_the_clips(tmp_path: Path, clips: Path) -> None:
     weights, _ = saved(tmp_path, "captions")
     assert embed(clips, weights, tmp_path / "one.safetensors") == 0
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29671", "-m", "umt_fast",
-        "embed", str(clips), "--weights", str(weights), "--out", str(tmp_path / "two.safetensors"), "--device", "cpu",
-        "--workers", "0", "--batch_size", "2",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29671",
+        "-m",
+        "umt_fast",
+        "embed",
+        str(clips),
+        "--weights",
+        str(weights),
+        "--out",
+        str(tmp_path / "two.safetensors"),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--batch_size",
+        "2",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -33,14 +33,31 @@ def run(program: str) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        "umt_fast.models.teachers.clip_text", "umt_fast.models.weights", "umt_fast.tasks.video_text", "umt_fast.engine.trainer",
-        "umt_fast.bench.stage1", "umt_fast.bench.stage2", "umt_fast.train", "umt_fast.plan", "umt_fast.data.loaders.captions",
-        "umt_fast.data.prepare.shards", "umt_fast.tasks.retrieval", "umt_fast.sample_world.quickstart",
-        "umt_fast.tasks.detection", "umt_fast.data.decode.detection_clip", "umt_fast.data.decode.detection_view",
-        "benchmarks.gpu", "benchmarks.rates", "benchmarks.checks", "benchmarks.steps", "benchmarks.trainer_run",
-        "benchmarks.bench_kernels", "benchmarks.report", "benchmarks.predict",
+        "umt_fast.models.teachers.clip_text",
+        "umt_fast.models.weights",
+        "umt_fast.tasks.video_text",
+        "umt_fast.engine.trainer",
+        "umt_fast.bench.stage1",
+        "umt_fast.bench.stage2",
+        "umt_fast.train",
+        "umt_fast.plan",
+        "umt_fast.data.loaders.captions",
+        "umt_fast.data.prepare.shards",
+        "umt_fast.tasks.retrieval",
+        "umt_fast.sample_world.quickstart",
+        "umt_fast.tasks.detection",
+        "umt_fast.data.decode.detection_clip",
+        "umt_fast.data.decode.detection_view",
+        "benchmarks.gpu",
+        "benchmarks.rates",
+        "benchmarks.checks",
+        "benchmarks.steps",
+        "benchmarks.trainer_run",
+        "benchmarks.bench_kernels",
+        "benchmarks.report",
+        "benchmarks.predict",
     ],
-)  # fmt: skip
+)
 def test_modules_import(name: str) -> None:
     assert run(f"import {name}\nprint({name}.__name__)").strip() == name
 

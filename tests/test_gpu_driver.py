@@ -50,8 +50,11 @@ def test_a_crash_and_a_hang_cost_themselves_alone(tmp_path: Path) -> None:
     found = run(phases, tmp_path)
     assert time.monotonic() - started < 60
     assert {name: line["state"] for name, line in found.items()} == {
-        "raises": "failed", "dies": "failed", "hangs": "timed out", "works": "done",
-    }  # fmt: skip
+        "raises": "failed",
+        "dies": "failed",
+        "hangs": "timed out",
+        "works": "done",
+    }
     assert (
         found["raises"]["reason"] == "exit status 1: ValueError: no such thing"
         and "Traceback" in found["raises"]["tail"]
@@ -205,18 +208,55 @@ def test_tables_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         step | {"variant": "eager", "turn": n, "ms_per_step": 10.0, "clips_per_s": rate}
         for n, rate in enumerate((40, 60, 50))
     ]
-    write("steps.jsonl", turns[0], step | {"variant": "plain", "turn": 0, "ms_per_step": 40.0, "clips_per_s": 10.0},
-          *turns[1:], step | {"variant": "graph", "error": "out of memory"},
-          {"bench": "trainer", "model": "b16", "batch_size": 64, "variant": "eager", "clips_per_s": 45.0, "data_wait": 0.1},
-          {"bench": "official", "model": "b16", "batch_size": 64, "clips_per_s": 5.0})  # fmt: skip
-    write("checks.jsonl", {"bench": "attention values", "case": "random", "tokens": 5, "queries": 5, "backend": "flash",
-                           "ok": False, "errors": {"output": 0.01, "dq": 0.3}})  # fmt: skip
-    write("kernels.jsonl", {"size": "b16", "kernel": "gather", "provider": "ours", "seconds": 2e-6, "gb_per_s": 50.0,
-                            "tflops": 0.0, "copy_gb_per_s": 100.0, "bound_s": 1e-6, "share_of_bound": 0.5},
-          {"size": "b16", "kernel": "gather", "provider": "plain", "seconds": 5e-6},
-          {"size": "b16", "kernel": "scatter", "provider": "ours", "error": "ValueError: no"})  # fmt: skip
-    write("phases.jsonl", {"phase": "rates", "state": "failed", "reason": "exit status 1", "seconds": 3.0},
-          {"phase": "rates", "state": "done", "reason": "", "seconds": 5.0})  # fmt: skip
+    write(
+        "steps.jsonl",
+        turns[0],
+        step | {"variant": "plain", "turn": 0, "ms_per_step": 40.0, "clips_per_s": 10.0},
+        *turns[1:],
+        step | {"variant": "graph", "error": "out of memory"},
+        {
+            "bench": "trainer",
+            "model": "b16",
+            "batch_size": 64,
+            "variant": "eager",
+            "clips_per_s": 45.0,
+            "data_wait": 0.1,
+        },
+        {"bench": "official", "model": "b16", "batch_size": 64, "clips_per_s": 5.0},
+    )
+    write(
+        "checks.jsonl",
+        {
+            "bench": "attention values",
+            "case": "random",
+            "tokens": 5,
+            "queries": 5,
+            "backend": "flash",
+            "ok": False,
+            "errors": {"output": 0.01, "dq": 0.3},
+        },
+    )
+    write(
+        "kernels.jsonl",
+        {
+            "size": "b16",
+            "kernel": "gather",
+            "provider": "ours",
+            "seconds": 2e-6,
+            "gb_per_s": 50.0,
+            "tflops": 0.0,
+            "copy_gb_per_s": 100.0,
+            "bound_s": 1e-6,
+            "share_of_bound": 0.5,
+        },
+        {"size": "b16", "kernel": "gather", "provider": "plain", "seconds": 5e-6},
+        {"size": "b16", "kernel": "scatter", "provider": "ours", "error": "ValueError: no"},
+    )
+    write(
+        "phases.jsonl",
+        {"phase": "rates", "state": "failed", "reason": "exit status 1", "seconds": 3.0},
+        {"phase": "rates", "state": "done", "reason": "", "seconds": 5.0},
+    )
     report.main(tmp_path)
     text = capsys.readouterr().out
     assert text == (tmp_path / "table.md").read_text() and text.startswith("device Some GPU")

@@ -54,9 +54,7 @@ def under_way(command: str, tiny_list: Path) -> Iterator[subprocess.Popen]:
     table.write_text("".join(f"{link.name},0\n" for link in links))
     words = [sys.executable, "-m", "umt_fast", command, str(table), "--out", str(out), "--workers", "2"]
     begun = {"scan": out.with_name("out.partial"), "prepare": out / "part-0-of-1-00000.jsonl.writing"}[command]
-    with subprocess.Popen(
-        words, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.PIPE, text=True
-    ) as process:  # fmt: skip
+    with subprocess.Popen(words, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
         try:
             while process.poll() is None and not (begun.exists() and begun.stat().st_size):
                 time.sleep(0.05)
@@ -116,9 +114,13 @@ def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
     script = tiny_list.with_name("program.py")
     script.write_text(program)
     with subprocess.Popen(
-        [sys.executable, str(script)], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, str(script)],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    ) as process:  # fmt: skip
+    ) as process:
         process.stdout.readline()
         time.sleep(1)  # the server is importing torch, which takes seconds
         os.killpg(process.pid, signal.SIGINT)

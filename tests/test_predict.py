@@ -201,9 +201,11 @@ def test_a_real_step_is_counted_too() -> None:
 
 
 def test_floor_is_the_larger_of_both() -> None:
-    rows = [Operation("teacher", "Mlp", "addmm.default", 100.0, 0.0, 10.0),
-            Operation("teacher", "Mlp", "_scaled_mm.default", 0.0, 100.0, 1.0),
-            Operation("teacher", "Mlp", "add.Tensor", 0.0, 0.0, 40.0)]  # fmt: skip
+    rows = [
+        Operation("teacher", "Mlp", "addmm.default", 100.0, 0.0, 10.0),
+        Operation("teacher", "Mlp", "_scaled_mm.default", 0.0, 100.0, 1.0),
+        Operation("teacher", "Mlp", "add.Tensor", 0.0, 0.0, 40.0),
+    ]
     found = figures(Counts(rows, peak=1 << 30), 3, matmul=10.0, copy=2.0)
     assert found["floor_ms"] == 1e3 * (10 + 5 + 20) and found["clips_per_s_at_most"] == round(3 / 35, 2)
     assert found["share_of_matrix_products"] == round(15 / 35, 3) and found["peak_memory_gib"] == 1

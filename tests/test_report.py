@@ -60,7 +60,7 @@ def test_a_tuned_run(tmp_path: Path) -> None:
     found = [
         {"candidate": {"compile": False}, "status": "wrong", "detail": "loss < 0"} | dict.fromkeys(measured),
         {"candidate": {"compile": True}, "status": "ok", "detail": "", **measured},
-    ]  # fmt: skip
+    ]
     content = {"choice": {"compile": True}, "label": "compiled", "source": "measured now", "candidates": found}
     (tmp_path / "tune.json").write_text(json.dumps(content))
     page = write_report(tmp_path).read_text()

@@ -28,9 +28,14 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     executable(commands / "scancel", f'echo "scancel $*" >>{events}; kill -TERM $(cat {tmp_path}/task)')
     executable(commands / "scontrol", f'echo "scontrol $*" >>{events}')
     return {
-        **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(REPOSITORY),
-        "NGPU": "1", "DATA": "list.csv", "OUT": str(tmp_path / "run"),
-    }  # fmt: skip
+        **os.environ,
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_SUBMIT_DIR": str(REPOSITORY),
+        "NGPU": "1",
+        "DATA": "list.csv",
+        "OUT": str(tmp_path / "run"),
+    }
 
 
 def start(cluster: dict[str, str], tmp_path: Path, python: str, *arguments: str) -> subprocess.Popen:

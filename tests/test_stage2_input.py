@@ -65,7 +65,7 @@ def training(folder: Path, videos: object = None, images: object = None) -> list
         ([VIDEO, {"video": "video1.mp4"}], None, 'entry 1 has no "caption"'),
         ([VIDEO, {"caption": "red"}], None, 'entry 1 has no "video" or "image"'),
         ([VIDEO, VIDEO | {"caption": 3}], None, '"caption" is 3; it must be a text'),
-        ([VIDEO, VIDEO | {"video": {"name": "video1.mp4"}}], None, 'it must be a text or a list of texts'),
+        ([VIDEO, VIDEO | {"video": {"name": "video1.mp4"}}], None, "it must be a text or a list of texts"),
         ({"videos": [VIDEO]}, None, "it must be a list of entries"),
         ([VIDEO, "video1.mp4"], None, 'entry 1: it is "video1.mp4"; expected'),
         (None, [IMAGE, IMAGE | {"image": "none.png"}], "none.png: no such file"),
@@ -76,7 +76,7 @@ def training(folder: Path, videos: object = None, images: object = None) -> list
         ([VIDEO], None, "1 clips do not fill one step of 2"),
         (None, None, "videos and images are both empty"),
     ],
-)  # fmt: skip
+)
 def test_lists_that_cannot_be_trained_on(
     videos: object, images: object, expected: str, world: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -36,9 +36,10 @@ def test_the_zoo_agrees_with_the_published_pages() -> None:
     if not official.is_dir():
         pytest.skip("no official code; set UMT_OFFICIAL to a checkout of it")
     pages = [
-        official / "single_modality" / "MODEL_ZOO.md", official / "multi_modality" / "MODEL_ZOO.md",
+        official / "single_modality" / "MODEL_ZOO.md",
+        official / "multi_modality" / "MODEL_ZOO.md",
         official / "single_modality" / "action_detection" / "README.md",
-    ]  # fmt: skip
+    ]
     linked: set[str] = set()
     for page in pages:
         text = page.read_text()
@@ -101,8 +102,11 @@ def test_untrained_models_have_official_sizes() -> None:
     """Against the counts of parameters that the official code has when it builds its models."""
     built = {name: hub._untrained(name, None, None, None, 400 if "ft" in name else None) for name in zoo.ARCHITECTURES}
     counted = {
-        "umt_b16_stage1": 88_005_888, "umt_l16_stage1": 307_806_720, "umt_b16_ft": 85_944_976, "umt_l16_ft": 303_484_304,
-    }  # fmt: skip
+        "umt_b16_stage1": 88_005_888,
+        "umt_l16_stage1": 307_806_720,
+        "umt_b16_ft": 85_944_976,
+        "umt_l16_ft": 303_484_304,
+    }
     classes = {"pretraining": umt_fast.StudentModel, "classification": umt_fast.ClassifierModel}
     with torch.device("meta"):
         for name, count in counted.items():

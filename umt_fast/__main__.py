@@ -230,16 +230,26 @@ def _prepare(arguments: list[str]) -> None:
         if len(parts) != 2 or not all(part.isdecimal() for part in parts):
             raise ConfigError(f"--shard is {shard!r}; give i/n, as 0/4")
         settings = Settings(
-            segments=segments, per_segment=per_segment, short_side=short_side, quality=quality, seed=seed,
-            sampling=sampling, max_seconds=max_seconds,
-        )  # fmt: skip
+            segments=segments,
+            per_segment=per_segment,
+            short_side=short_side,
+            quality=quality,
+            seed=seed,
+            sampling=sampling,
+            max_seconds=max_seconds,
+        )
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{out} is a file; prepare writes a folder: give another --out")
         data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
         prepare(
-            list_path, out, settings=settings, part=(int(parts[0]), int(parts[1])), shard_bytes=shard_mib << 20,
-            workers=workers, data=data,
-        )  # fmt: skip
+            list_path,
+            out,
+            settings=settings,
+            part=(int(parts[0]), int(parts[1])),
+            shard_bytes=shard_mib << 20,
+            workers=workers,
+            data=data,
+        )
         if check:
             verify(out)
 
@@ -319,9 +329,18 @@ def _quickstart(arguments: list[str]) -> None:
 
 
 COMMANDS = {
-    "train": _train, "plan": _plan, "scan": _scan, "prepare": _prepare, "bench": _bench, "eval": _eval, "embed": _embed,
-    "search": _search, "convert": _convert, "report": _report, "quickstart": _quickstart,
-}  # fmt: skip
+    "train": _train,
+    "plan": _plan,
+    "scan": _scan,
+    "prepare": _prepare,
+    "bench": _bench,
+    "eval": _eval,
+    "embed": _embed,
+    "search": _search,
+    "convert": _convert,
+    "report": _report,
+    "quickstart": _quickstart,
+}
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

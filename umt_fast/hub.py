@@ -23,8 +23,10 @@ _UNTRAINED = "untrained"
 # What official models have where a description leaves it to the tensors.
 _OFFICIAL = {"b16": 512, "l16": 768}
 _KINDS = {
-    "pretraining": ("stage-1",), "video_text": ("stage-2", "downstream"), "classification": ("classifier",),
-}  # fmt: skip
+    "pretraining": ("stage-1",),
+    "video_text": ("stage-2", "downstream"),
+    "classification": ("classifier",),
+}
 _TEACHER_WEIGHTS = {"clip_b16": "ViT-B-16:openai", "clip_l14": "ViT-L-14:openai"}
 
 

@@ -233,9 +233,15 @@ def report(name: str, config: Any, options: PlanOptions) -> str:
     rates = Rates(matmul * share, sheet.bandwidth, link, cores * options.decode, sheet.memory)
     per_gpu = run.batch_size * config.data.num_sample * run.accumulate
     found = project(
-        work, rates, gpus=options.gpus, clips=per_gpu, micro_steps=run.accumulate,
-        decoded=run.batch_size * run.accumulate, sharded=sharded, half=run.dtype == "bf16",
-    )  # fmt: skip
+        work,
+        rates,
+        gpus=options.gpus,
+        clips=per_gpu,
+        micro_steps=run.accumulate,
+        decoded=run.batch_size * run.accumulate,
+        sharded=sharded,
+        half=run.dtype == "bf16",
+    )
     seen = clips * config.data.num_sample * run.epochs
     rate = options.gpus * per_gpu / found.step
     hours = seen / rate / 3600

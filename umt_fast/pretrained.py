@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from umt_fast.engine.precision import device_of
 from umt_fast.files import write_json
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.description import found_in, text_config, vit_config
+from umt_fast.models.outputs import Features, Predictions
 from umt_fast.models.student import Student
 from umt_fast.models.video_text import VideoText
 from umt_fast.models.vit import VisionTransformer, position_table
@@ -38,26 +39,6 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 Dtype = Literal["bf16", "fp32"] | torch.dtype
 DTYPES: dict[Any, str] = {torch.bfloat16: "bf16", torch.float32: "fp32", "bf16": "bf16", "fp32": "fp32"}
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a tower makes of B clips; fp32, on the model's device."""
-
-    pooled: Tensor
-    """(B, C): one vector for each clip, of the mean of all tokens, through the model's own norm of it where it has one."""
-    tokens: Tensor
-    """(B, t, h, w, C): the last block's output, through the tower's final norm (a classifier has none)."""
-    layers: dict[int, Tensor] = field(default_factory=dict)
-    """(B, t, h, w, C) by the numbers that were asked for: outputs of blocks as they are, before any norm."""
-
-
-class Predictions(NamedTuple):
-    """classes: int64 (B, k), best first. probabilities: fp32 (B, k)."""
-
-    classes: Tensor
-    probabilities: Tensor
-
 
 _CARD = """---
 {{ card_data }}
@@ -69,7 +50,12 @@ config.json says what it is of, model.safetensors holds the weights under the of
 
 
 class PretrainedModel(
-    nn.Module, ModelHubMixin, library_name="umt_fast", tags=["video", "unmasked-teacher"], model_card_template=_CARD
+    ABC,
+    nn.Module,
+    ModelHubMixin,
+    library_name="umt_fast",
+    tags=["video", "unmasked-teacher"],
+    model_card_template=_CARD,
 ):
     """A trained network of one task, and what it is of. `load_model` and `from_pretrained` make it.
 
@@ -83,7 +69,7 @@ class PretrainedModel(
 
     def __init__(
         self, network: nn.Module, description: dict[str, Any], *, compute: str = "fp32", words: str = ""
-    ) -> None:  # fmt: skip
+    ) -> None:
         """compute: `fp32`, or `bf16` for autocast. words: the tokenizer, by name or folder, of a model that reads texts."""
         super().__init__()
         self.network, self.description, self.compute, self.words = network, description, compute, words
@@ -91,14 +77,17 @@ class PretrainedModel(
         self.requires_grad_(False).eval()
 
     @classmethod
+    @abstractmethod
     def empty(cls, description: dict[str, Any]) -> nn.Module:
         """The network with fresh weights."""
 
     @classmethod
+    @abstractmethod
     def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
         """Copies weights into it. Raises WeightsError: they do not fit."""
 
     @property
+    @abstractmethod
     def tower(self) -> VisionTransformer:
         """The video ViT."""
 
@@ -162,6 +151,7 @@ class PretrainedModel(
         # A classifier is a tower itself, and its own forward goes on to the classes.
         return VisionTransformer.forward(self.tower, video, None, count)
 
+    @abstractmethod
     def _finish(self, last: Tensor) -> tuple[Tensor, Tensor]:
         """The last block's output (B, n, C) -> tokens of the same shape, pooled (B, C)."""
 
@@ -192,9 +182,13 @@ class PretrainedModel(
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, device: str | torch.device = "auto", dtype: Dtype | None = None,
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: Dtype | None = None,
         **options: Any,
-    ) -> PretrainedModel:  # fmt: skip
+    ) -> PretrainedModel:
         """The model of a folder that save_pretrained wrote, or of a repository that push_to_hub filled.
 
         Args:
@@ -218,9 +212,17 @@ class PretrainedModel(
 
     @classmethod
     def _from_pretrained(
-        cls, *, model_id: str, revision: str | None, cache_dir: str | Path | None, force_download: bool,
-        local_files_only: bool, token: str | bool | None, device: str | torch.device, dtype: Dtype | None,
-    ) -> PretrainedModel:  # fmt: skip
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        device: str | torch.device,
+        dtype: Dtype | None,
+    ) -> PretrainedModel:
         folder = Path(model_id)
         if not folder.is_dir():
             folder = Path(
@@ -232,7 +234,7 @@ class PretrainedModel(
                     local_files_only=local_files_only,
                     token=token,
                     allow_patterns=[CONFIG, WEIGHTS, *_TOKENIZER_FILES],
-                )  # fmt: skip
+                )
             )
         path = folder / CONFIG
         if not path.is_file():
@@ -412,9 +414,14 @@ _CLASSES: dict[str, type[PretrainedModel]] = {cls.task: cls for cls in (StudentM
 
 
 def build(
-    description: dict[str, Any], state: dict[str, Tensor] | None, source: str, *, device: str | torch.device = "auto",
-    dtype: Dtype | None = None, words: str = "",
-) -> PretrainedModel:  # fmt: skip
+    description: dict[str, Any],
+    state: dict[str, Tensor] | None,
+    source: str,
+    *,
+    device: str | torch.device = "auto",
+    dtype: Dtype | None = None,
+    words: str = "",
+) -> PretrainedModel:
     """The model of a complete description with the weights of `state`; None: random ones.
 
     Raises ConfigError: a kind of model that is not built, a wrong device or dtype. WeightsError: weights that do not fit.

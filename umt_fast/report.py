@@ -249,9 +249,16 @@ def _runs_section(runs: dict[str, list[dict[str, Any]]]) -> str:
         half = rows[len(rows) // 2 :]
         memory = max((row["memory_gib"] for row in rows if _number(row.get("memory_gib"))), default="not logged")
         speeds.append(
-            [name, rows[-1]["step"], _mean(half, "clips_per_s"), _mean(half, "data_wait", 100), _mean(half, "mfu", 100),
-             memory, rows[-1].get("bad_files", "not logged")]
-        )  # fmt: skip
+            [
+                name,
+                rows[-1]["step"],
+                _mean(half, "clips_per_s"),
+                _mean(half, "data_wait", 100),
+                _mean(half, "mfu", 100),
+                memory,
+                rows[-1].get("bad_files", "not logged"),
+            ]
+        )
     head = ["run", "steps", "clips/s", "waiting for data, %", "of matmul rate, %", "peak memory, GiB", "bad files"]
     parts.append("<h2>Throughput</h2>" + _table(speeds, head))
     parts.append(
@@ -278,10 +285,14 @@ def _tune_section(path: Path) -> str:
         f"<h2>Way of computing</h2><p>run.tune chose: {html.escape(found['label'])} ({html.escape(found['source'])}).</p>"
     ]
     rows = [
-        [" ".join(f"{name} {value}" for name, value in row["candidate"].items()),
-         *("" if row[key] is None else row[key] for key in ("ms", "peak_gib", "warm_up_s")), row["status"], row["detail"]]
+        [
+            " ".join(f"{name} {value}" for name, value in row["candidate"].items()),
+            *("" if row[key] is None else row[key] for key in ("ms", "peak_gib", "warm_up_s")),
+            row["status"],
+            row["detail"],
+        ]
         for row in found["candidates"]
-    ]  # fmt: skip
+    ]
     head = ["candidate", "ms per step", "peak memory, GiB", "first steps, s", "verdict", "why"]
     return "".join([*parts, _table(rows, head)])
 
@@ -312,9 +323,11 @@ def write_report(folder: str | Path) -> Path:
         raise FileNotFoundError(f"nothing to report in {folder}: no metrics.jsonl with a step, and no results.json")
     parts = [f"<h1>umt_fast: {html.escape(folder.resolve().name)}</h1>"]
     sections = {
-        "results.json": _results_section, "masks.npz": _masks_section, "retrieval.npz": _retrieval_section,
+        "results.json": _results_section,
+        "masks.npz": _masks_section,
+        "retrieval.npz": _retrieval_section,
         "tune.json": _tune_section,
-    }  # fmt: skip
+    }
     parts += [_section(make, folder / name) for name, make in sections.items() if (folder / name).is_file()]
     if runs:
         parts.append(_runs_section(runs))

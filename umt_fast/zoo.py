@@ -51,45 +51,87 @@ class ZooFile:
 
 def _pretrained(size: str) -> ZooFile:
     return ZooFile(
-        name=f"{size}_ptk710_f8_res224", model=f"umt_{size}_stage1", task="stage 1", data="Kinetics-710, 200 epochs", frames=8
-    )  # fmt: skip
+        name=f"{size}_ptk710_f8_res224",
+        model=f"umt_{size}_stage1",
+        task="stage 1",
+        data="Kinetics-710, 200 epochs",
+        frames=8,
+    )
 
 
 def _classifier(
-    size: str, way: str, data: str, score: float, *, frames: int = 8, image_size: int = 224, views: str = "4x3", note: str = ""
-) -> ZooFile:  # fmt: skip
+    size: str,
+    way: str,
+    data: str,
+    score: float,
+    *,
+    frames: int = 8,
+    image_size: int = 224,
+    views: str = "4x3",
+    note: str = "",
+) -> ZooFile:
     return ZooFile(
-        name=f"{size}_ptk710_ftk710_{way}f{frames}_res{image_size}", model=f"umt_{size}_ft", task="classification", data=data,
-        frames=frames, image_size=image_size, metric=f"top-1, {views} views", score=score, note=note,
-    )  # fmt: skip
+        name=f"{size}_ptk710_ftk710_{way}f{frames}_res{image_size}",
+        model=f"umt_{size}_ft",
+        task="classification",
+        data=data,
+        frames=frames,
+        image_size=image_size,
+        metric=f"top-1, {views} views",
+        score=score,
+        note=note,
+    )
 
 
 def _detector(size: str, score: float) -> ZooFile:
     return ZooFile(
-        name=f"{size}_ptk710_ftk710_ftava_f8_res224", model="", task="detection", data="AVA 2.2", frames=8, metric="mAP",
+        name=f"{size}_ptk710_ftk710_ftava_f8_res224",
+        model="",
+        task="detection",
+        data="AVA 2.2",
+        frames=8,
+        metric="mAP",
         score=score,
-    )  # fmt: skip
+    )
 
 
 def _stage2(size: str, corpus: str, score: float) -> ZooFile:
     return ZooFile(
-        name=f"{size}_{corpus.lower()}", model=f"umt_{size}", task="stage 2", data=f"{corpus} captions", frames=4,
-        metric="zero-shot MSRVTT text-to-video R@1", score=score, note="holds the CLIP teacher too, which is not used",
-    )  # fmt: skip
+        name=f"{size}_{corpus.lower()}",
+        model=f"umt_{size}",
+        task="stage 2",
+        data=f"{corpus} captions",
+        frames=4,
+        metric="zero-shot MSRVTT text-to-video R@1",
+        score=score,
+        note="holds the CLIP teacher too, which is not used",
+    )
 
 
 def _retrieval(size: str, name: str, data: str, score: float, note: str = "") -> ZooFile:
     return ZooFile(
-        name=f"ret_{name}_{size}_25m", model=f"umt_{size}", task="retrieval", data=data, frames=12,
-        metric="text-to-video R@1", score=score, note=note,
-    )  # fmt: skip
+        name=f"ret_{name}_{size}_25m",
+        model=f"umt_{size}",
+        task="retrieval",
+        data=data,
+        frames=12,
+        metric="text-to-video R@1",
+        score=score,
+        note=note,
+    )
 
 
 def _answers(size: str, name: str, data: str, score: float, note: str = "") -> ZooFile:
     return ZooFile(
-        name=f"qa_{name}_{size}_25m", model="", task="question answering", data=data, frames=12, metric="accuracy",
-        score=score, note=note,
-    )  # fmt: skip
+        name=f"qa_{name}_{size}_25m",
+        model="",
+        task="question answering",
+        data=data,
+        frames=12,
+        metric="accuracy",
+        score=score,
+        note=note,
+    )
 
 
 _MISLABELED = "the official table calls it L/16"

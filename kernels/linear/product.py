@@ -55,9 +55,18 @@ def _activation_slope(x, KIND: tl.constexpr):
 
 @triton.jit
 def _tile(
-    source, row, column, rows, columns, stride,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-):  # fmt: skip
+    source,
+    row,
+    column,
+    rows,
+    columns,
+    stride,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+):
     """(HEIGHT, WIDTH) of a row-major matrix from (row, column) on; zeros outside."""
     if TMA:
         tile = source.load([row, column])
@@ -75,9 +84,20 @@ def _tile(
 
 @triton.jit
 def _store_quantized(
-    out, out_scale, value, m, n, inside, first, M, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr,
-):  # fmt: skip
+    out,
+    out_scale,
+    value,
+    m,
+    n,
+    inside,
+    first,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LARGEST: tl.constexpr,
+    TINY: tl.constexpr,
+):
     """value in 8 bits with a scale for each row and 128 columns, by the rule of quantize.py."""
     BLOCKS: tl.constexpr = BLOCK_N // 128
     parts = tl.reshape(value, (BLOCK_M, BLOCKS, 128))
@@ -129,9 +149,9 @@ def _epilogue(
             tl.store(pre + place, value.to(pre.dtype.element_ty), mask=inside)
         value = _activation(value, KIND)
     if residual is not None:
-        value += tl.load(
-            residual + m.to(tl.int64)[:, None] * residual_row + n[None, :], mask=inside, other=0
-        ).to(tl.float32)  # fmt: skip
+        value += tl.load(residual + m.to(tl.int64)[:, None] * residual_row + n[None, :], mask=inside, other=0).to(
+            tl.float32
+        )
     if out_scale is not None:
         value = tl.where(inside, value, 0.0)
         _store_quantized(out, out_scale, value, m, n, inside, col, M, N, BLOCK_M, BLOCK_N, LARGEST, TINY)
@@ -284,8 +304,13 @@ def tiling(
     if across == 256 or grouped and wide and itemsize == 2:
         parts = 4 if across == 256 and saves else 2
     return {
-        "BLOCK_M": high, "BLOCK_N": across, "BLOCK_K": depth, "PARTS": parts, "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+        "BLOCK_M": high,
+        "BLOCK_N": across,
+        "BLOCK_K": depth,
+        "PARTS": parts,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
 
 
 def _aligned(matrix: Tensor) -> bool:
@@ -304,9 +329,19 @@ def rows_apart(matrix: Tensor) -> Tensor:
 
 
 def product(
-    out: Tensor, a: Tensor, b: Tensor, *, a_t: bool = False, b_t: bool = False, kind: int = 0, backward: bool = False,
-    splits: int = 1, accumulate: bool = False, tiles: dict[str, int] | None = None, **operands: Tensor | None,
-) -> None:  # fmt: skip
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    a_t: bool = False,
+    b_t: bool = False,
+    kind: int = 0,
+    backward: bool = False,
+    splits: int = 1,
+    accumulate: bool = False,
+    tiles: dict[str, int] | None = None,
+    **operands: Tensor | None,
+) -> None:
     """Launches product_kernel into `out`, contiguous (M, N), or (splits, M, N). Other operands by the kernel's names."""
     M, N = out.shape[-2:]
     K = a.shape[0] if a_t else a.shape[1]
@@ -324,13 +359,33 @@ def product(
     count = triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(N, tiles["BLOCK_N"]) * splits
     with on_device(out):
         product_kernel[(min(count, sms),)](
-            out, operands.get("out_scale"), operands.get("pre"), operands.get("hidden"), operands.get("sums"),
-            left, right, *(operands.get(name) for name in ("a_scale", "b_scale", "mean", "rstd", "column", "bias")),
-            residual, M, N, K, a.stride(0), b.stride(0), 0 if residual is None else residual.stride(0),
-            A_T=a_t, B_T=b_t, TMA=tma, EVEN_K=K % tiles["BLOCK_K"] == 0, KIND=kind, BACKWARD=backward,
-            SPLITS=splits, ACCUMULATE=accumulate, **constants(out, a, operands.get("a_scale")), **tiles,
+            out,
+            operands.get("out_scale"),
+            operands.get("pre"),
+            operands.get("hidden"),
+            operands.get("sums"),
+            left,
+            right,
+            *(operands.get(name) for name in ("a_scale", "b_scale", "mean", "rstd", "column", "bias")),
+            residual,
+            M,
+            N,
+            K,
+            a.stride(0),
+            b.stride(0),
+            0 if residual is None else residual.stride(0),
+            A_T=a_t,
+            B_T=b_t,
+            TMA=tma,
+            EVEN_K=K % tiles["BLOCK_K"] == 0,
+            KIND=kind,
+            BACKWARD=backward,
+            SPLITS=splits,
+            ACCUMULATE=accumulate,
+            **constants(out, a, operands.get("a_scale")),
+            **tiles,
             **COMPILER_OPTIONS,
-        )  # fmt: skip
+        )
 
 
 def constants(out: Tensor, a: Tensor, a_scale: Tensor | None) -> dict[str, Any]:
@@ -338,11 +393,14 @@ def constants(out: Tensor, a: Tensor, a_scale: Tensor | None) -> dict[str, Any]:
     # PyTorch's own switch for fp32 products.
     tf32 = a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {
-        "PRECISION": "tf32" if tf32 else "ieee", "INTEGER": a.dtype == torch.int8,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "INTEGER": a.dtype == torch.int8,
         "UPCAST": interpreted() and a.dtype in (torch.bfloat16, torch.float8_e4m3fn),
         "BLOCK_SCALES": a_scale is not None and a_scale.ndim == 2 and a_scale.shape[1] > 1,
-        "LARGEST": LARGEST.get(out.dtype, 0.0), "TINY": TINY, "GROUP": GROUP,
-    }  # fmt: skip
+        "LARGEST": LARGEST.get(out.dtype, 0.0),
+        "TINY": TINY,
+        "GROUP": GROUP,
+    }
 
 
 def tiles_for(out: Tensor, a: Tensor, operands: dict[str, Tensor | None], backward: bool) -> dict[str, int]:

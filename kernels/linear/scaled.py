@@ -21,9 +21,15 @@ from kernels.quantize import DTYPES, quantize_rows
 
 @torch.library.custom_op("umt_kernels::scaled_linear", mutates_args=(), tags=ANY_STRIDES)
 def _scaled_linear(
-    values: Tensor, scales: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    activation: str, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    values: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     fp8 = torch.float8_e4m3fn in (weight.dtype, dtype)
     if fp8 and values.is_cuda and torch.cuda.get_device_capability(values.device) < (8, 9):
         raise ValueError(f"{values.device} has no fp8, which needs compute capability 8.9; use backend='reference'")
@@ -32,10 +38,16 @@ def _scaled_linear(
     out = torch.empty(rows, outputs, dtype=dtype, device=values.device)
     out_scale = torch.empty(rows, blocks, dtype=torch.float32, device=values.device)
     product(
-        out, values, weight, kind=ACTIVATIONS[activation], a_scale=scales.contiguous(),
-        b_scale=weight_scale.contiguous(), bias=None if bias is None else bias.contiguous(), residual=residual,
+        out,
+        values,
+        weight,
+        kind=ACTIVATIONS[activation],
+        a_scale=scales.contiguous(),
+        b_scale=weight_scale.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        residual=residual,
         out_scale=out_scale if blocks else None,
-    )  # fmt: skip
+    )
     return out, out_scale
 
 
@@ -47,9 +59,15 @@ def _(values, scales, weight, weight_scale, bias, residual, activation, dtype):
 
 
 def _reference(
-    values: Tensor, scales: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, residual: Tensor | None,
-    activation: Activation, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    values: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     depth = values.shape[1] if scales.shape[1] == 1 else SCALE_BLOCK
     real = values.double() * scales.double().repeat_interleave(depth, 1)[:, : values.shape[1]]
     value = ((real @ weight.double().t()) * weight_scale).float()
@@ -63,10 +81,17 @@ def _reference(
 
 
 def scaled_linear(
-    values: Tensor, scales: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *,
-    activation: Activation = "none", residual: Tensor | None = None, dtype: torch.dtype = torch.bfloat16,
+    values: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
     backend: Road = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor | tuple[Tensor, Tensor]:
     """act((values * scales) @ (weight * weight_scale).T + bias) + residual, for frozen layers.
 
     Args:

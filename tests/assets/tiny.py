@@ -19,7 +19,13 @@ def tiny() -> Stage1Config:
     """Three steps of a two-block student under an untrained teacher."""
     return Stage1Config(
         run=RunConfig(
-            batch_size=2, epochs=3, warmup_epochs=1, max_steps=3, dtype="fp32", device="cpu", log_every=1,
+            batch_size=2,
+            epochs=3,
+            warmup_epochs=1,
+            max_steps=3,
+            dtype="fp32",
+            device="cpu",
+            log_every=1,
             tensorboard=False,
         ),
         data=DataConfig(workers=0),
@@ -28,7 +34,7 @@ def tiny() -> Stage1Config:
             width=32, depth=2, num_heads=2, patch_size=16, image_size=32, output_dim=16, weights="untrained"
         ),
         align=AlignConfig(num_layers=2),
-    )  # fmt: skip
+    )
 
 
 def long() -> Stage1Config:
@@ -52,10 +58,16 @@ def captions() -> Stage2Config:
     pretraining = tiny()
     pretraining.run.epochs, pretraining.run.save_every = 30, 2
     return Stage2Config(
-        run=pretraining.run, data=pretraining.data, student=pretraining.student, teacher=pretraining.teacher,
-        align=pretraining.align, bert="untrained", embed_dim=8, max_length=6,
+        run=pretraining.run,
+        data=pretraining.data,
+        student=pretraining.student,
+        teacher=pretraining.teacher,
+        align=pretraining.align,
+        bert="untrained",
+        embed_dim=8,
+        max_length=6,
         text=TextConfig(width=32, depth=2, fusion_layer=1, num_heads=2, vocab_size=16, max_positions=8),
-    )  # fmt: skip
+    )
 
 
 def long_captions() -> Stage2Config:

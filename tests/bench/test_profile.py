@@ -29,8 +29,27 @@ def test_bytes_of_parts_counted_by_hand() -> None:
 
 
 def test_profile_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "stage1", "--model", "tiny", "--batch_size", "2", "--device", "cpu", "--dtype", "fp32",
-                 "--steps", "1", "--profile", "True"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "bench",
+                "stage1",
+                "--model",
+                "tiny",
+                "--batch_size",
+                "2",
+                "--device",
+                "cpu",
+                "--dtype",
+                "fp32",
+                "--steps",
+                "1",
+                "--profile",
+                "True",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr()
     found = json.loads(out.out)
     names = [row["part"] for row in found["parts"]]

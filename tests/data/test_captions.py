@@ -145,9 +145,12 @@ def test_bad_sqlite_rows_are_named(row: tuple, expected: str, tmp_path: Path) ->
 
 def test_columns_come_before_the_first_batch(tiny_list: Path) -> None:
     clips = ClipLoader(
-        [Clip(path=str(tiny_list.with_name("video1.mp4")))] * 2, DataConfig(workers=0), num_frames=2, image_size=32,
+        [Clip(path=str(tiny_list.with_name("video1.mp4")))] * 2,
+        DataConfig(workers=0),
+        num_frames=2,
+        image_size=32,
         batch_size=2,
-    )  # fmt: skip
+    )
     clips.add_columns(lambda rows: {"double": 2 * rows})
     (batch,) = list(clips)
     assert torch.equal(batch["double"], 2 * batch["index"])

@@ -50,8 +50,10 @@ def rows(case: Case, name: str, columns: tuple[str, ...]) -> list[list[np.ndarra
     if f"{name}.query" not in tables:
         pytest.skip(f"the file has no table {name}")
     padding = config["padding"]
-    found = [[*query, *(tables[f"{name}.{column}"][row] for column in columns)] for row, query in
-             enumerate(tables[f"{name}.query"].tolist())]  # fmt: skip
+    found = [
+        [*query, *(tables[f"{name}.{column}"][row] for column in columns)]
+        for row, query in enumerate(tables[f"{name}.query"].tolist())
+    ]
     assert found
     return [[n, count, *(values[values != padding] for values in columns)] for n, count, *columns in found]
 

@@ -57,9 +57,14 @@ def test_options_that_change_nothing_are_refused(
 
 def test_options_that_change_something_are_taken() -> None:
     for options in (
-        {}, {"augment": "center"}, {"augment": "center", "flip": False}, {"sampling": "dense", "sampling_rate": 8},
-        {"num_sample": 2, "flip": True}, {"augment": "random_resized_crop", "flip": True}, {"flip": False},
-    ):  # fmt: skip
+        {},
+        {"augment": "center"},
+        {"augment": "center", "flip": False},
+        {"sampling": "dense", "sampling_rate": 8},
+        {"num_sample": 2, "flip": True},
+        {"augment": "random_resized_crop", "flip": True},
+        {"flip": False},
+    ):
         config = DataConfig(**options)
         config.require_used()
         assert all(getattr(config, name) == value for name, value in options.items())

@@ -57,9 +57,17 @@ def every_run(out: Path) -> None:
         for name, build in (("stage1", stage1), ("wide", lambda run: Wide())):
             for compile in (False, True):
                 run = RunConfig(
-                    out=str(out / f"{name}_{compile}"), batch_size=2, epochs=1, warmup_epochs=0, device="cpu", dtype="fp32",
-                    log_every=1, tensorboard=False, max_steps=3, compile=compile,
-                )  # fmt: skip
+                    out=str(out / f"{name}_{compile}"),
+                    batch_size=2,
+                    epochs=1,
+                    warmup_epochs=0,
+                    device="cpu",
+                    dtype="fp32",
+                    log_every=1,
+                    tensorboard=False,
+                    max_steps=3,
+                    compile=compile,
+                )
                 torch.manual_seed(0)
                 trainer = Trainer(
                     run, OptimConfig(lr=1e-3, lr_batch=0), build(run), Loader(2, ranks.rank, ranks.world_size)
@@ -68,9 +76,10 @@ def every_run(out: Path) -> None:
                 trainer.train()
                 rows = [json.loads(line) for line in Path(run.out, "metrics.jsonl").read_text().splitlines()]
                 found[f"{name}_{compile}"] = {
-                    "graphs": compiled_graphs() - before, "losses": [row["loss"] for row in rows],
+                    "graphs": compiled_graphs() - before,
+                    "losses": [row["loss"] for row in rows],
                     "norms": [row["grad_norm"] for row in rows],
-                }  # fmt: skip
+                }
     (out / f"found{ranks.rank}.json").write_text(json.dumps(found))
 
 

@@ -76,9 +76,11 @@ class Uneven:
                 raise OSError("no such clip")
             self.position += 1
             yield {
-                "video": torch.full((2, 3 + number % 3, 5), number, dtype=torch.uint8), "index": torch.tensor([number] * 2),
-                "mask": torch.ones(2, 1 + number, dtype=torch.bool), "rate": torch.full((3,), number / 2),
-            }  # fmt: skip
+                "video": torch.full((2, 3 + number % 3, 5), number, dtype=torch.uint8),
+                "index": torch.tensor([number] * 2),
+                "mask": torch.ones(2, 1 + number, dtype=torch.bool),
+                "rate": torch.full((3,), number / 2),
+            }
 
 
 def ring(slots: int = 2) -> PinnedRing:
@@ -93,8 +95,10 @@ def test_batches_arrive_whole_and_in_order(slots: int) -> None:
         feed.stage()  # packed while the copy of the batch before may still read its buffer
         lane.compute()
         assert fed.index.tolist() == [number] * 2
-        assert all(torch.equal(fed.batch[name], value) and fed.batch[name].dtype == value.dtype
-                   for name, value in expected.items())  # fmt: skip
+        assert all(
+            torch.equal(fed.batch[name], value) and fed.batch[name].dtype == value.dtype
+            for name, value in expected.items()
+        )
     assert lane.received == 6
     with pytest.raises(StopIteration):
         feed.take()
@@ -220,8 +224,11 @@ def test_every_loader_of_ours_continues_where_training_was(kind: str, tmp_path: 
 
     def make():
         parts = both_kinds(tiny_list, tmp_path)
-        return {"clips": lambda: parts[0], "alternating": lambda: AlternatingLoader(parts, seed=1),
-                "packed": lambda: PackedLoader(*parts)}[kind]()  # fmt: skip
+        return {
+            "clips": lambda: parts[0],
+            "alternating": lambda: AlternatingLoader(parts, seed=1),
+            "packed": lambda: PackedLoader(*parts),
+        }[kind]()
 
     def run(loader, state: dict | None, first: int, count: int) -> tuple[list, dict]:
         """`count` batches from number `first` on, as Trainer goes through epochs."""

@@ -133,9 +133,13 @@ class FakeCuda:
             return (0, self.pools)
 
         for name, value in {
-            "Stream": Stream, "current_stream": lambda *_: Stream(), "stream": lambda _: contextlib.nullcontext(),
-            "CUDAGraph": Graph, "graph": graph, "graph_pool_handle": handle,
-        }.items():  # fmt: skip
+            "Stream": Stream,
+            "current_stream": lambda *_: Stream(),
+            "stream": lambda _: contextlib.nullcontext(),
+            "CUDAGraph": Graph,
+            "graph": graph,
+            "graph_pool_handle": handle,
+        }.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
 

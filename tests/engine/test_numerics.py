@@ -20,13 +20,19 @@ BACKENDS = torch.backends
 
 def switches() -> dict[str, object]:
     return {
-        "cuda": BACKENDS.cuda.matmul.fp32_precision, "mkldnn": BACKENDS.mkldnn.matmul.fp32_precision,
-        "conv": BACKENDS.cudnn.conv.fp32_precision, "rnn": BACKENDS.cudnn.rnn.fp32_precision,
-        "legacy": torch.get_float32_matmul_precision(), "sdp": BACKENDS.cuda.cudnn_sdp_enabled(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(), "cudnn": BACKENDS.cudnn.deterministic,
-        "warn": torch.is_deterministic_algorithms_warn_only_enabled(), "benchmark": BACKENDS.cudnn.benchmark,
-        "fill": torch.utils.deterministic.fill_uninitialized_memory, "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
-    }  # fmt: skip
+        "cuda": BACKENDS.cuda.matmul.fp32_precision,
+        "mkldnn": BACKENDS.mkldnn.matmul.fp32_precision,
+        "conv": BACKENDS.cudnn.conv.fp32_precision,
+        "rnn": BACKENDS.cudnn.rnn.fp32_precision,
+        "legacy": torch.get_float32_matmul_precision(),
+        "sdp": BACKENDS.cuda.cudnn_sdp_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": BACKENDS.cudnn.deterministic,
+        "warn": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "benchmark": BACKENDS.cudnn.benchmark,
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,
+        "workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+    }
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -66,9 +66,7 @@ def test_a_list_its_manifest_and_its_prepared_folder_are_the_same(tmp_path: Path
     scan(tiny_list, manifest, workers=1)
     prepare(tiny_list, packed, settings=Settings(segments=4), workers=0)
     kinds = [read_list(source, data) for source in (tiny_list, manifest, packed)]
-    located = ClipLoader(
-        kinds[0], DataConfig(prepared=(str(packed),)), num_frames=4, image_size=32, batch_size=1
-    )  # fmt: skip
+    located = ClipLoader(kinds[0], DataConfig(prepared=(str(packed),)), num_frames=4, image_size=32, batch_size=1)
     assert len({located.identity, *(clips.identity() for clips in kinds)}) == 1
 
 
@@ -154,8 +152,11 @@ def test_every_rank_is_refused(tmp_path: Path) -> None:
     with own_folder(tmp_path / "run", first=True):
         done = subprocess.run(
             [*launch, str(script), str(tmp_path / "run"), str(REPOSITORY)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     assert all(f"rank {rank}: another run is writing" in done.stdout for rank in (0, 1)), done.stdout
     assert "entered" not in done.stdout

@@ -52,8 +52,13 @@ def optim_of(case: dict[str, Any]) -> OptimConfig:
     given = arguments(case)
     defaults = (FinetuneConfig if finetuning(case) else Stage1Config)().optim
     own = {
-        "lr": float, "min_lr": float, "warmup_lr": float, "weight_decay": float, "layer_decay": float, "opt_eps": float,
-    }  # fmt: skip
+        "lr": float,
+        "min_lr": float,
+        "warmup_lr": float,
+        "weight_decay": float,
+        "layer_decay": float,
+        "opt_eps": float,
+    }
     options = {name: read_as(given[name][0]) for name, read_as in own.items() if name in given}
     if "opt_betas" in given:
         options["betas"] = tuple(map(float, given["opt_betas"]))
@@ -73,9 +78,13 @@ def test_rate_of_each_step_parity(path: Path, name: str) -> None:
     assert scaled(optim.lr, optim, batch) == pytest.approx(case["peak_lr"], rel=1e-12)
     assert scaled(optim.min_lr, optim, batch) == pytest.approx(case["min_lr"], rel=1e-12)
     rate = warmup_cosine(
-        optim, global_batch=batch, steps_per_epoch=case["steps_per_epoch"], epochs=case["epochs"],
-        warmup_epochs=schedule["warmup_epochs"], warmup_steps=max(0, schedule["warmup_steps"]),
-    )  # fmt: skip
+        optim,
+        global_batch=batch,
+        steps_per_epoch=case["steps_per_epoch"],
+        epochs=case["epochs"],
+        warmup_epochs=schedule["warmup_epochs"],
+        warmup_steps=max(0, schedule["warmup_steps"]),
+    )
     assert len(wanted) == case["steps_per_epoch"] * case["epochs"]
     assert np.array([rate(step) for step in range(len(wanted))]) == pytest.approx(wanted, rel=1e-12, abs=0)
 

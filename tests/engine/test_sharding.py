@@ -41,28 +41,49 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Without drop path and with every token visible a rank's place decides nothing: two ranks see what one process sees.
 VIT = {"width": 32, "depth": 2, "num_heads": 2, "image_size": 32, "num_frames": 2, "drop_path": 0.0}
 TEACHER = {
-    "width": 32, "depth": 2, "num_heads": 2, "patch_size": 16, "image_size": 32, "output_dim": 16, "weights": "untrained",
-}  # fmt: skip
+    "width": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "patch_size": 16,
+    "image_size": 32,
+    "output_dim": 16,
+    "weights": "untrained",
+}
 
 
 def stage1(run: RunConfig) -> nn.Module:
     return UnmaskedAlignment(
         Stage1Config(
-            run=run, student=VitConfig(**VIT, checkpoint_blocks=1), teacher=TeacherConfig(**TEACHER),
-            mask=MaskConfig(ratio=0.0), align=AlignConfig(num_layers=2),
+            run=run,
+            student=VitConfig(**VIT, checkpoint_blocks=1),
+            teacher=TeacherConfig(**TEACHER),
+            mask=MaskConfig(ratio=0.0),
+            align=AlignConfig(num_layers=2),
         )
-    )  # fmt: skip
+    )
 
 
 def stage2(run: RunConfig) -> nn.Module:
     text = TextConfig(
-        width=32, depth=2, fusion_layer=1, num_heads=2, vocab_size=20, max_positions=8, hidden_dropout=0.0,
+        width=32,
+        depth=2,
+        fusion_layer=1,
+        num_heads=2,
+        vocab_size=20,
+        max_positions=8,
+        hidden_dropout=0.0,
         attention_dropout=0.0,
-    )  # fmt: skip
+    )
     config = Stage2Config(
-        run=run, student=VitConfig(**VIT), teacher=TeacherConfig(**TEACHER), align=AlignConfig(num_layers=2), text=text,
-        bert="untrained", embed_dim=8, max_length=6,
-    )  # fmt: skip
+        run=run,
+        student=VitConfig(**VIT),
+        teacher=TeacherConfig(**TEACHER),
+        align=AlignConfig(num_layers=2),
+        text=text,
+        bert="untrained",
+        embed_dim=8,
+        max_length=6,
+    )
     return VideoTextPretraining(config, mask_id=4, special=(0, 2, 3))
 
 
@@ -98,15 +119,26 @@ class Loader:
             self.position += 1
             ids = self.ids[index]
             yield {
-                "video": self.video[index], "index": index, "ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool),
+                "video": self.video[index],
+                "index": index,
+                "ids": ids,
+                "mask": torch.ones_like(ids, dtype=torch.bool),
                 "sample": index,
-            }  # fmt: skip
+            }
 
 
 def make(
-    out: Path, build=stage1, *, batch: int = 2, rank: int = 0, world_size: int = 1, bad: int = -1, stop_at: int = -1,
-    clip_grad: float = 0.5, **run: object,
-) -> Trainer:  # fmt: skip
+    out: Path,
+    build=stage1,
+    *,
+    batch: int = 2,
+    rank: int = 0,
+    world_size: int = 1,
+    bad: int = -1,
+    stop_at: int = -1,
+    clip_grad: float = 0.5,
+    **run: object,
+) -> Trainer:
     values = {"epochs": 1, "warmup_epochs": 0, "device": "cpu", "dtype": "fp32", "log_every": 1, "tensorboard": False}
     config = RunConfig(out=str(out), batch_size=batch, **(values | run))
     optim = OptimConfig(lr=3e-3, lr_batch=0, clip_grad=clip_grad)
@@ -191,8 +223,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(script), str(out), str(REPOSITORY)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     (out / "stderr").write_text(done.stderr)
     return out

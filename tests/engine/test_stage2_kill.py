@@ -44,9 +44,13 @@ def test_kill_and_resume_is_bit_exact(co_training: str, tmp_path: Path, caption_
         train = [sys.executable, "-m", "umt_fast", "train", "tests/assets/tiny.py:long_captions", *caption_lists]
         train += ["--run.keep", "24"]
         return subprocess.Popen(
-            [*train, "--co_training", co_training, "--run.out", str(out)], cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [*train, "--co_training", co_training, "--run.out", str(out)],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def finish(out: Path) -> list[dict]:
         with run(out) as process:

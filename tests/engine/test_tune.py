@@ -76,9 +76,12 @@ def test_whatever_fails_is_named_and_the_next_best_wins(tmp_path: Path, caplog: 
         ({"eager": 20.0, "compiled": 10.0, "compiled_graph": 9.9, "graph": 12.0}, COMPILED),  # a lead of noise
         ({"eager": 20.0, "compiled": 10.0, "compiled_graph": ("out of memory", "x"), "graph": 12.0}, COMPILED),
         ({"eager": ("out of memory", "x"), "compiled": 10.0, "compiled_graph": 11.0, "graph": 12.0}, COMPILED),
-        ({"eager": ("crashed", "x"), "compiled": ("crashed", "x"), "compiled_graph": ("hung", "x"), "graph": 12.0}, GRAPH),
+        (
+            {"eager": ("crashed", "x"), "compiled": ("crashed", "x"), "compiled_graph": ("hung", "x"), "graph": 12.0},
+            GRAPH,
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_fastest_that_passes(answers: dict, expected: tune.Candidate, tmp_path: Path) -> None:
     assert choose(tmp_path, Runner(**answers)) == expected
 
@@ -168,8 +171,11 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_fast_takes_few_and_full_takes_all() -> None:
     space = [
         {"compile": c, "cuda_graph": g, "attention": a, "precision": p}
-        for c in (False, True) for g in (False, True) for a in ("auto", "cudnn", "math") for p in ("native", "fp8")
-    ]  # fmt: skip
+        for c in (False, True)
+        for g in (False, True)
+        for a in ("auto", "cudnn", "math")
+        for p in ("native", "fp8")
+    ]
     given = space[0]
     labels = [tune.label(candidate) for candidate in tune.shortlist(space, given, "fast")]
     assert labels == ["eager", "compiled", "compiled + CUDA graph", "compiled + CUDA graph, teacher fp8"]

@@ -41,9 +41,9 @@ def test_an_answer_is_read_whatever_else_is_printed() -> None:
         ("import os; os.kill(os.getpid(), 9)", "crashed", "killed by signal 9; the host's memory may have run out"),
         ("pass", "crashed", "ended with status 0"),
         ("print('{\"status\": ')", "crashed", "ended with status 0"),
-        ("print('{\"status\": \"ok\", \"ms\": 1.0}'); import os; os.abort()", "crashed", "ended by signal 6"),
+        ('print(\'{"status": "ok", "ms": 1.0}\'); import os; os.abort()', "crashed", "ended by signal 6"),
     ],
-)  # fmt: skip
+)
 def test_a_crash_is_a_result(program: str, status: str, detail: str) -> None:
     result = child(program)
     assert (result.status, result.detail, result.ms) == (status, detail, None)

@@ -12,7 +12,7 @@ def test_examples_of_the_readme_run() -> None:
 
 
 def test_the_readme_lists_every_kernel_that_is_built() -> None:
-    from kernels.build import cases
+    from kernels.build_cases import cases
 
     text = (REPOSITORY / "kernels" / "README.md").read_text()
     for case in cases():

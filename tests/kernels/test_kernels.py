@@ -248,9 +248,17 @@ def test_align_loss_value_and_gradients(layers, batch, n, tokens, width, normali
     for road, kind in (("triton", None), ("reference", None), ("truth", torch.float64)):
         leaves = [tensor.to(kind or tensor.dtype).requires_grad_() for tensor in (student, weight, bias)]
         value = kernels.align_loss(
-            leaves[0], target.to(kind or dtype), leaves[1], leaves[2], visible=visible, normalize=normalize, loss=loss,
-            per_layer=True, eps=0.1, road="reference" if road == "truth" else road,
-        )  # fmt: skip
+            leaves[0],
+            target.to(kind or dtype),
+            leaves[1],
+            leaves[2],
+            visible=visible,
+            normalize=normalize,
+            loss=loss,
+            per_layer=True,
+            eps=0.1,
+            road="reference" if road == "truth" else road,
+        )
         upstream = torch.arange(1, layers + 1, device=DEVICE, dtype=value.dtype)
         results[road] = (value.detach(), *torch.autograd.grad(value, leaves, upstream))
     for ours, reference, truth in zip(*results.values(), strict=True):

@@ -37,7 +37,9 @@ def before_nan(x: Tensor) -> Tensor:
     return memory[: x.shape[0], : x.shape[1]].copy_(x)
 
 
-def assert_values_and_gradients(compute, truth, tensors: dict[str, Tensor], upstream: Tensor, dtype: torch.dtype) -> None:
+def assert_values_and_gradients(
+    compute, truth, tensors: dict[str, Tensor], upstream: Tensor, dtype: torch.dtype
+) -> None:
     """compute(backend, **tensors) on both roads, with its gradients, against truth(**tensors) in float64."""
     results = {}
     for road in (*ROADS, "truth"):
@@ -206,10 +208,13 @@ def test_tiles_and_descriptors_of_hopper(hopper: None, rows: int, monkeypatch: p
         products.TensorDescriptor, "from_tensor", lambda *args: seen.append(args[1]) or plain(*args), raising=True
     )
     tensors = {
-        "x": numbers(rows, 72, dtype=torch.bfloat16), "w1": numbers(256, 72, dtype=torch.bfloat16) / 8,
-        "b1": numbers(256), "w2": numbers(72, 256, dtype=torch.bfloat16) / 16, "b2": numbers(72),
+        "x": numbers(rows, 72, dtype=torch.bfloat16),
+        "w1": numbers(256, 72, dtype=torch.bfloat16) / 8,
+        "b1": numbers(256),
+        "w2": numbers(72, 256, dtype=torch.bfloat16) / 16,
+        "b2": numbers(72),
         "residual": numbers(rows, 72),
-    }  # fmt: skip
+    }
     assert_values_and_gradients(
         lambda backend, **given: kernels.mlp(**given, backend=backend),
         lambda x, w1, b1, w2, b2, residual: act(x @ w1.T + b1, "gelu") @ w2.T + b2 + residual,

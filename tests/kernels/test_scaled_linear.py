@@ -48,9 +48,16 @@ def test_product_with_scales_bias_activation_and_residual(precision, road, block
     truth = exact(values, scales, weight, weight_scale, bias)
     truth = truth / (1 + torch.exp(-1.702 * truth)) + residual.double()
     ours = kernels.scaled_linear(
-        values, scales, weight, weight_scale, bias, activation="quick_gelu", residual=residual, dtype=torch.float32,
+        values,
+        scales,
+        weight,
+        weight_scale,
+        bias,
+        activation="quick_gelu",
+        residual=residual,
+        dtype=torch.float32,
         backend=road,
-    )  # fmt: skip
+    )
     # On a GPU the sums of fp8 keep some 14 bits.
     limit = 1e-5 if precision == "int8" or road == "reference" else 2**-10
     sums = truth.abs().amax(1, keepdim=True) if rows else truth

@@ -20,17 +20,30 @@ def models() -> tuple[AnswerDecoder, BertLMHeadModel]:
     """Ours, and theirs with the same weights, both without dropout."""
     torch.manual_seed(0)
     config = TextConfig(
-        width=WIDTH, depth=2 + LAYERS, fusion_layer=2, num_heads=HEADS, vocab_size=VOCABULARY, max_positions=12, init_std=0.2,
-        hidden_dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
+        width=WIDTH,
+        depth=2 + LAYERS,
+        fusion_layer=2,
+        num_heads=HEADS,
+        vocab_size=VOCABULARY,
+        max_positions=12,
+        init_std=0.2,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
     ours = AnswerDecoder(config).eval()
     theirs = BertLMHeadModel(
         BertConfig(
-            vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-            intermediate_size=4 * WIDTH, max_position_embeddings=12, is_decoder=True, add_cross_attention=True,
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=4 * WIDTH,
+            max_position_embeddings=12,
+            is_decoder=True,
+            add_cross_attention=True,
             attn_implementation="eager",
         )
-    ).eval()  # fmt: skip
+    ).eval()
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not missing and all("position_ids" in key for key in unexpected)
     return ours, theirs
@@ -146,9 +159,12 @@ def test_padding_behind_an_answer_needs_no_mask(models, questions) -> None:
         torch.testing.assert_close(ours(ids[..., :3], keys, mask), one[..., :3, :], rtol=1e-5, atol=1e-5)
         # Theirs masks the padding.
         expected = theirs.bert(
-            other[:, 0], attention_mask=(torch.arange(LENGTH) < 3).long().expand(4, -1), encoder_hidden_states=states,
-            encoder_attention_mask=mask.long(), use_cache=False,
-        ).last_hidden_state  # fmt: skip
+            other[:, 0],
+            attention_mask=(torch.arange(LENGTH) < 3).long().expand(4, -1),
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask.long(),
+            use_cache=False,
+        ).last_hidden_state
     torch.testing.assert_close(two[:, 0, :3], expected[:, :3], rtol=1e-4, atol=1e-4)
 
 

@@ -74,9 +74,7 @@ def test_a_video_text_model_by_name(name: str, layers: int) -> None:
     }
     assert described == wanted
     with torch.device("meta"):
-        again = VideoText(
-            vit_config(described), text_config(described), num_layers=layers, output_dim=77, embed_dim=33
-        )  # fmt: skip
+        again = VideoText(vit_config(described), text_config(described), num_layers=layers, output_dim=77, embed_dim=33)
     shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (built, again)]
     assert shapes[0] == shapes[1]
 

@@ -38,9 +38,15 @@ class Case:
         assert rows == columns
         tubelet = sizes.get("tubelet", 1)
         vit = VitConfig(
-            width=sizes["dim"], depth=sizes["depth"], num_heads=sizes["heads"], patch_size=sizes["patch"],
-            tubelet_size=tubelet, image_size=rows * sizes["patch"], num_frames=sizes["t"], drop_path=0.0,
-        )  # fmt: skip
+            width=sizes["dim"],
+            depth=sizes["depth"],
+            num_heads=sizes["heads"],
+            patch_size=sizes["patch"],
+            tubelet_size=tubelet,
+            image_size=rows * sizes["patch"],
+            num_frames=sizes["t"],
+            drop_path=0.0,
+        )
         self.objective = Detection(vit, num_classes=sizes["classes"], bf16=False).eval()
         self.detector = self.objective.detector
         self.detector.roi = RoiRule(tuple(roi["output"]), roi["spatial_scale"], roi["sampling_ratio"], roi["aligned"])

@@ -40,13 +40,21 @@ class Case:
     def with_smoothing(self, value: float) -> Supervised:
         sizes = self.sizes
         vit = VitConfig(
-            width=sizes["dim"], depth=sizes["depth"], num_heads=sizes["heads"], patch_size=sizes["patch"],
-            tubelet_size=sizes["tubelet"], image_size=sizes["img"], num_frames=sizes["t"], drop_path=0.0,
-        )  # fmt: skip
+            width=sizes["dim"],
+            depth=sizes["depth"],
+            num_heads=sizes["heads"],
+            patch_size=sizes["patch"],
+            tubelet_size=sizes["tubelet"],
+            image_size=sizes["img"],
+            num_frames=sizes["t"],
+            drop_path=0.0,
+        )
         config = FinetuneConfig(
-            run=RunConfig(dtype="fp32", epochs=2, warmup_epochs=1), student=vit, num_classes=sizes["classes"],
+            run=RunConfig(dtype="fp32", epochs=2, warmup_epochs=1),
+            student=vit,
+            num_classes=sizes["classes"],
             label_smoothing=value,
-        )  # fmt: skip
+        )
         return Supervised(config).eval()
 
     def loss(self, label: str, smoothing: float = 0.0) -> torch.Tensor:

@@ -37,9 +37,15 @@ def classifier_of(config: dict[str, Any], case: Case) -> Classifier:
     """A model of the case's sizes; its parameters are all different from any of the file's."""
     tubelet = config.get("tubelet", 1)
     vit = VitConfig(
-        width=config["dim"], depth=config["depth"], num_heads=1, image_size=case["image"], num_frames=case["frames"],
-        tubelet_size=tubelet, drop_path=0.0, position_grid=(8 // tubelet, 14, 14),
-    )  # fmt: skip
+        width=config["dim"],
+        depth=config["depth"],
+        num_heads=1,
+        image_size=case["image"],
+        num_frames=case["frames"],
+        tubelet_size=tubelet,
+        drop_path=0.0,
+        position_grid=(8 // tubelet, 14, 14),
+    )
     return Classifier(vit, case["classes"])
 
 

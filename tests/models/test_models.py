@@ -41,7 +41,7 @@ from umt_fast.tasks.pretraining import UnmaskedAlignment
 SMALL = VitConfig(width=32, depth=3, num_heads=2, image_size=32, num_frames=4, drop_path=0.0)
 TEACHER = TeacherConfig(
     width=32, depth=3, num_heads=2, patch_size=16, image_size=32, output_dim=16, weights="untrained"
-)  # fmt: skip
+)
 
 
 def counts(module: torch.nn.Module) -> tuple[int, int]:
@@ -210,9 +210,12 @@ def test_bf16_stays_close_to_fp32() -> None:
     for dtype in ("fp32", "bf16"):
         torch.manual_seed(0)
         config = Stage1Config(
-            run=RunConfig(dtype=dtype), student=SMALL, teacher=TEACHER, align=AlignConfig(num_layers=2),
+            run=RunConfig(dtype=dtype),
+            student=SMALL,
+            teacher=TEACHER,
+            align=AlignConfig(num_layers=2),
             mask=MaskConfig(kind="tube", ratio=0.5),
-        )  # fmt: skip
+        )
         losses.append(UnmaskedAlignment(config)({"video": video}, torch.tensor([1]))["loss"].item())
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
 
@@ -345,9 +348,13 @@ def test_hugging_face_bert_gives_the_same_hidden_states_and_words(tmp_path: Path
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
-        vocab_size=30, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128,
+        vocab_size=30,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=128,
         max_position_embeddings=12,
-    )  # fmt: skip
+    )
     theirs = BertForMaskedLM(config).eval()
     theirs.save_pretrained(tmp_path)
     ours = TextEncoder(
@@ -398,9 +405,10 @@ def test_the_limits_of_a_mask_are_those_of_its_kernels() -> None:
         Stage1Config(student=student, teacher=teacher, mask=MaskConfig(kind=kind))
         with pytest.raises(ConfigError, match=f"mask.kind '{kind}' draws from at most"):
             Stage1Config(
-                student=VitConfig(image_size=16 * side + 16), teacher=TeacherConfig(image_size=16 * side + 16),
+                student=VitConfig(image_size=16 * side + 16),
+                teacher=TeacherConfig(image_size=16 * side + 16),
                 mask=MaskConfig(kind=kind),
-            )  # fmt: skip
+            )
 
 
 def test_the_mlp_keeps_one_wide_tensor_and_has_the_gradients_of_its_formula() -> None:

@@ -38,16 +38,27 @@ class Case:
         config = Stage1Config(
             run=RunConfig(dtype="fp32"),
             student=VitConfig(
-                width=sizes["dim"], depth=sizes["depth"], num_heads=sizes["heads"], patch_size=sizes["patch"],
-                tubelet_size=sizes["tubelet"], image_size=sizes["img"], num_frames=sizes["t"], drop_path=0.0,
+                width=sizes["dim"],
+                depth=sizes["depth"],
+                num_heads=sizes["heads"],
+                patch_size=sizes["patch"],
+                tubelet_size=sizes["tubelet"],
+                image_size=sizes["img"],
+                num_frames=sizes["t"],
+                drop_path=0.0,
             ),
             teacher=TeacherConfig(
-                width=sizes["twidth"], depth=sizes["tdepth"], num_heads=sizes["theads"], patch_size=sizes["tpatch"],
-                image_size=sizes["timg"], output_dim=sizes["tout"], weights="untrained",
+                width=sizes["twidth"],
+                depth=sizes["tdepth"],
+                num_heads=sizes["theads"],
+                patch_size=sizes["tpatch"],
+                image_size=sizes["timg"],
+                output_dim=sizes["tout"],
+                weights="untrained",
             ),
             mask=MaskConfig(ratio=sizes["ratio"]),
             align=AlignConfig(num_layers=sizes["k"], normalize=self.normalize, loss=self.loss),
-        )  # fmt: skip
+        )
         self.objective = UnmaskedAlignment(config)
         for part in ("student", "teacher"):
             state = {k.removeprefix(f"{part}."): v for k, v in self.tensors.items() if k.startswith(f"{part}.")}
@@ -121,9 +132,14 @@ def test_targets_taken_from_all_tokens_inside_the_loss(case: Case) -> None:
     features, _ = case.objective.teacher.features(case.video)
     heads = student(case.video, case.visible)
     loss = kernels.align_loss(
-        heads, features, student.norm_weight, student.norm_bias, visible=case.visible, normalize=case.normalize,
+        heads,
+        features,
+        student.norm_weight,
+        student.norm_bias,
+        visible=case.visible,
+        normalize=case.normalize,
         loss=case.loss,
-    )  # fmt: skip
+    )
     assert relative(loss.view(1), case.tensors["out.loss"]) < LIMIT
 
 

@@ -36,22 +36,34 @@ class Case:
             sizes = json.loads(file.metadata()["config"])
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}
         vit = VitConfig(
-            width=sizes["dim"], depth=sizes["depth"], num_heads=sizes["heads"], patch_size=sizes["patch"],
-            image_size=sizes["img"], num_frames=sizes["t"], tubelet_size=sizes.get("tubelet", 1), drop_path=0.0,
-        )  # fmt: skip
+            width=sizes["dim"],
+            depth=sizes["depth"],
+            num_heads=sizes["heads"],
+            patch_size=sizes["patch"],
+            image_size=sizes["img"],
+            num_frames=sizes["t"],
+            tubelet_size=sizes.get("tubelet", 1),
+            drop_path=0.0,
+        )
         self.align = AlignConfig(num_layers=sizes["k"], normalize=sizes.get("fmt", "l2"), loss=sizes.get("loss", "l2"))
         parts = ("vision_encoder.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
         state = {key: value for key, value in self.tensors.items() if key.startswith(parts)}
         self.model = VideoText(
             vit,
             TextConfig(
-                width=state["text_proj.weight"].shape[1], depth=sizes["layers"], fusion_layer=sizes["fusion"],
-                num_heads=sizes["theads"], vocab_size=sizes["vocab"],
+                width=state["text_proj.weight"].shape[1],
+                depth=sizes["layers"],
+                fusion_layer=sizes["fusion"],
+                num_heads=sizes["theads"],
+                vocab_size=sizes["vocab"],
                 max_positions=state["text_encoder.bert.embeddings.position_ids"].shape[1],
-                hidden_dropout=0.0, attention_dropout=0.0,
+                hidden_dropout=0.0,
+                attention_dropout=0.0,
             ),
-            num_layers=sizes["k"], output_dim=sizes["tout"], embed_dim=sizes["emb"],
-        )  # fmt: skip
+            num_layers=sizes["k"],
+            output_dim=sizes["tout"],
+            embed_dim=sizes["emb"],
+        )
         fit(self.model, state | {"temp": self.tensors["in.temp"].reshape(())}, str(path))
 
     def batch(self, kind: str) -> dict[str, Tensor]:

@@ -127,9 +127,13 @@ def test_deepspeed_folders_load(deepspeed: type, tmp_path: Path, monkeypatch: py
     """fp16 parameters under `module` beside objects of deepspeed's own classes, which need not be installed."""
     stored = {key: torch.randn_like(value).half() for key, value in classifier().state_dict().items()}
     content = {
-        "module": stored, "optimizer": {"loss_scaler": deepspeed(128.0), "scalers": [deepspeed(2.0)]}, "epoch": 3,
-        "args": argparse.Namespace(lr=1e-4), "param_shapes": [{"head.bias": torch.Size([3])}], "ds_version": "0.6",
-    }  # fmt: skip
+        "module": stored,
+        "optimizer": {"loss_scaler": deepspeed(128.0), "scalers": [deepspeed(2.0)]},
+        "epoch": 3,
+        "args": argparse.Namespace(lr=1e-4),
+        "param_shapes": [{"head.bias": torch.Size([3])}],
+        "ds_version": "0.6",
+    }
     folder = tmp_path / "run" / "checkpoint-best"
     folder.mkdir(parents=True)
     torch.save(content, folder / STATES)

@@ -170,10 +170,13 @@ def test_pickles_that_ask_for_more_than_tensors(archive: Path, tmp_path: Path) -
         (lambda name, content: content[:-9] if name == "data.pkl" else content, "it is damaged|cannot be read"),
         (lambda name, content: b"big" if name == "byteorder" else content, "big-endian"),
         (lambda name, content: pickle.dumps([1], 2) if name == "data.pkl" else content, "holds no module"),
-        (lambda name, content: content.replace(b"(K t", b"(K!t") if name == "data.pkl" else content, "outside its storage"),
+        (
+            lambda name, content: content.replace(b"(K t", b"(K!t") if name == "data.pkl" else content,
+            "outside its storage",
+        ),
     ],
     ids=["short storage", "no storage", "short pickle", "byte order", "no module", "size"],
-)  # fmt: skip
+)
 def test_damaged_archives(alter: Callable, expected: str, archive: Path, tmp_path: Path) -> None:
     path = altered(archive, tmp_path / "a.pt", alter)
     with pytest.raises(WeightsError, match=expected) as caught:

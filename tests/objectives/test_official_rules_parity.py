@@ -155,9 +155,14 @@ def test_alignment_by_every_normalisation_and_distance(path: Path, road: str) ->
             heads = tensors["in.heads"].clone().requires_grad_()
             with kernels.force_road(road):
                 found = kernels.align_loss(
-                    heads, tensors["in.targets"], tensors["in.weight"], tensors["in.bias"], eps=HEAD_EPS,
-                    normalize=normalize, loss=loss,
-                )  # fmt: skip
+                    heads,
+                    tensors["in.targets"],
+                    tensors["in.weight"],
+                    tensors["in.bias"],
+                    eps=HEAD_EPS,
+                    normalize=normalize,
+                    loss=loss,
+                )
                 found.backward()
             torch.testing.assert_close(found.detach().view(1), value, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(heads.grad, tensors[f"grad.{normalize}.{loss}"], rtol=1e-4, atol=1e-7)
@@ -181,9 +186,12 @@ def test_scaled_cosine_is_the_official_schedule_of_stage_2(path: Path) -> None:
         # One epoch a step and many steps an epoch must come to the same.
         for per_epoch in (1, 2) if steps % 2 == 0 else (1,):
             rate = warmup_cosine(
-                optim, global_batch=64, steps_per_epoch=per_epoch, epochs=steps // per_epoch,
+                optim,
+                global_batch=64,
+                steps_per_epoch=per_epoch,
+                epochs=steps // per_epoch,
                 warmup_epochs=warmup / per_epoch,
-            )  # fmt: skip
+            )
             own = torch.tensor([rate(step) for step in range(steps)], dtype=torch.float64)
             torch.testing.assert_close(own, 3e-4 * factors, rtol=1e-9, atol=1e-18)
         compared += 1

@@ -176,9 +176,11 @@ def test_the_whole_objective_of_stage_2_is_one_graph() -> None:
     settings.student.drop_path = settings.text.hidden_dropout = settings.text.attention_dropout = 0.0
     objective = VideoTextPretraining(settings, mask_id=3, special=(0, 1, 2)).train()
     batch = {
-        "video": torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8), "ids": torch.randint(4, 16, (2, 6)),
-        "mask": torch.ones(2, 6, dtype=torch.bool), "sample": torch.arange(2),
-    }  # fmt: skip
+        "video": torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8),
+        "ids": torch.randint(4, 16, (2, 6)),
+        "mask": torch.ones(2, 6, dtype=torch.bool),
+        "sample": torch.arange(2),
+    }
     # Graph breaks show without a compiler behind the tracer, and the tracer is the quick part.
     compiled = torch.compile(objective, fullgraph=True, dynamic=False, backend="eager")
     found = []
@@ -213,8 +215,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 STEPS = {precision: functools.partial(stage1, precision) for precision in ("native", "int8", "fp8")} | {
-    "2": stage2, "2 without alignment": functools.partial(stage2, 0.0)
-}  # fmt: skip
+    "2": stage2,
+    "2 without alignment": functools.partial(stage2, 0.0),
+}
 
 
 @pytest.mark.parametrize("make", STEPS.values(), ids=STEPS)

@@ -16,7 +16,7 @@ from umt_fast.config import (
     TeacherConfig,
     TextConfig,
     VitConfig,
-)  # fmt: skip
+)
 from umt_fast.models.vit import Packing, path_factors
 from umt_fast.tasks.video_text import VideoTextPretraining
 
@@ -29,12 +29,21 @@ def small(**changes: object) -> Stage2Config:
             width=32, depth=3, num_heads=2, patch_size=8, image_size=32, output_dim=12, weights="untrained"
         ),
         "text": TextConfig(
-            width=32, depth=3, fusion_layer=1, num_heads=2, vocab_size=50, max_positions=8, hidden_dropout=0.0,
+            width=32,
+            depth=3,
+            fusion_layer=1,
+            num_heads=2,
+            vocab_size=50,
+            max_positions=8,
+            hidden_dropout=0.0,
             attention_dropout=0.0,
         ),
-        "mask": MaskConfig(ratio=0.7), "align": AlignConfig(num_layers=2), "bert": "untrained",
-        "embed_dim": 12, "max_length": 8,
-    }  # fmt: skip
+        "mask": MaskConfig(ratio=0.7),
+        "align": AlignConfig(num_layers=2),
+        "bert": "untrained",
+        "embed_dim": 12,
+        "max_length": 8,
+    }
     return Stage2Config(**(values | changes))
 
 

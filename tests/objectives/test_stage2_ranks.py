@@ -24,9 +24,15 @@ def small_model() -> VideoText:
     torch.manual_seed(3)
     vit = VitConfig(width=32, depth=2, num_heads=2, image_size=32, num_frames=2, drop_path=0.0)
     text = TextConfig(
-        width=32, depth=3, fusion_layer=1, num_heads=2, vocab_size=50, max_positions=8, hidden_dropout=0.0,
+        width=32,
+        depth=3,
+        fusion_layer=1,
+        num_heads=2,
+        vocab_size=50,
+        max_positions=8,
+        hidden_dropout=0.0,
         attention_dropout=0.0,
-    )  # fmt: skip
+    )
     return VideoText(vit, text, num_layers=2, output_dim=16, embed_dim=12)
 
 
@@ -121,8 +127,11 @@ def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(script), str(saved), str(REPOSITORY)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(saved, weights_only=True)
 

@@ -142,7 +142,10 @@ def test_ids_travel_to_the_decoding_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda state: {k.removeprefix("visual."): v for k, v in state.items() if "visual." in k}, "hold no CLIP text tower"),
+        (
+            lambda state: {k.removeprefix("visual."): v for k, v in state.items() if "visual." in k},
+            "hold no CLIP text tower",
+        ),
         (lambda state: {k: v for k, v in state.items() if k.startswith("visual.")}, "hold no CLIP text tower"),
         (lambda state: state | {"text_projection": torch.zeros(64, 10)}, "'output_dim': 10"),
         (lambda state: state | {"token_embedding.weight": torch.zeros(9, 64)}, "'words': 9"),
@@ -152,7 +155,7 @@ def test_ids_travel_to_the_decoding_processes(tmp_path: Path) -> None:
         (lambda state: {k: v for k, v in state.items() if k != "ln_final.bias"}, "missing: ln_final.bias"),
     ],
     ids=["official visual", "visual", "output", "words", "width", "positions", "projection", "missing"],
-)  # fmt: skip
+)
 def test_weights_without_a_fitting_text_tower(
     change: object, expected: str, clip: torch.nn.Module, tmp_path: Path
 ) -> None:

@@ -15,11 +15,16 @@ def small(teacher_pixels: int, teacher_patch: int) -> Stage1Config:
         run=RunConfig(dtype="fp32"),
         student=VitConfig(width=64, depth=4, num_heads=2, image_size=64, num_frames=4, drop_path=0.0),
         teacher=TeacherConfig(
-            width=48, depth=4, num_heads=3, patch_size=teacher_patch, image_size=teacher_pixels, output_dim=32,
+            width=48,
+            depth=4,
+            num_heads=3,
+            patch_size=teacher_patch,
+            image_size=teacher_pixels,
+            output_dim=32,
             weights="untrained",
         ),
         align=AlignConfig(num_layers=3),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("teacher_pixels", "teacher_patch"), [(64, 16), (56, 14)])

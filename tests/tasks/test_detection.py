@@ -263,9 +263,13 @@ def test_scores_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     keys = write_keys(tmp_path)
     with pytest.raises(WeightsError, match="not finite"):
         detection.evaluate(
-            lambda batch: made_up(batch) / 0 * 0, batches_of(keys, [0]), keys, truth_of(keys), NAMES,
+            lambda batch: made_up(batch) / 0 * 0,
+            batches_of(keys, [0]),
+            keys,
+            truth_of(keys),
+            NAMES,
             device=torch.device("cpu"),
-        )  # fmt: skip
+        )
 
 
 def test_nothing_detected_is_a_map_of_zero(tmp_path: Path) -> None:
@@ -279,11 +283,13 @@ def test_weights_of_pretraining_and_of_a_classifier(tmp_path: Path, caplog: pyte
     tower = {k: v for k, v in source.items() if not k.startswith(("head.", "norm."))}
     norm = {k: v for k, v in source.items() if k.startswith("norm.")}
     files = {
-        "stage1": {f"encoder.{k}": v for k, v in (tower | norm).items()} | {"clip_decoder.0.head.weight": torch.ones(2)},
-        "classifier": tower | {"fc_norm.weight": torch.ones(32), "fc_norm.bias": torch.ones(32)}
+        "stage1": {f"encoder.{k}": v for k, v in (tower | norm).items()}
+        | {"clip_decoder.0.head.weight": torch.ones(2)},
+        "classifier": tower
+        | {"fc_norm.weight": torch.ones(32), "fc_norm.bias": torch.ones(32)}
         | {"head.weight": torch.ones(7, 32), "head.bias": torch.ones(7), "pos_embed": torch.ones(1, 8, 32)},
         "detector": source,
-    }  # fmt: skip
+    }
     caplog.set_level(logging.INFO, "umt_fast.weights")
     for kind, state in files.items():
         caplog.clear()

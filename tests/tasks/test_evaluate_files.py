@@ -35,9 +35,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stage2(world: Path) -> list[str]:
     """The arguments of a stage-2 run on it, two clips a step."""
     return [
-        STAGE2, "--videos", f"{world}/train_captions.json", "--tokenizer", f"{world}/words", "--run.batch_size", "2",
-        "--run.device", "cpu", "--data.workers", "0",
-    ]  # fmt: skip
+        STAGE2,
+        "--videos",
+        f"{world}/train_captions.json",
+        "--tokenizer",
+        f"{world}/words",
+        "--run.batch_size",
+        "2",
+        "--run.device",
+        "cpu",
+        "--data.workers",
+        "0",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +90,14 @@ def official(path: Path, state: dict, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_form_of_stage_2_weights_is_judged_alike(
-    world: Path, checkpoint: Path, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    world: Path,
+    checkpoint: Path,
+    judge: Judge,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     wanted = judge(checkpoint)
     assert wanted[0]["clips"] == 5 and len({score for q in wanted[1]["t2v"] for _, score in q["found"]}) > 5
     content = torch.load(checkpoint, weights_only=True)
@@ -119,8 +133,12 @@ def test_every_form_of_stage_2_weights_is_judged_alike(
 
 
 def test_stage_2_goes_on_as_a_new_run(
-    checkpoint: Path, stage2: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+    checkpoint: Path,
+    stage2: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A rate of nothing: after a step every weight is the file's, text encoder and heads too; and a BERT is not asked for."""
     caplog.set_level("INFO")
     before = torch.load(checkpoint, weights_only=True)["model"]

@@ -48,9 +48,16 @@ def model_of() -> RetrievalModel:
     torch.manual_seed(0)
     vit = VitConfig(width=16, depth=1, num_heads=2, patch_size=8, image_size=16, num_frames=2, drop_path=0.0)
     text = TextConfig(
-        width=16, depth=3, fusion_layer=1, num_heads=2, vocab_size=20, max_positions=4, init_std=0.3, hidden_dropout=0.0,
+        width=16,
+        depth=3,
+        fusion_layer=1,
+        num_heads=2,
+        vocab_size=20,
+        max_positions=4,
+        init_std=0.3,
+        hidden_dropout=0.0,
         attention_dropout=0.0,
-    )  # fmt: skip
+    )
     return RetrievalModel(vit, text, embed_dim=6).eval()
 
 

@@ -114,14 +114,32 @@ def test_the_key_is_of_shapes_and_model(variant: str) -> None:
         return change
 
     same = [
-        ("run.out", "elsewhere"), ("run.seed", 5), ("run.epochs", 9), ("run.max_steps", 7), ("run.save_every", 2),
-        ("run.tune_deadline", 9.0), ("data.train", "other.csv"), ("data.workers", 3), ("optim.lr", 1.0), ("init", "weights.pt"),
-    ]  # fmt: skip
+        ("run.out", "elsewhere"),
+        ("run.seed", 5),
+        ("run.epochs", 9),
+        ("run.max_steps", 7),
+        ("run.save_every", 2),
+        ("run.tune_deadline", 9.0),
+        ("data.train", "other.csv"),
+        ("data.workers", 3),
+        ("optim.lr", 1.0),
+        ("init", "weights.pt"),
+    ]
     other = [
-        ("run.batch_size", 3), ("run.accumulate", 2), ("run.dtype", "bf16"), ("run.parallel", "fsdp"), ("run.compile", True),
-        ("run.tune", "full"), ("run.tune_axes", ("compile",)), ("data.num_sample", 2), ("student.depth", 3),
-        ("student.num_frames", 8), ("student.checkpoint_blocks", 1), ("student.drop_path", 0.0), ("optim.clip_grad", 1.0),
-    ]  # fmt: skip
+        ("run.batch_size", 3),
+        ("run.accumulate", 2),
+        ("run.dtype", "bf16"),
+        ("run.parallel", "fsdp"),
+        ("run.compile", True),
+        ("run.tune", "full"),
+        ("run.tune_axes", ("compile",)),
+        ("data.num_sample", 2),
+        ("student.depth", 3),
+        ("student.num_frames", 8),
+        ("student.checkpoint_blocks", 1),
+        ("student.drop_path", 0.0),
+        ("optim.clip_grad", 1.0),
+    ]
     if variant != "classes":
         other += [("teacher.precision", "int8"), ("mask", dataclasses.replace(config.mask, ratio=0.5))]
         same += [("teacher.weights", "clip.pt")]
@@ -174,9 +192,13 @@ def saved_settings(out: Path) -> dict:
 
 
 def test_the_choice_is_used_saved_and_kept(
-    tmp_path: Path, tiny_list: Path, cache: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tiny_list: Path,
+    cache: Path,
+    compiler: Compiler,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     out = tmp_path / "run"
     command = ["train", TINY, "--data.train", str(tiny_list), "--run.out", str(out), "--run.tune", "fast"]
     first = Runner(eager=20.0, compiled=10.0)
@@ -311,10 +333,13 @@ open(f"{out}/{what}{rank}", "w").write(said)
     ("what", "expected"),
     [
         ("same", "compile True, met True"),
-        ("mixed", "ConfigError: run.tune measures one device for all ranks, and these have card 0, card 1; set --run.tune off"),
+        (
+            "mixed",
+            "ConfigError: run.tune measures one device for all ranks, and these have card 0, card 1; set --run.tune off",
+        ),
         ("fails", "ZeroDivisionError"),
     ],
-)  # fmt: skip
+)
 def test_ranks_agree(what: str, expected: str, tmp_path: Path) -> None:
     """One rank measures while the others keep meeting it; its choice, or its error, is everybody's."""
     program = tmp_path / "ranks.py"
@@ -322,9 +347,13 @@ def test_ranks_agree(what: str, expected: str, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [*launch, str(program), str(tmp_path), what], env=environment, cwd=REPOSITORY, capture_output=True, text=True,
+        [*launch, str(program), str(tmp_path), what],
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
         timeout=300,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     said = [(tmp_path / f"{what}{rank}").read_text() for rank in (0, 1)]
     assert said[0] == said[1] and said[0].startswith(expected)

@@ -128,9 +128,10 @@ def timed_step(
     places = [(blocks[0], True, "teacher patches")] if len(blocks) > 1 else []
     places += [(blocks[-2], False, "teacher blocks")] if len(blocks) > 1 else []
     places += [
-        (teacher, False, last), (student.encoder.blocks[0], True, "student patches"),
+        (teacher, False, last),
+        (student.encoder.blocks[0], True, "student patches"),
         (student.encoder, False, "student blocks"),
-    ]  # fmt: skip
+    ]
     clock.restart()
     with laps_at(clock, places):
         target = teacher(video, config.mask, seed)
@@ -180,9 +181,15 @@ def profile(config: Stage1Config, device: torch.device, steps: int) -> dict[str,
         cost = cost_of[name]
         floor = 1e3 * max(cost.flops / rates["matmul"], cost.bytes / rates["copy"])
         parts.append(
-            {"part": name, "ms": taken, "gflop": round(cost.flops / 1e9, 3), "mb": round(cost.bytes / 1e6, 3),
-             "floor_ms": round(floor, 3), "share_of_floor": round(floor / taken, 3)}
-        )  # fmt: skip
+            {
+                "part": name,
+                "ms": taken,
+                "gflop": round(cost.flops / 1e9, 3),
+                "mb": round(cost.bytes / 1e6, 3),
+                "floor_ms": round(floor, 3),
+                "share_of_floor": round(floor / taken, 3),
+            }
+        )
     state = [value for entry in optimizer.state.values() for value in entry.values()]
     teacher = [*objective.teacher.parameters(), *objective.teacher.buffers()]
     return {
@@ -190,10 +197,13 @@ def profile(config: Stage1Config, device: torch.device, steps: int) -> dict[str,
         "matmul_tflops": round(rates["matmul"] / 1e12, 4),
         "copy_gb_per_s": round(rates["copy"] / 1e9, 2),
         "memory_gib": {
-            "student": _gib(parameters), "gradients": _gib(parameters), "optimizer": _gib(state),
-            "teacher": _gib(teacher), "peak": round(peak / 2**30, 3),
+            "student": _gib(parameters),
+            "gradients": _gib(parameters),
+            "optimizer": _gib(state),
+            "teacher": _gib(teacher),
+            "peak": round(peak / 2**30, 3),
         },
-    }  # fmt: skip
+    }
 
 
 def table(found: dict[str, object]) -> str:

@@ -165,9 +165,15 @@ def main(
     if compile and profile:
         raise ConfigError("profile times the parts of an eager step; leave compile out")
     case = checked_case(
-        model=model, batch_size=batch_size, device=device, dtype=dtype, road=road, steps=steps, compiled=compile,
+        model=model,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        road=road,
+        steps=steps,
+        compiled=compile,
         precision=precision,
-    )  # fmt: skip
+    )
     require_precision(teacher_size(TEACHER_OF[model], precision=precision), case.device)
     if not profile:
         print(json.dumps(measure(case)))

@@ -175,7 +175,7 @@ def main(
     """
     case = checked_case(
         model=model, batch_size=batch_size, device=device, dtype=dtype, road=road, steps=steps, compiled=compile
-    )  # fmt: skip
+    )
     if batch_size < 2:
         raise ConfigError("batch_size is 1; a hard negative needs a second pair in the batch")
     print(json.dumps(measure(case, media)))

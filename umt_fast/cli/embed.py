@@ -27,8 +27,20 @@ from umt_fast.pretrained import PretrainedModel
 
 # Names of files that are taken for videos where a folder is given.
 SUFFIXES = (
-    ".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv",
-)  # fmt: skip
+    ".3gp",
+    ".avi",
+    ".flv",
+    ".m4v",
+    ".mkv",
+    ".mov",
+    ".mp4",
+    ".mpeg",
+    ".mpg",
+    ".ogv",
+    ".ts",
+    ".webm",
+    ".wmv",
+)
 _METADATA = "umt_fast.features"
 # safetensors takes heads of up to 100 MB; names go there.
 _MAX_NAMES = 90_000_000
@@ -79,8 +91,13 @@ def command(
     require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
     check_output(out, source, Path(weights))
     data = DataConfig(
-        workers=workers, separator=separator, root=root, frame_pattern=frame_pattern, max_seconds=max_seconds, max_bad_share=1.0
-    )  # fmt: skip
+        workers=workers,
+        separator=separator,
+        root=root,
+        frame_pattern=frame_pattern,
+        max_seconds=max_seconds,
+        max_bad_share=1.0,
+    )
     clips = clips_of(source, data)
     names = [clip.name for clip in clips]
     size = len(json.dumps(names))
@@ -90,9 +107,13 @@ def command(
     )
     with distributed_run(RunConfig(device=device)) as ranks:
         loaded = load_model(
-            model or None, weights=weights, device=ranks.device, dtype=None if dtype == "auto" else dtype,
-            num_frames=num_frames or None, image_size=image_size or None,
-        )  # fmt: skip
+            model or None,
+            weights=weights,
+            device=ranks.device,
+            dtype=None if dtype == "auto" else dtype,
+            num_frames=num_frames or None,
+            image_size=image_size or None,
+        )
         index, vectors = embed(loaded, clips, data, ranks, batch_size=batch_size)
         if not ranks.first:
             return
@@ -133,13 +154,22 @@ def embed(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Numbers (V,) of the clips that can be read, ascending, and their vectors (V, ...) by name, on the CPU; on every rank."""
     view = DataConfig(
-        sampling=model.sampling, augment=model.augment, workers=data.workers, frame_pattern=data.frame_pattern,
-        max_seconds=data.max_seconds, max_bad_share=1.0,
-    )  # fmt: skip
+        sampling=model.sampling,
+        augment=model.augment,
+        workers=data.workers,
+        frame_pattern=data.frame_pattern,
+        max_seconds=data.max_seconds,
+        max_bad_share=1.0,
+    )
     loader = TolerantLoader(
-        clips, view, num_frames=model.vit.num_frames, image_size=model.vit.image_size, batch_size=batch_size,
-        rank=ranks.rank, world_size=ranks.world_size,
-    )  # fmt: skip
+        clips,
+        view,
+        num_frames=model.vit.num_frames,
+        image_size=model.vit.image_size,
+        batch_size=batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
     numbers: list[Tensor] = []
     parts: list[dict[str, Tensor]] = []
     for batch in loader:

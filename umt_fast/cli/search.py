@@ -59,9 +59,14 @@ def command(
     require(top >= 1, f"top is {top}; it must be at least 1")
     vectors, names, of = read_features(features)
     loaded = load_model(
-        model or None, weights=weights, device=device, dtype=None if dtype == "auto" else dtype,
-        num_frames=num_frames or None, image_size=image_size or None, tokenizer=tokenizer or None,
-    )  # fmt: skip
+        model or None,
+        weights=weights,
+        device=device,
+        dtype=None if dtype == "auto" else dtype,
+        num_frames=num_frames or None,
+        image_size=image_size or None,
+        tokenizer=tokenizer or None,
+    )
     if loaded.fingerprint() != of["fingerprint"] or loaded.description != of["model"]:
         raise ConfigError(f"{features} was made with other weights than {weights}; give those, or `embed` again")
     scores = scores_of_text(loaded, text, vectors) if clip is None else scores_of_clip(loaded, clip, vectors)

@@ -140,10 +140,15 @@ class Stage2Config:
     different lists never do."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            lr=1e-4, schedule="scaled_cosine", min_factor=0.01, min_lr=0.0, lr_batch=0, betas=(0.9, 0.999),
+            lr=1e-4,
+            schedule="scaled_cosine",
+            min_factor=0.01,
+            min_lr=0.0,
+            lr_batch=0,
+            betas=(0.9, 0.999),
             weight_decay=0.02,
         )
-    )  # fmt: skip
+    )
     embed_dim: int = 512
     """Width of the common space of clips and captions."""
     init: str = ""

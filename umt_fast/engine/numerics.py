@@ -69,9 +69,12 @@ def _fixed_order() -> Iterator[None]:
         )
     cudnn, filled = torch.backends.cudnn, torch.utils.deterministic
     before = (
-        torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-        cudnn.deterministic, cudnn.benchmark, filled.fill_uninitialized_memory,
-    )  # fmt: skip
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        cudnn.deterministic,
+        cudnn.benchmark,
+        filled.fill_uninitialized_memory,
+    )
     os.environ[_WORKSPACE] = workspace or _WORKSPACES[0]
     torch.use_deterministic_algorithms(True)
     # Every torch.empty would be filled: our kernels write all of what they make.

@@ -382,9 +382,17 @@ class Trainer:
         log.info(
             "%s, %s, %d rank(s) x %d clips x %d micro-step(s); %.1f M parameters trained; matmul rate %.2f TFLOP/s; "
             "steps %d to %d of %d per epoch",
-            self.device, self.run.dtype, self.ranks.world_size, self.run.batch_size, self.run.accumulate,
-            trained / 1e6, self.matmul_rate / 1e12, self.step, self.last_step, self.steps_per_epoch,
-        )  # fmt: skip
+            self.device,
+            self.run.dtype,
+            self.ranks.world_size,
+            self.run.batch_size,
+            self.run.accumulate,
+            trained / 1e6,
+            self.matmul_rate / 1e12,
+            self.step,
+            self.last_step,
+            self.steps_per_epoch,
+        )
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

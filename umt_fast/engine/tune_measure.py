@@ -90,9 +90,14 @@ class Seen(NamedTuple):
 def _stepper(case: Case) -> tuple[Trainer, Callable[[], None]]:
     """A trainer of the case, and what makes its next optimizer step."""
     trainer = Trainer(
-        case.run, case.optim, case.objective, _Cycle(case.batches), num_sample=case.num_sample, layer_of=case.layer_of,
+        case.run,
+        case.optim,
+        case.objective,
+        _Cycle(case.batches),
+        num_sample=case.num_sample,
+        layer_of=case.layer_of,
         num_layers=case.num_layers,
-    )  # fmt: skip
+    )
     return trainer, trainer.stepper()
 
 

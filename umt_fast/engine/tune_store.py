@@ -136,5 +136,6 @@ def write(key: dict[str, Any], choice: dict[str, Any], candidates: list[dict[str
     except OSError as error:
         log.warning(
             "WARNING: run.tune cannot keep its result in %s (%s); set UMT_CACHE to a folder that can be written",
-            path.parent, error.strerror,
-        )  # fmt: skip
+            path.parent,
+            error.strerror,
+        )

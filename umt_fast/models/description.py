@@ -19,9 +19,17 @@ from umt_fast.models.sizes import STUDENTS
 VERSION = 1
 
 _VIT = (
-    "width", "depth", "num_heads", "patch_size", "tubelet_size", "image_size", "num_frames", "mlp_ratio", "attention",
+    "width",
+    "depth",
+    "num_heads",
+    "patch_size",
+    "tubelet_size",
+    "image_size",
+    "num_frames",
+    "mlp_ratio",
+    "attention",
     "position_grid",
-)  # fmt: skip
+)
 _TEXT = ("width", "depth", "fusion_layer", "num_heads", "vocab_size", "max_positions")
 
 
@@ -99,10 +107,17 @@ def _vit(size: str, num_frames: int | None, image_size: int | None) -> dict[str,
 def _video_text(size: str, width: int, depth: int, fusion_layer: int) -> dict[str, Any]:
     text = {"width": width, "depth": depth, "fusion_layer": fusion_layer, "num_heads": width // 64}
     return {
-        "version": VERSION, "task": "video_text", "dtype": "fp32", "vit": _vit(size, 4, 224), "num_layers": None,
-        "output_dim": None, "text": text | {"vocab_size": None, "max_positions": None}, "embed_dim": None,
-        "max_length": 32, "sep_token": False,
-    }  # fmt: skip
+        "version": VERSION,
+        "task": "video_text",
+        "dtype": "fp32",
+        "vit": _vit(size, 4, 224),
+        "num_layers": None,
+        "output_dim": None,
+        "text": text | {"vocab_size": None, "max_positions": None},
+        "embed_dim": None,
+        "max_length": 32,
+        "sep_token": False,
+    }
 
 
 def _classifier(size: str) -> dict[str, Any]:
@@ -113,9 +128,13 @@ def _classifier(size: str) -> dict[str, Any]:
 
 def _pretraining(size: str) -> dict[str, Any]:
     return {
-        "version": VERSION, "task": "pretraining", "dtype": "fp32", "vit": _vit(size, 8, 224), "num_layers": None,
+        "version": VERSION,
+        "task": "pretraining",
+        "dtype": "fp32",
+        "vit": _vit(size, 8, 224),
+        "num_layers": None,
         "output_dim": None,
-    }  # fmt: skip
+    }
 
 
 STAGE1_MODELS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -106,9 +106,13 @@ class Detector(VisionTransformer):
         rows = torch.cat([box_clip[:, None].to(maps.dtype), boxes.to(maps.dtype)], 1)
         scale = self.roi.scale or 1 / self.config.patch_size
         return _roi_align()(
-            maps, rows, self.roi.bins, spatial_scale=scale, sampling_ratio=self.roi.sampling_ratio,
+            maps,
+            rows,
+            self.roi.bins,
+            spatial_scale=scale,
+            sampling_ratio=self.roi.sampling_ratio,
             aligned=self.roi.aligned,
-        )  # fmt: skip
+        )
 
     def forward(self, video: Tensor, boxes: Tensor, box_clip: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Logits (N, num_classes) of boxes.

@@ -60,9 +60,16 @@ def teacher_flops(
 
 
 def text_flops(
-    text: TextConfig, *, length: int, visible: int, pooled: int, vision_width: int, embed_dim: int, asked: float,
+    text: TextConfig,
+    *,
+    length: int,
+    visible: int,
+    pooled: int,
+    vision_width: int,
+    embed_dim: int,
+    asked: float,
     fuses: bool,
-) -> float:  # fmt: skip
+) -> float:
     """Plain and masked text of a clip, the projections, and the fusion of four texts with it where `fuses`; forward and
     backward. pooled: vectors of a clip that are projected; asked: its positions that get vocabulary logits."""
     w, layers = text.width, text.depth - text.fusion_layer

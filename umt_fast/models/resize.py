@@ -50,9 +50,11 @@ def _blocks(source: int, target: int, like: Tensor) -> Tensor:
     blocks, window, stride = _windows(source, target)
     # What torch itself makes of each unit vector; the other axis keeps its size, where bicubic changes nothing.
     matrix = F.interpolate(
-        torch.eye(source, device=like.device, dtype=like.dtype)[None, None], (target, source), mode="bicubic",
+        torch.eye(source, device=like.device, dtype=like.dtype)[None, None],
+        (target, source),
+        mode="bicubic",
         align_corners=False,
-    )[0, 0]  # fmt: skip
+    )[0, 0]
     results = target // blocks
     return matrix.as_strided((blocks, window, results), (results * source + stride, 1, source))
 

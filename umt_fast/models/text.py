@@ -63,9 +63,13 @@ class _Attention(Attends):
     def forward(self, x: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """x: (B, l, W) asks; key_mask: bool (B, n), False where a key is padding."""
         out = kernels.attention(
-            self.heads(self.self.query(x)), k, v, key_mask=key_mask, dropout=self.dropout if self.training else 0.0,
+            self.heads(self.self.query(x)),
+            k,
+            v,
+            key_mask=key_mask,
+            dropout=self.dropout if self.training else 0.0,
             prefer=self.attention_backend,
-        )  # fmt: skip
+        )
         return self.output(out.flatten(2), x)
 
 
@@ -180,9 +184,13 @@ class Bert(nn.Module):
         return [layer.crossattention.keys_and_values(vision) for layer in layers]
 
     def fuse(
-        self, x: Tensor, mask: Tensor, clips: list[tuple[Tensor, Tensor]], negatives: Tensor | None = None,
+        self,
+        x: Tensor,
+        mask: Tensor,
+        clips: list[tuple[Tensor, Tensor]],
+        negatives: Tensor | None = None,
         asked: int | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Fusion layers over (G, B, l, W) texts; see TextLayer.fuse. asked: of the last layer's positions alone."""
         *lower, (last, (k, v)) = self._fusion(clips)
         for layer, source in lower:
@@ -263,9 +271,13 @@ class TextEncoder(nn.Module):
         return self.bert.clip_keys(vision)
 
     def fuse(
-        self, x: Tensor, mask: Tensor, clips: list[tuple[Tensor, Tensor]], negatives: Tensor | None = None,
+        self,
+        x: Tensor,
+        mask: Tensor,
+        clips: list[tuple[Tensor, Tensor]],
+        negatives: Tensor | None = None,
         asked: int | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """See Bert.fuse."""
         return self.bert.fuse(x, mask, clips, negatives, asked)
 

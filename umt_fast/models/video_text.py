@@ -120,7 +120,14 @@ class VideoText(Matching):
     """Everything stage 2 trains and saves."""
 
     def __init__(
-        self, vit: VitConfig, text: TextConfig, *, num_layers: int, output_dim: int, embed_dim: int, temperature: float = 0.07
-    ) -> None:  # fmt: skip
+        self,
+        vit: VitConfig,
+        text: TextConfig,
+        *,
+        num_layers: int,
+        output_dim: int,
+        embed_dim: int,
+        temperature: float = 0.07,
+    ) -> None:
         vision = VisionTower(vit, num_layers, output_dim)
         super().__init__(vision, TextEncoder(text, vit.width), embed_dim=embed_dim, temperature=temperature)

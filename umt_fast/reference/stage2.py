@@ -194,9 +194,11 @@ class PlainVideoText(nn.Module):
         super().__init__()
         vit, text = config.student, config.text
         grid = TokenGrid.of(
-            num_frames=vit.num_frames, tubelet_size=vit.tubelet_size, image_size=vit.image_size,
+            num_frames=vit.num_frames,
+            tubelet_size=vit.tubelet_size,
+            image_size=vit.image_size,
             patch_size=vit.patch_size,
-        )  # fmt: skip
+        )
         self.vision_encoder = PlainTower(config, grid)
         self.text_encoder = PlainText(text, vit.width)
         self.vision_proj = nn.Linear(vit.width, config.embed_dim)
@@ -244,9 +246,14 @@ class PlainStage2(nn.Module):
         return Words(ids, mask, masked, labels)
 
     def losses(
-        self, video: Tensor, features: Tensor, hidden: Tensor, words: Words, index: Tensor,
+        self,
+        video: Tensor,
+        features: Tensor,
+        hidden: Tensor,
+        words: Words,
+        index: Tensor,
         negatives: tuple[Tensor, Tensor] | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """The four losses; hidden: bool (B, N), true: not seen; negatives: (clip of each text, text of each clip)."""
         model = self.model
         with torch.no_grad():

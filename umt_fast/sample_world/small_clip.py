@@ -55,7 +55,7 @@ def frames_by_caption(folder: Path, split: str, scenes: list[Scene], per_clip: i
     for number, scene in enumerate(scenes):
         frames = decode_frames(
             folder / split / f"{number:05d}.mp4", lambda count: np.arange(per_clip) * count // per_clip
-        )  # fmt: skip
+        )
         groups.setdefault(scene.still_caption, []).append(frames)
     return {caption: np.concatenate(frames) for caption, frames in groups.items()}
 
@@ -75,9 +75,12 @@ def train_clip(
         [p for p in clip.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05, fused=True
     )
     rate = warmup_cosine(
-        OptimConfig(lr=1e-3, min_lr=1e-5, lr_batch=0), global_batch=1, steps_per_epoch=1, epochs=steps,
+        OptimConfig(lr=1e-3, min_lr=1e-5, lr_batch=0),
+        global_batch=1,
+        steps_per_epoch=1,
+        epochs=steps,
         warmup_epochs=steps // 10,
-    )  # fmt: skip
+    )
     losses, started = [], time.perf_counter()
     for step in range(steps):
         chosen = rng.choice(len(captions), min(batch_size, len(captions)), replace=False)

@@ -22,9 +22,13 @@ from umt_fast.workers import worker_pool
 SIZE = 48
 FRAMES = 16
 COLOURS = {
-    "red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230),
-    "yellow": (230, 210, 40), "purple": (160, 60, 200), "white": (240, 240, 240),
-}  # fmt: skip
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 80, 230),
+    "yellow": (230, 210, 40),
+    "purple": (160, 60, 200),
+    "white": (240, 240, 240),
+}
 PATTERNS = ("striped", "barred", "checked", "dotted")
 SHAPES = ("circle", "square", "triangle")
 BACKGROUNDS = ("stripes", "checks", "dots", "sand", "waves")

@@ -58,9 +58,15 @@ def first_word_probabilities(
 
 @torch.no_grad()
 def rank_answers(
-    decoder: AnswerDecoder, states: Tensor, mask: Tensor, answers: AnswerList, *, top_k: int = 128, rule: Rule = "official",
+    decoder: AnswerDecoder,
+    states: Tensor,
+    mask: Tensor,
+    answers: AnswerList,
+    *,
+    top_k: int = 128,
+    rule: Rule = "official",
     memory: int = LOGITS_MEMORY,
-) -> Ranked:  # fmt: skip
+) -> Ranked:
     """The most probable answers of a list to each question.
 
     Args:

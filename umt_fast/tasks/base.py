@@ -127,9 +127,15 @@ class Task(Protocol, Generic[C]):
         """What a file of these weights is of, as plain values; see models/description.py."""
 
     def evaluate(
-        self, file: WeightsFile, described: dict[str, Any], source: Path, list_path: Path, data: DataConfig,
-        options: EvalOptions, ranks: Ranks,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        file: WeightsFile,
+        described: dict[str, Any],
+        source: Path,
+        list_path: Path,
+        data: DataConfig,
+        options: EvalOptions,
+        ranks: Ranks,
+    ) -> dict[str, Any]:
         """Figures by name of a model on unseen clips, over all ranks and the same on each.
 
         Args:

@@ -123,8 +123,10 @@ def with_position_grid(config: FinetuneConfig) -> FinetuneConfig:
     if tuple(grid) != vit.grid and current_ranks(run).first:
         log.info(
             "the position table is made for the %s tokens of %s and resized to %s; --student.position_grid sets another",
-            " x ".join(map(str, grid)), source, " x ".join(map(str, vit.grid)),
-        )  # fmt: skip
+            " x ".join(map(str, grid)),
+            source,
+            " x ".join(map(str, vit.grid)),
+        )
     return dataclasses.replace(config, student=dataclasses.replace(vit, position_grid=tuple(grid)))
 
 
@@ -228,9 +230,15 @@ class Classification:
         return base_description(self.name, config) | {"num_classes": config.num_classes}
 
     def evaluate(
-        self, file: WeightsFile, described: dict[str, Any], source: Path, list_path: Path, data: DataConfig,
-        options: EvalOptions, ranks: Ranks,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        file: WeightsFile,
+        described: dict[str, Any],
+        source: Path,
+        list_path: Path,
+        data: DataConfig,
+        options: EvalOptions,
+        ranks: Ranks,
+    ) -> dict[str, Any]:
         """Top-1 and top-5 on labelled clips, one centred view of each."""
         retrieval = ("top_k", "joining", "max_length", "memory_gib", "tokenizer")
         options.refuse(retrieval, f"for retrieval, and {source} is a classifier")
@@ -247,9 +255,17 @@ class Classification:
 
         found: list[dict[str, Any]] | None = None if options.scores is None else []
         figures = accuracy(
-            logits, str(list_path), data, num_frames=vit.num_frames, image_size=vit.image_size,
-            batch_size=options.batch_size, device=ranks.device, rank=ranks.rank, world_size=ranks.world_size, found=found,
-        )  # fmt: skip
+            logits,
+            str(list_path),
+            data,
+            num_frames=vit.num_frames,
+            image_size=vit.image_size,
+            batch_size=options.batch_size,
+            device=ranks.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            found=found,
+        )
         figures = dict(figures)
         if found is not None and ranks.first:
             write_json(options.scores, {"clips": found})

@@ -22,9 +22,16 @@ def clip_loader(
 ) -> ClipLoader:
     """The loader of some clips with the settings of a run; data: other settings than config.data."""
     return open_loader(
-        clips, data or config.data, device=ranks.device, num_frames=num_frames, image_size=config.student.image_size,
-        batch_size=config.run.batch_size, rank=ranks.rank, world_size=ranks.world_size, seed=config.run.seed,
-    )  # fmt: skip
+        clips,
+        data or config.data,
+        device=ranks.device,
+        num_frames=num_frames,
+        image_size=config.student.image_size,
+        batch_size=config.run.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.run.seed,
+    )
 
 
 def training_list(config: Any) -> Sequence[Clip]:

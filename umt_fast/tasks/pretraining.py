@@ -131,9 +131,15 @@ class Pretraining:
         return base_description(self.name, config) | heads
 
     def evaluate(
-        self, file: WeightsFile, described: dict[str, Any], source: Path, list_path: Path, data: DataConfig,
-        options: EvalOptions, ranks: Ranks,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        file: WeightsFile,
+        described: dict[str, Any],
+        source: Path,
+        list_path: Path,
+        data: DataConfig,
+        options: EvalOptions,
+        ranks: Ranks,
+    ) -> dict[str, Any]:
         """Raises WeightsError: there is nothing to judge such a model by."""
         raise WeightsError(
             f"{source} is of a stage-1 run; eval judges fine-tuned classifiers (accuracy) and stage-2 models (retrieval)"

@@ -146,9 +146,15 @@ class QuestionTuning(nn.Module):
 
 @torch.no_grad()
 def answer_questions(
-    model: QuestionModel, batches: Iterable[dict[str, Tensor]], answers: AnswerList, ranks: Ranks, *, top_k: int = 128,
-    rule: Rule = "official", memory: int = LOGITS_MEMORY,
-) -> dict[int, int]:  # fmt: skip
+    model: QuestionModel,
+    batches: Iterable[dict[str, Tensor]],
+    answers: AnswerList,
+    ranks: Ranks,
+    *,
+    top_k: int = 128,
+    rule: Rule = "official",
+    memory: int = LOGITS_MEMORY,
+) -> dict[int, int]:
     """The best answer of a list to each question of all ranks: question's number -> answer's number, on every rank.
 
     batches: of this rank, `video`, `ids`, `mask`, and `row` int64 (B,), the questions' numbers; a rank may have none. answers,

@@ -127,9 +127,15 @@ def encode_clips(
     vit = model.vision_encoder.encoder.config
     grid = model.vision_encoder.encoder.grid
     loader = ClipLoader(
-        queries.clips, data, num_frames=vit.num_frames, image_size=vit.image_size, batch_size=batch_size, train=False,
-        rank=ranks.rank, world_size=ranks.world_size,
-    )  # fmt: skip
+        queries.clips,
+        data,
+        num_frames=vit.num_frames,
+        image_size=vit.image_size,
+        batch_size=batch_size,
+        train=False,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
     mine = len(range(ranks.rank, len(queries.clips), ranks.world_size))
     kept = keeper.empty(mine, grid.frames * grid.per_frame, vit.width)
     embeddings = torch.empty(mine, model.vision_proj.out_features)
@@ -362,9 +368,14 @@ def listing(queries: Queries, v2t: Found, t2v: Found) -> dict[str, list[dict[str
 
 
 def zero_shot(
-    file: WeightsFile, described: dict[str, Any], source: Path, list_path: Path, data: DataConfig, options: EvalOptions,
+    file: WeightsFile,
+    described: dict[str, Any],
+    source: Path,
+    list_path: Path,
+    data: DataConfig,
+    options: EvalOptions,
     ranks: Ranks,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Zero-shot retrieval of a stage-2 model on a caption list; see Task.evaluate."""
     usual = DataConfig()
     for name in ("separator", "frame_pattern"):
@@ -387,18 +398,27 @@ def zero_shot(
     words = _tokenizer(options.tokenizer, own, described["text"]["vocab_size"], source)
     queries = read_queries(list_path, data.root, joining=options.joining, workers=data.workers)
     model = VideoText(
-        vit_config(described), text_config(described), num_layers=described["num_layers"],
-        output_dim=described["output_dim"], embed_dim=described["embed_dim"],
-    )  # fmt: skip
+        vit_config(described),
+        text_config(described),
+        num_layers=described["num_layers"],
+        output_dim=described["output_dim"],
+        embed_dim=described["embed_dim"],
+    )
     fit_video_text(model, file.state, str(source))
     tokens = Tokens(
         queries.captions, words, max_length=max_length or described["max_length"], sep=described["sep_token"]
     )
     whole = replace(data, sampling="intervals", augment="whole")
     figures, v2t, t2v = evaluate(
-        model.to(ranks.device), queries, tokens, whole, ranks, top_k=options.top_k, batch_size=options.batch_size,
+        model.to(ranks.device),
+        queries,
+        tokens,
+        whole,
+        ranks,
+        top_k=options.top_k,
+        batch_size=options.batch_size,
         memory=int(options.memory_gib * 2**30),
-    )  # fmt: skip
+    )
     if options.scores is not None and ranks.first:
         write_json(options.scores, listing(queries, v2t, t2v))
     return figures

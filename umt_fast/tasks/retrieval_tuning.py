@@ -129,9 +129,17 @@ class RetrievalTuning(nn.Module):
         rank = dist.get_rank() if dist.is_initialized() else 0
         with torch.autocast(batch["video"].device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
             return retrieval_losses(
-                self.model, video=batch["video"], ids=batch["ids"], mask=batch["mask"], index=batch["sample"], seed=seed,
-                vtc=self.vtc, vtm=self.vtm, rank=rank, gather=self.gather,
-            )  # fmt: skip
+                self.model,
+                video=batch["video"],
+                ids=batch["ids"],
+                mask=batch["mask"],
+                index=batch["sample"],
+                seed=seed,
+                vtc=self.vtc,
+                vtm=self.vtm,
+                rank=rank,
+                gather=self.gather,
+            )
 
     def flops_per_clip(self) -> float:
         """Matrix-product FLOPs of a clip and its text, forward and backward; what is not counted: see objectives/flops.py."""

@@ -44,9 +44,20 @@ _PACKAGES = ("flash_attn", "xformers")
 _GPU_ONLY = (*_PACKAGES, "efficient", "cudnn")
 # What of a run leaves a step as it is.
 _IRRELEVANT = (
-    "out", "seed", "epochs", "warmup_epochs", "max_steps", "log_every", "save_every", "checkpoint", "keep",
-    "keep_every_epochs", "resume", "tensorboard", "tune_deadline",
-)  # fmt: skip
+    "out",
+    "seed",
+    "epochs",
+    "warmup_epochs",
+    "max_steps",
+    "log_every",
+    "save_every",
+    "checkpoint",
+    "keep",
+    "keep_every_epochs",
+    "resume",
+    "tensorboard",
+    "tune_deadline",
+)
 # Of an optimizer.
 _NUMBERS = ("lr", "min_lr", "warmup_lr", "lr_batch", "betas", "eps", "weight_decay")
 

@@ -119,15 +119,29 @@ class VideoTextPretraining(nn.Module):
         video, ids, mask, sample = (batch[prefix + name] for name in ("video", "ids", "mask", "sample"))
         visible, targets, clip_image, frames = self._visible(video, seed)
         masked, labels = vision_text.mask_tokens(
-            ids, mask, probability=config.mask_words, mask_id=self.mask_id, vocab_size=config.text.vocab_size,
+            ids,
+            mask,
+            probability=config.mask_words,
+            mask_id=self.mask_id,
+            vocab_size=config.text.vocab_size,
             special=self.special,
-        )  # fmt: skip
+        )
         caption = None if self.teacher_text is None else self.teacher_text(batch[prefix + "teacher_ids"])
         return vision_text.Pairs(
-            video, visible, ids, mask, sample, masked, labels, seed, targets, image=clip_image, caption=caption,
+            video,
+            visible,
+            ids,
+            mask,
+            sample,
+            masked,
+            labels,
+            seed,
+            targets,
+            image=clip_image,
+            caption=caption,
             capacity=vision_text.masked_capacity(labels.numel(), config.mask_words),
             pooled=frames if config.pools_frames else 1,
-        )  # fmt: skip
+        )
 
     def _visible(self, video: Tensor, seed: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
         """Visible tokens, the teacher's targets and image embedding where a loss reads them, and the token frames."""
@@ -172,9 +186,15 @@ class VideoTextPretraining(nn.Module):
         batch = config.run.batch_size
         asked = vision_text.masked_capacity(batch * config.max_length, config.mask_words) / batch if losses.mlm else 0.0
         return total + flops.text_flops(
-            text, length=config.max_length, visible=visible, pooled=flops.grid_of(vit).frames if config.pools_frames else 1,
-            vision_width=vit.width, embed_dim=config.embed_dim, asked=asked, fuses=losses.vtm > 0 or losses.mlm > 0,
-        )  # fmt: skip
+            text,
+            length=config.max_length,
+            visible=visible,
+            pooled=flops.grid_of(vit).frames if config.pools_frames else 1,
+            vision_width=vit.width,
+            embed_dim=config.embed_dim,
+            asked=asked,
+            fuses=losses.vtm > 0 or losses.mlm > 0,
+        )
 
 
 # Places in the vocabulary of random text: the class token, what is never hidden, the mask's.
@@ -231,9 +251,13 @@ class VideoTextTask:
             if entries:
                 corpus = read_corpora(entries, workers=config.data.workers)
                 tokens = Tokens(
-                    corpus.captions, tokenizer, max_length=config.max_length, sep=config.sep_token, fixed=fixed,
+                    corpus.captions,
+                    tokenizer,
+                    max_length=config.max_length,
+                    sep=config.sep_token,
+                    fixed=fixed,
                     teacher=config.losses.text_projection > 0,
-                )  # fmt: skip
+                )
                 # Single pictures cost a CPU little, and are no videos to DALI.
                 data = config.data if entries is config.videos else dataclasses.replace(config.data, reader="cpu")
                 sample = corpus.sample if config.same_sample == "media" else torch.arange(len(corpus.sample))
@@ -284,9 +308,15 @@ class VideoTextTask:
         }
 
     def evaluate(
-        self, file: WeightsFile, described: dict[str, Any], source: Path, list_path: Path, data: DataConfig,
-        options: EvalOptions, ranks: Ranks,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        file: WeightsFile,
+        described: dict[str, Any],
+        source: Path,
+        list_path: Path,
+        data: DataConfig,
+        options: EvalOptions,
+        ranks: Ranks,
+    ) -> dict[str, Any]:
         """Zero-shot retrieval on a caption list."""
         return retrieval.zero_shot(file, described, source, list_path, data, options, ranks)
 

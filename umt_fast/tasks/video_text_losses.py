@@ -254,9 +254,17 @@ def _encode(model: VideoText, batches: Sequence[Pairs]) -> list[tuple[Tensor, Te
 
 
 def _losses_of(
-    model: VideoText, losses: Stage2Losses, align: AlignConfig, temperature: Tensor, pairs: Pairs, tokens: Tensor,
-    heads: Tensor | None, plain: Tensor, masked: Tensor, rank: int,
-) -> dict[str, Tensor]:  # fmt: skip
+    model: VideoText,
+    losses: Stage2Losses,
+    align: AlignConfig,
+    temperature: Tensor,
+    pairs: Pairs,
+    tokens: Tensor,
+    heads: Tensor | None,
+    plain: Tensor,
+    masked: Tensor,
+    rank: int,
+) -> dict[str, Tensor]:
     """The losses of one kind by name, from its vision tokens (B, n, C) and its plain and masked text (B, l, W)."""
     text, tower, found = model.text_encoder, model.vision_encoder, {}
     vision, caption = model.project_vision(tower.pool(tokens, pairs.pooled)), model.project_text(plain)

@@ -136,9 +136,7 @@ class ClipLoader:
         self.bad_files: dict[str, str] = {}
         self._batches = _Batches()
         self._columns: Columns | None = None
-        self._reader = ClipReader(
-            clips, data, num_frames=num_frames, image_size=image_size, seed=seed, train=train
-        )  # fmt: skip
+        self._reader = ClipReader(clips, data, num_frames=num_frames, image_size=image_size, seed=seed, train=train)
 
     def __len__(self) -> int:
         """Batches of one whole epoch on this rank."""

@@ -189,9 +189,17 @@ class _Graph:
     """One DALI pipeline with `depth` batches under way: it starts at the `depth`-th that is fed."""
 
     def __init__(
-        self, *, pictures: bool, batch: int, frames: int, repeats: int, size: int, bicubic: bool,
-        device: torch.device, depth: int,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        pictures: bool,
+        batch: int,
+        frames: int,
+        repeats: int,
+        size: int,
+        bicubic: bool,
+        device: torch.device,
+        depth: int,
+    ) -> None:
         self.pictures, self.frames, self.repeats, self.size, self.device = pictures, frames, repeats, size, device
         self.bicubic, self.depth, self.fed = bicubic, depth, 0
         self.inputs = {"window": "windows"} if bicubic else {"window": "windows", "flip": "flips"}

@@ -23,9 +23,15 @@ class Tokens:
     """
 
     def __init__(
-        self, captions: Sequence[str], tokenizer: Any, *, max_length: int, sep: bool = False, fixed: bool = False,
+        self,
+        captions: Sequence[str],
+        tokenizer: Any,
+        *,
+        max_length: int,
+        sep: bool = False,
+        fixed: bool = False,
         teacher: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.captions = captions if isinstance(captions, Strings) else Strings.of(captions)
         # The Rust object alone: a decoding process need not import transformers.
         self.tokenizer = tokenizer.backend_tokenizer

@@ -96,9 +96,7 @@ def _probe_folder(clip: Clip, frame_pattern: str) -> Clip:
     if len(sizes) > 1:
         raise VideoError(f"{clip.path}: frames change size: {sorted(sizes)}")
     ((width, height),) = sizes
-    return replace(
-        clip, width=width, height=height, codec="pictures", key_frame_spacing=1.0, checksum=checksum(files)
-    )  # fmt: skip
+    return replace(clip, width=width, height=height, codec="pictures", key_frame_spacing=1.0, checksum=checksum(files))
 
 
 def _probe_one(work: tuple[int, Clip, str]) -> tuple[int, dict | None, str]:

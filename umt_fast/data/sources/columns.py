@@ -128,9 +128,7 @@ class ClipsBuilder:
             if isinstance(column, StringsBuilder):
                 columns[name] = column.done()
             else:
-                columns[name] = torch.frombuffer(
-                    column, dtype=torch.float64 if column.typecode == "d" else torch.int64
-                )  # fmt: skip
+                columns[name] = torch.frombuffer(column, dtype=torch.float64 if column.typecode == "d" else torch.int64)
         return Clips(columns)
 
 

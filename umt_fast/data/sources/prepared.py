@@ -265,9 +265,13 @@ def locate(clips: Clips, folders: Sequence[str]) -> Clips:
         found += there is not None
         if there is not None:
             clip = replace(
-                clip, num_frames=there.num_frames, shard=there.shard, offset=there.offset, size=there.size,
+                clip,
+                num_frames=there.num_frames,
+                shard=there.shard,
+                offset=there.offset,
+                size=there.size,
                 frame_folder=False,
-            )  # fmt: skip
+            )
         located.add(clip)
     log.info("%d of %d clips are read from data.prepared, the others from their files", found, len(clips))
     return located.done()

@@ -189,5 +189,6 @@ def _make_indices(tars: list[str], workers: int) -> None:
     if unwritten:
         log.warning(
             "%d indices of tar files could not be written (%s): they are made anew at every start",
-            len(unwritten), unwritten[0],
-        )  # fmt: skip
+            len(unwritten),
+            unwritten[0],
+        )

@@ -24,9 +24,15 @@ class ClipText(nn.Module):
 
         super().__init__()
         self.tower = TextTransformer(
-            context_length, vocab_size, width, width // HEAD_WIDTH, depth, output_dim=output_dim,
-            act_layer=QuickGELU if quick_gelu else nn.GELU, norm_layer=LayerNormFp32,
-        )  # fmt: skip
+            context_length,
+            vocab_size,
+            width,
+            width // HEAD_WIDTH,
+            depth,
+            output_dim=output_dim,
+            act_layer=QuickGELU if quick_gelu else nn.GELU,
+            norm_layer=LayerNormFp32,
+        )
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> ClipText:

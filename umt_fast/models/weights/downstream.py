@@ -34,10 +34,15 @@ _TEACHER = "clip_teacher."
 _UNUSED = {
     "retrieval": (_TEACHER, "vision_encoder.clip_decoder.", "text_encoder.cls."),
     "question answering": (
-        _TEACHER, "vision_encoder.clip_decoder.", "vision_encoder.pool_norm.", "vision_proj.", "text_proj.", "itm_head.",
+        _TEACHER,
+        "vision_encoder.clip_decoder.",
+        "vision_encoder.pool_norm.",
+        "vision_proj.",
+        "text_proj.",
+        "itm_head.",
         "temp",
     ),
-}  # fmt: skip
+}
 
 
 class Sources(NamedTuple):

@@ -106,9 +106,13 @@ def load_teacher_text(config: TeacherConfig) -> ClipText:
             f"teacher.output_dim {config.output_dim} and a width that is a multiple of {HEAD_WIDTH}"
         )
     text = ClipText(
-        width=width, depth=depth, vocab_size=vocabulary, context_length=length, output_dim=output_dim,
+        width=width,
+        depth=depth,
+        vocab_size=vocabulary,
+        context_length=length,
+        output_dim=output_dim,
         quick_gelu=config.activation == "quick_gelu",
-    )  # fmt: skip
+    )
     fit(text.tower, {key: value.float() for key, value in state.items()}, f"the text tower of {source}")
     return text
 
