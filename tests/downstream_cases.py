@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from tests.parity_files import relative
 from umt_fast.config import TextConfig, VitConfig
 
 LIMIT = 1e-4
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    """The distance of two equally shaped tensors, as a share of the second's norm."""
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
-
-
-def read_case(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The configuration and the tensors of a file."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}
 
 
 def sizes_of(config: dict, tensors: dict[str, Tensor]) -> tuple[VitConfig, TextConfig]:

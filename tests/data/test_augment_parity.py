@@ -1,39 +1,24 @@
 """RandAugment and random erasing against what the official implementation drew and computed, file by file."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 
-from tests.parity_files import parity_files
+from tests.parity_files import cases_or_skip, read_case
 from umt_fast.config import ConfigError
 from umt_fast.data.decode import erasing, rand_augment
-
-
-def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}
-
-
-def by_name(kind: str) -> list:
-    files = parity_files(kind)
-    absent = pytest.param(
-        None, marks=pytest.mark.skip(reason=f"no {kind}_* file; set UMT_SHARED to the folder that has them")
-    )
-    return [pytest.param(path, id=path.stem) for path in files] or [absent]
 
 
 def pictures(frames: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(frame) for frame in frames.numpy()]
 
 
-@pytest.mark.parametrize("path", by_name("randaugment"))
+@pytest.mark.parametrize("path", cases_or_skip("randaugment"))
 def test_operations_parity(path: Path) -> None:
-    config, tensors = read(path)
+    config, tensors = read_case(path)
     (image,) = pictures(tensors["in.image"][None])
     outputs = {key: value for key, value in tensors.items() if key.startswith("out.")}
     assert outputs
@@ -46,9 +31,9 @@ def test_operations_parity(path: Path) -> None:
         assert np.array_equal(np.asarray(rand_augment.apply(name, image, expected)), wanted.numpy()), key
 
 
-@pytest.mark.parametrize("path", by_name("randaugment"))
+@pytest.mark.parametrize("path", cases_or_skip("randaugment"))
 def test_arguments_at_every_level_parity(path: Path) -> None:
-    config, _ = read(path)
+    config, _ = read_case(path)
     assert {operation["name"] for operation in config["operations"]} == set(rand_augment.OPERATIONS)
     for operation in config["operations"]:
         name, ours = operation["name"], rand_augment.OPERATIONS[operation["name"]]
@@ -61,9 +46,9 @@ def test_arguments_at_every_level_parity(path: Path) -> None:
             assert not operation["integer"] or all(value == int(value) for value in found)
 
 
-@pytest.mark.parametrize("path", by_name("randaugment"))
+@pytest.mark.parametrize("path", cases_or_skip("randaugment"))
 def test_whole_policy_parity(path: Path) -> None:
-    config, tensors = read(path)
+    config, tensors = read_case(path)
     frames = pictures(tensors["clip.in"])
     for number, draws in enumerate(config["clip_runs"]):
         drawn = [(draw["name"], draw["argument"]) for draw in draws if draw["applied"]]
@@ -71,9 +56,9 @@ def test_whole_policy_parity(path: Path) -> None:
         assert np.array_equal(found, tensors[f"clip.out.{number}"].numpy()), draws
 
 
-@pytest.mark.parametrize("path", by_name("randaugment"))
+@pytest.mark.parametrize("path", cases_or_skip("randaugment"))
 def test_draws_of_the_policy_parity(path: Path) -> None:
-    config, _ = read(path)
+    config, _ = read_case(path)
     policy = rand_augment.Policy.parse(config["policy"])
     assert (policy.count, policy.probability) == (config["draws_per_clip"], config["applied_with_probability"])
     rng, counts, levels, negative, clips = np.random.default_rng(3), {}, [], 0, 4000
@@ -101,9 +86,9 @@ def test_a_policy_without_numbers_has_the_strongest_level() -> None:
     assert rand_augment.Policy.parse("rand-inc1") == rand_augment.Policy(10, 0, 2)
 
 
-@pytest.mark.parametrize("path", by_name("erasing"))
+@pytest.mark.parametrize("path", cases_or_skip("erasing"))
 def test_erased_boxes_parity(path: Path) -> None:
-    config, tensors = read(path)
+    config, tensors = read_case(path)
     for number, run in enumerate(config["runs"]):
         before, after = tensors[f"{number}.in"], tensors[f"{number}.out"]
         box = torch.tensor([run["box_top_left_h_w"]])
@@ -118,9 +103,9 @@ def test_erased_boxes_parity(path: Path) -> None:
         assert (zeros[0, :, :, top : top + tall, left : left + wide] == 0).all()
 
 
-@pytest.mark.parametrize("path", by_name("erasing"))
+@pytest.mark.parametrize("path", cases_or_skip("erasing"))
 def test_boxes_are_distributed_as_officially_parity(path: Path) -> None:
-    config, _ = read(path)
+    config, _ = read_case(path)
     statistics = config["statistics"]
     height, width = statistics["size"]
     rng = np.random.default_rng(5)

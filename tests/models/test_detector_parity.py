@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.parity_files import parity_files
+from tests.parity_files import parity_files, relative
 from umt_fast.config import VitConfig
 from umt_fast.data.decode import boxes as moves
 from umt_fast.models.detector import RoiRule
@@ -19,11 +19,6 @@ from umt_fast.tasks.detection import Detection
 
 pytest.importorskip("torchvision", reason="the detector needs torchvision")
 LIMIT = 1e-4
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
 
 
 class Case:

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.downstream_cases import read_case
-from tests.parity_files import parity_files
+from tests.parity_files import parity_files, read_case
 from umt_fast.config import OptimConfig, TextConfig, VitConfig
 from umt_fast.engine.optim import parameter_groups
 from umt_fast.models.downstream import QuestionModel, RetrievalModel

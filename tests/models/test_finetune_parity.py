@@ -11,18 +11,13 @@ import torch
 from safetensors import safe_open
 
 import kernels
-from tests.parity_files import parity_files
+from tests.parity_files import parity_files, relative
 from umt_fast.config import FinetuneConfig, RunConfig, VitConfig
 from umt_fast.models.weights import fit
 from umt_fast.tasks.classification import Supervised
 
 CASES = parity_files("finetune")
 LIMIT = 1e-4
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
 
 
 class Case:

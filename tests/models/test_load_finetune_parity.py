@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.parity_files import parity_files
+from tests.parity_files import parity_files, read_case
 from umt_fast.config import VitConfig
 from umt_fast.masking import TokenGrid
 from umt_fast.models.classifier import Classifier
@@ -26,11 +26,6 @@ def cases() -> list:
             config = json.loads(file.metadata()["config"])
         found += [pytest.param(path, case, id=f"{path.stem}-{case['case']}") for case in config["cases"]]
     return found
-
-
-def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}
 
 
 def classifier_of(config: dict[str, Any], case: Case) -> Classifier:
@@ -103,7 +98,7 @@ def written(
 @pytest.mark.parametrize(("path", "case"), cases())
 def test_what_is_loaded_parity(path: Path, case: Case, tmp_path: Path) -> None:
     """The same keys are used, missing and unknown. Where the official code is silent about a wrong shape, ours refuses."""
-    config, tensors = read(path)
+    config, tensors = read_case(path)
     model, state = classifier_of(config, case), file_of(config, case, tensors)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     file, options = written(config, case, state, tmp_path)
@@ -180,7 +175,7 @@ def check_where_the_official_code_fails(
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in parity_files("load_finetune")])
 def test_resized_position_tables_parity(path: Path) -> None:
     """Every stored table, also where the official model has no place for the result."""
-    config, tensors = read(path)
+    config, tensors = read_case(path)
     found = 0
     for case in config["cases"]:
         table, wanted = (tensors.get(f"{case['case']}.{side}.pos_embed") for side in ("in", "out"))

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 import kernels
-from tests.parity_files import parity_files
+from tests.parity_files import parity_files, relative
 from umt_fast.config import AlignConfig, MaskConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
 from umt_fast.models.weights import fit
 from umt_fast.tasks.pretraining import UnmaskedAlignment
@@ -20,11 +20,6 @@ from umt_fast.tasks.pretraining import UnmaskedAlignment
 CASES = parity_files("stage1") + parity_files("tubelet2")
 ROADS = ["reference", "triton"]
 LIMIT = 1e-4
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
 
 
 class Case:

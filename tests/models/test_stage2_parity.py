@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import kernels
-from tests.parity_files import parity_files
+from tests.parity_files import parity_files, relative
 from umt_fast.config import AlignConfig, Stage2Losses, TextConfig, VitConfig
 from umt_fast.models.video_text import HEAD_EPS, VideoText
 from umt_fast.models.weights import fit
@@ -21,11 +21,6 @@ from umt_fast.tasks.video_text_losses import stage2_losses
 
 CASES = parity_files("stage2")
 LIMIT = 1e-4
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-12)).item()
 
 
 class Case:

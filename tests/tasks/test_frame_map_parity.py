@@ -1,30 +1,15 @@
 """AVA's mAP and the movements of boxes against the official evaluation and transforms, file by file."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
-from tests.parity_files import parity_files
+from tests.parity_files import cases_or_skip, read_case
 from umt_fast.data.decode import boxes as moves
 from umt_fast.data.errors import DataError
 from umt_fast.tasks import frame_map
-
-
-def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}
-
-
-def by_name(kind: str) -> list:
-    files = parity_files(kind)
-    absent = pytest.param(
-        None, marks=pytest.mark.skip(reason=f"no {kind}_* file; set UMT_SHARED to the folder that has them")
-    )
-    return [pytest.param(path, id=path.stem) for path in files] or [absent]
 
 
 def write(folder: Path, config: dict) -> dict[str, Path]:
@@ -35,9 +20,9 @@ def write(folder: Path, config: dict) -> dict[str, Path]:
     return written
 
 
-@pytest.mark.parametrize("path", by_name("map"))
+@pytest.mark.parametrize("path", cases_or_skip("map"))
 def test_mean_average_precision_parity(path: Path, tmp_path: Path) -> None:
-    config, tensors = read(path)
+    config, tensors = read_case(path)
     files = write(tmp_path, config)
     truth, detected = (frame_map.read_boxes(files[name]) for name in ("ground_truth_csv", "detections_csv"))
     names, excluded = frame_map.read_label_map(files["labelmap_pbtxt"]), frame_map.read_excluded(files["excluded_csv"])
@@ -79,9 +64,9 @@ def test_a_line_that_is_no_box_is_named(tmp_path: Path, line: str) -> None:
         frame_map.read_boxes(tmp_path / "boxes.csv")
 
 
-@pytest.mark.parametrize("path", by_name("boxes"))
+@pytest.mark.parametrize("path", cases_or_skip("boxes"))
 def test_movements_of_boxes_parity(path: Path) -> None:
-    config, tensors = read(path)
+    config, tensors = read_case(path)
     made = config["operations"]
     size = tuple(made["size_w_h"])
     # The official operation cuts boxes in place: all others saw what it left.

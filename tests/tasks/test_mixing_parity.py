@@ -1,30 +1,15 @@
 """Mixup, CutMix and the scores of several views against what the official implementation computed, file by file."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 
-from tests.parity_files import parity_files
+from tests.parity_files import cases_or_skip, read_case
 from umt_fast.config import ConfigError
 from umt_fast.tasks.mixing import MixConfig, cut_box, kept_share, mixed, soft_targets
 from umt_fast.tasks.views import ViewScores, per_class_accuracy, top_shares
-
-
-def read(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}
-
-
-def by_name(kind: str) -> list:
-    files = parity_files(kind)
-    absent = pytest.param(
-        None, marks=pytest.mark.skip(reason=f"no {kind}_* file; set UMT_SHARED to the folder that has them")
-    )
-    return [pytest.param(path, id=path.stem) for path in files] or [absent]
 
 
 def settings(options: dict) -> MixConfig:
@@ -38,9 +23,9 @@ def settings(options: dict) -> MixConfig:
     )
 
 
-@pytest.mark.parametrize("path", by_name("mixup"))
+@pytest.mark.parametrize("path", cases_or_skip("mixup"))
 def test_mixed_clips_and_targets_parity(path: Path) -> None:
-    config, tensors = read(path)
+    config, tensors = read_case(path)
     for case in config["cases"]:
         video, label = tensors[f"{case['name']}.in.video"], tensors[f"{case['name']}.in.labels"]
         batch = len(label)
@@ -62,9 +47,9 @@ def test_mixed_clips_and_targets_parity(path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("path", by_name("mixup"))
+@pytest.mark.parametrize("path", cases_or_skip("mixup"))
 def test_boxes_parity(path: Path) -> None:
-    config, tensors = read(path)
+    config, tensors = read_case(path)
     height, width = config["shape"][-2:]
     for case in config["cases"]:
         if not case["boxes_yyxx"] or "cutmix_minmax" in case["options"] or case["options"]["mode"] == "elem":
@@ -75,10 +60,10 @@ def test_boxes_parity(path: Path) -> None:
         assert kept_share(height, width, box) == pytest.approx(case["lam_after_box"][0], abs=1e-12)
 
 
-@pytest.mark.parametrize("path", by_name("mixup"))
+@pytest.mark.parametrize("path", cases_or_skip("mixup"))
 def test_draws_parity(path: Path) -> None:
     """Every option's draws are such as the official code can make, with the shares of both kinds."""
-    config, _ = read(path)
+    config, _ = read_case(path)
     height, width = 40, 60
     for case in config["cases"]:
         options, mix, rng = case["options"], settings(case["options"]), np.random.default_rng(7)
@@ -114,10 +99,10 @@ def test_targets_of_one_clip_add_up_to_one_and_keep_the_larger_share() -> None:
     assert targets.argmax(1).tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("path", by_name("views"))
+@pytest.mark.parametrize("path", cases_or_skip("views"))
 @pytest.mark.parametrize("ranks_apart", [False, True], ids=["one rank", "several ranks"])
 def test_scores_of_views_parity(path: Path, ranks_apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, tensors = read(path)
+    config, tensors = read_case(path)
     logits, label, order = tensors["in.logits"], tensors["in.labels"], tensors["in.order"]
     segments, crops = config["segments"], config["crops"]
     parts = [order[rank :: config["ranks"]] for rank in range(config["ranks"])] if ranks_apart else [order]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.downstream_cases import LIMIT, read_case, relative, sizes_of, state_of
-from tests.parity_files import parity_files
+from tests.downstream_cases import LIMIT, sizes_of, state_of
+from tests.parity_files import parity_files, read_case, relative
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.downstream import RetrievalModel
 from umt_fast.models.weights import fit

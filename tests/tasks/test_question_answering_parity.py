@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizerFast
 
-from tests.downstream_cases import LIMIT, compare_gradients, read_case, relative, sizes_of, state_of
-from tests.parity_files import parity_files
+from tests.downstream_cases import LIMIT, compare_gradients, sizes_of, state_of
+from tests.parity_files import parity_files, read_case, relative
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.answer_decoder import AnswerList, prepare_answers
 from umt_fast.models.attention import use_attention

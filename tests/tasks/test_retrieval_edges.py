@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.tasks.galleries import Captions, Gallery
 from umt_fast.config import DataConfig, TextConfig, VitConfig
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.sources.lists import Clip
@@ -23,25 +24,10 @@ from umt_fast.tasks.retrieval_tuning import retrieval_losses
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-class Words:
+def words(count: int) -> Captions:
     """Texts of which the first is its class token alone."""
-
-    def __init__(self, count: int) -> None:
-        self.ids = torch.randint(5, 20, (count, 4), generator=torch.Generator().manual_seed(1))
-        self.mask = torch.arange(4) < torch.tensor([1, *[4] * (count - 1)])[:, None]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        longest = int(self.mask[rows].sum(1).max())
-        return self.ids[rows, :longest], self.mask[rows, :longest]
-
-
-class Gallery(NamedTuple):
-    clips: range
-    captions: range
-    right: Tensor
+    ids = torch.randint(5, 20, (count, 4), generator=torch.Generator().manual_seed(1))
+    return Captions(ids, torch.arange(4) < torch.tensor([1, *[4] * (count - 1)])[:, None])
 
 
 def model_of() -> RetrievalModel:
@@ -73,7 +59,7 @@ def found(count: int, captions: int, ranks: Ranks, **options: int) -> tuple[dict
     queries = Gallery(range(count), range(captions), right)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "ClipLoader", loader)
-        return retrieval.evaluate(model_of(), queries, Words(captions), DataConfig(), ranks, **options)
+        return retrieval.evaluate(model_of(), queries, words(captions), DataConfig(), ranks, **options)
 
 
 def test_one_candidate_is_always_found() -> None:
@@ -117,7 +103,7 @@ def test_ranks_without_clips_say_the_same(tmp_path: Path) -> None:
 def test_a_batch_of_one_sample_still_has_a_loss() -> None:
     """All rows right answers of each other: no negative is a wrong one, and the loss is finite."""
     video = torch.randn(3, 3, 2, 16, 16, generator=torch.Generator().manual_seed(2))
-    ids, mask = Words(3)[torch.arange(3)]
+    ids, mask = words(3)[torch.arange(3)]
     model = model_of()
     losses = retrieval_losses(
         model, video=video, ids=ids, mask=mask, index=torch.tensor([4, 4, 4]), seed=torch.tensor([1])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.downstream_cases import LIMIT, compare_gradients, read_case, relative, sizes_of, state_of
-from tests.parity_files import parity_files
+from tests.downstream_cases import LIMIT, compare_gradients, sizes_of, state_of
+from tests.parity_files import parity_files, read_case, relative
+from tests.tasks.galleries import Captions, Gallery
 from umt_fast.config import DataConfig
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.downstream import RetrievalModel
@@ -105,26 +105,6 @@ def test_parity_of_negative_weights(case: _Case, monkeypatch: pytest.MonkeyPatch
         expected = theirs[f"out.negative_weights_{name}"]
         assert torch.equal(ours == 0, expected == 0)
         assert relative(ours / ours.sum(1, keepdim=True), expected / expected.sum(1, keepdim=True)) < LIMIT
-
-
-class Captions:
-    """Token ids of a gallery, as data.captions.Tokens gives them: as long as the longest text of a batch."""
-
-    def __init__(self, ids: Tensor, mask: Tensor) -> None:
-        self.ids, self.mask = ids, mask.bool()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        longest = int(self.mask[rows].sum(1).max())
-        return self.ids[rows, :longest], self.mask[rows, :longest]
-
-
-class Gallery(NamedTuple):
-    clips: range
-    captions: range
-    right: Tensor
 
 
 def test_parity_of_gallery_scores_and_recalls(case: _Case, monkeypatch: pytest.MonkeyPatch) -> None:
