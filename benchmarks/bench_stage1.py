@@ -18,13 +18,13 @@ DTYPE = os.environ.get("UMT_BENCH_DTYPE", "bf16" if torch.cuda.is_available() el
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("road", ["fast", "plain"])
-def test_stage1_step(benchmark, road: str) -> None:
+@pytest.mark.parametrize("implementation", ["fast", "plain"])
+def test_stage1_step(benchmark, implementation: str) -> None:
     torch.manual_seed(0)
     config = stage1_config(MODEL, BATCH, DTYPE)
     side, frames = config.student.image_size, config.student.num_frames
     video = torch.randint(256, (BATCH, frames, side, side, 3), dtype=torch.uint8).to(DEVICE)
-    if road == "fast":
+    if implementation == "fast":
         step, _ = fast_steps(config, video, DEVICE, False)
     else:
         step, _ = plain_steps(config, video, DEVICE)

@@ -92,7 +92,7 @@ def relative(found: Tensor, right: Tensor) -> float:
 def attention_values(lines: Lines) -> bool:
     """A line for each backend and case: relative errors of output and gradients, and whether they are within BOUND.
 
-    "definition" is road="math", which rounds its logits to the dtype as the official code does: no verdict on it.
+    "definition" is backend="math", which rounds its logits to the dtype as the official code does: no verdict on it.
     """
     torch.manual_seed(0)
     cases = [("random", n, n) for n in TOKENS] + [("random", n, 1) for n in TOKENS[:3]]
@@ -132,7 +132,7 @@ def errors_of(backend: str, q: Tensor, k: Tensor, v: Tensor, upstream: Tensor, r
     """Relative errors of output, dq, dk, dv; infinite where something is no number."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     with sdpa_kernel(BACKENDS[backend]) if backend in BACKENDS else contextlib.nullcontext():
-        out = kernels.attention(*leaves, road={"auto": "auto", "definition": "math"}.get(backend, "sdpa"))
+        out = kernels.attention(*leaves, backend={"auto": "auto", "definition": "math"}.get(backend, "sdpa"))
         found = [out, *torch.autograd.grad(out, leaves, upstream)]
     errors = [relative(a, b) for a, b in zip(found, right, strict=True)]
     return [error if error == error else float("inf") for error in errors]

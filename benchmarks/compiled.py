@@ -5,7 +5,7 @@
 The step of `--run.compile True` is compiled for a GPU that is not there (fake_inductor.py). Of each kernel that would be
 launched, Inductor's own or a library's or ours, FLOPs and bytes are counted, the optimizer's as in predict.py, and
 
-    floor = sum over kernels of max(FLOPs / matmul rate, bytes / copy rate)
+    bound = sum over kernels of max(FLOPs / matmul rate, bytes / copy rate)
 
 with the rates of a datasheet. Inductor's kernels read each input and write each result once. `ideal` is the bound `fused` of
 predict.py.
@@ -202,9 +202,9 @@ def predict(model: Model, batch_size: int, gpus: Iterable[str], most: int, built
 def table(line: dict) -> str:
     """A line for people."""
     where = f"prediction: {line['gpu']}, {line['model']}, {line['batch_size']} clips"
-    rows = [["prediction", "step", "floor ms", "clips/s at most", "TFLOP", "GB", "launches"], ["---"] * 7]
+    rows = [["prediction", "step", "bound ms", "clips/s at most", "TFLOP", "GB", "launches"], ["---"] * 7]
     for name, row in line["steps"].items():
-        cells = [where, name, f"{row['floor_ms']:.2f}", f"{row['clips_per_s_at_most']:.0f}"]
+        cells = [where, name, f"{row['bound_ms']:.2f}", f"{row['clips_per_s_at_most']:.0f}"]
         if "gb" in row:
             cells += [f"{row['tflop']:.2f}", f"{row['gb']:.1f}", row["operations"]]
         rows.append(cells + [""] * (7 - len(cells)))
@@ -212,7 +212,7 @@ def table(line: dict) -> str:
     for name, kinds in line["kinds"].items():
         for kind, row in kinds.items():
             rows.append([f"prediction: {name}", kind, row["launches"], f"{row['ms']:.2f}", f"{row['gb']:.1f}"])
-    for title, key in (("by floor", "most_ms"), ("generated, by bytes", "most_gb")):
+    for title, key in (("by bound", "most_ms"), ("generated, by bytes", "most_gb")):
         if line[key]:
             rows += [[], [f"prediction: compiled, {title}", "place", "kernel", "launches", "ms", "GB"], ["---"] * 6]
             rows += cells_of(line[key])
@@ -227,7 +227,7 @@ def table(line: dict) -> str:
     text = ["| " + " | ".join(map(str, row)) + " |" if row else "" for row in rows]
     rates = f"{line['matmul_tflops']:.0f} TFLOP/s and {line['copy_gb_per_s']:.0f} GB/s (datasheet)"
     text += ["", f"prediction at {rates}: sum over kernels of max(FLOPs / matmul rate, bytes / copy rate)."]
-    text += ["ideal: every elementwise pass fused into a neighbour. Not in it:"]
+    text += ["ideal: every elementwise pass fused into a neighbor. Not in it:"]
     return "\n".join(text + [f"- {what}" for what in line["not_counted"]])
 
 
@@ -238,7 +238,7 @@ def main(
     top: int = 12,
     build: bool = False,
 ) -> None:
-    """Compile a whole stage-1 step for a GPU and predict its floor; needs none. One JSON line for each GPU, tables on stderr.
+    """Compile a whole stage-1 step for a GPU and predict its bound; needs none. One JSON line for each GPU, tables on stderr.
 
     Args:
         model: Student; the teacher is the official one of that size.

@@ -63,7 +63,7 @@ class Operation:
     bytes: float
 
     def seconds(self, matmul: float, copy: float) -> float:
-        """Its floor: the larger of FLOPs over the matmul rate (twice that rate in 8 bits) and bytes over the copy rate."""
+        """Its bound: the larger of FLOPs over the matmul rate (twice that rate in 8 bits) and bytes over the copy rate."""
         return max((self.products + self.products8 / 2) / matmul, self.bytes / copy)
 
 

@@ -3,16 +3,16 @@
 #
 #   bash benchmarks/cpu.sh [step|large|stage2|profile|input|soak|all]   OUT=folder (default benchmarks/results/new)
 #
-#   step     whole stage-1 steps of B/16 in turn: fast road, fast with an int8 teacher, plain road, and the official code
+#   step     whole stage-1 steps of B/16 in turn: fast implementation, fast with an int8 teacher, plain implementation, and the official code
 #   large    the same of L/16, one step of each
-#   stage2   whole stage-2 steps of B/16, both roads
-#   profile  the parts of a fast step beside their floors, with the native and the int8 teacher
+#   stage2   whole stage-2 steps of B/16, both implementations
+#   profile  the parts of a fast step beside their bounds, with the native and the int8 teacher
 #   input    the loader with several readers in turn (decord too, where it is installed)
 #   soak     the loader's memory over 20,000 clips
 #
 # Every figure of a step is of a process of its own, since a CPU's peak memory is the process's. Each part writes into OUT
 # beside machine.json and renews table.md; OUT is of one commit. UMT_SIZES="tiny" tries the script; UMT_ROUNDS is how often
-# the roads take turns, UMT_LARGE_CLIPS the clips of an L/16 step, UMT_SHARED the folder with videos/ for input and soak.
+# the implementations take turns, UMT_LARGE_CLIPS the clips of an L/16 step, UMT_SHARED the folder with videos/ for input and soak.
 # Each is measured in every dtype that the CPU multiplies in hardware, or in UMT_DTYPES. UMT_OFFICIAL names a copy of
 # github.com/OpenGVLab/unmasked_teacher whose own step is timed too; it needs timm 0.4.12. PYTHON or UMT_PYTHON chooses the
 # interpreter; else it is .venv's, where the recipes made one.
@@ -59,7 +59,7 @@ steps() { # FILE, model, clips, timed steps, rounds
             for precision in native $int8; do
                 bench "$1" stage1 "${size[@]}" --dtype "$dtype" --precision "$precision"
             done
-            bench "$1" stage1 "${size[@]}" --dtype "$dtype" --road plain
+            bench "$1" stage1 "${size[@]}" --dtype "$dtype" --implementation plain
             if [[ -n ${UMT_OFFICIAL:-} ]]; then
                 "$PYTHON" -m benchmarks.official stage1 --folder "$UMT_OFFICIAL" "${size[@]}" --dtype "$dtype" --device cpu |
                     tee -a "$OUT/$1.partial"
@@ -93,8 +93,8 @@ for size in $SIZES; do
     if wanted stage2; then
         into "cpu_steps_stage2_$size"
         for dtype in $DTYPES; do
-            for road in fast plain; do
-                bench "cpu_steps_stage2_$size" stage2 --model "$size" --batch_size 4 --steps 2 --dtype "$dtype" --road $road
+            for implementation in fast plain; do
+                bench "cpu_steps_stage2_$size" stage2 --model "$size" --batch_size 4 --steps 2 --dtype "$dtype" --implementation $implementation
             done
         done
         keep "cpu_steps_stage2_$size"

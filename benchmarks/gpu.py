@@ -46,15 +46,15 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What a lent machine gives back of one file, less some room.
-MOST_PACKED = 15 << 20
+MAX_PACKED = 15 << 20
 STOPPED = "the whole run was stopped by a signal"
 # The native kernel tests, without fuzzing: a process for each file, since most of their time is Triton compiling.
 TESTS = {
     "tests/kernels/test_kernels.py": "patch_gather_uint8 or token_gather_value or test_gather_norm or mask_scores or "
-    "both_roads or equal_keys or drawn_zero or impossible_tokens or is_its_formula or compiles_without",
-    "tests/kernels/test_quantized.py": "int8_product or fp8_product or quantises_views or product_within",
+    "both_backends or equal_keys or drawn_zero or impossible_tokens or is_its_formula or compiles_without",
+    "tests/kernels/test_quantized.py": "int8_product or fp8_product or quantizes_views or product_within",
     "tests/kernels/test_sampling.py": "at_196 or exact_probability",
-    "tests/kernels/test_attention.py": "attention_roads or packed_attention or masked_keys",
+    "tests/kernels/test_attention.py": "attention_backends or packed_attention or masked_keys",
     "tests/objectives/test_one_graph.py": "real_gpu or recorded_run",
 }
 
@@ -245,8 +245,8 @@ def pack(out: Path, cache: Path) -> None:
     packed = out / "cache.tar.gz"
     with tarfile.open(packed, "w:gz", compresslevel=6) as archive:
         archive.add(cache, arcname=".")
-    if packed.stat().st_size > MOST_PACKED:
-        print(f"cache.tar.gz is left out: {packed.stat().st_size >> 20} MiB, over {MOST_PACKED >> 20}", flush=True)
+    if packed.stat().st_size > MAX_PACKED:
+        print(f"cache.tar.gz is left out: {packed.stat().st_size >> 20} MiB, over {MAX_PACKED >> 20}", flush=True)
         packed.unlink()
 
 

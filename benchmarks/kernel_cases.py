@@ -1,6 +1,6 @@
 """What bench_kernels.py times: each operation at the shapes of a training step, by several providers.
 
-`ours` is the public function on the tensor's own road (Triton on a GPU, the reference on a CPU), `plain` the reference
+`ours` is the public function on the tensor's own backend (Triton on a GPU, the reference on a CPU), `plain` the reference
 forced, `compiled` the reference under torch.compile (GPU only), `textbook` what the official implementation does for the
 same result.
 """
@@ -39,7 +39,7 @@ class Case:
 
 
 def _providers(ours: Callable[[str], object], textbook: Call | None = None) -> dict[str, Call]:
-    """ours takes a road."""
+    """ours takes a backend."""
     calls: dict[str, Call] = {"ours": lambda: ours("auto"), "plain": lambda: ours("reference")}
     if DEVICE.type == "cuda":
         compiled = torch.compile(lambda: ours("reference"), dynamic=False)
@@ -98,7 +98,7 @@ def cases() -> Iterator[Case]:
 
     yield Case(
         "patch_gather",
-        _providers(lambda road: kernels.patch_gather(video, visible, road=road, **options), dense_patches),
+        _providers(lambda backend: kernels.patch_gather(video, visible, backend=backend, **options), dense_patches),
         rows * 3 * PATCH**2 * (1 + element),
     )
 
@@ -110,18 +110,18 @@ def cases() -> Iterator[Case]:
 
     yield Case(
         "token_gather forward",
-        _providers(lambda road: kernels.token_gather(plain_x, visible, table, road=road), boolean_gather),
+        _providers(lambda backend: kernels.token_gather(plain_x, visible, table, backend=backend), boolean_gather),
         rows * width * 2 * element + every * width * 4,
     )
     yield Case(
         "token_gather backward",
-        _backward(lambda road: kernels.token_gather(x, visible, table, road=road), [x]),
+        _backward(lambda backend: kernels.token_gather(x, visible, table, backend=backend), [x]),
         (rows + batch * every) * width * element,
     )
     affine = [torch.rand(width, device=DEVICE) for _ in range(2)]
     yield Case(
         "gather_norm",
-        _providers(lambda road: kernels.gather_norm(plain_x, visible, *affine, road=road)),
+        _providers(lambda backend: kernels.gather_norm(plain_x, visible, *affine, backend=backend)),
         rows * width * 2 * element,
     )
 
@@ -136,7 +136,7 @@ def cases() -> Iterator[Case]:
 
     yield Case(
         "semantic_mask",
-        _providers(lambda road: kernels.semantic_mask(q, k, kept, seed, road=road), full_map),
+        _providers(lambda backend: kernels.semantic_mask(q, k, kept, seed, backend=backend), full_map),
         batch * FRAMES * (2 + tokens) * heads * 64 * element,
     )
 
@@ -145,12 +145,14 @@ def cases() -> Iterator[Case]:
     weight, bias = (torch.rand(6, out, device=DEVICE).requires_grad_() for _ in range(2))
     yield Case(
         "align_loss forward",
-        _providers(lambda road: kernels.align_loss(student.detach(), target, weight, bias, road=road)),
+        _providers(lambda backend: kernels.align_loss(student.detach(), target, weight, bias, backend=backend)),
         6 * rows * out * 2 * element,
     )
     yield Case(
         "align_loss backward",
-        _backward(lambda road: kernels.align_loss(student, target, weight, bias, road=road), [student, weight, bias]),
+        _backward(
+            lambda backend: kernels.align_loss(student, target, weight, bias, backend=backend), [student, weight, bias]
+        ),
         6 * rows * out * 3 * element,
     )
     yield from _quantized_cases(batch * FRAMES * (1 + tokens), width)
@@ -160,8 +162,8 @@ def cases() -> Iterator[Case]:
         ("tokens of a frame", batch * FRAMES, 1 + tokens),
         ("all tokens", max(1, batch // 4), every),
     ):
-        roads = dict(_attention_roads(floats(3, count, length, heads, 64)))
-        yield Case(f"attention, {name}", roads, flops=4 * count * heads * length**2 * 64)
+        backends = dict(_attention_backends(floats(3, count, length, heads, 64)))
+        yield Case(f"attention, {name}", backends, flops=4 * count * heads * length**2 * 64)
 
 
 def _quantized_cases(rows: int, width: int) -> Iterator[Case]:
@@ -174,20 +176,20 @@ def _quantized_cases(rows: int, width: int) -> Iterator[Case]:
             call = functools.partial(kernels.quantize_rows, x, precision)
             yield Case(
                 f"quantize_rows {precision} {channels}",
-                _providers(lambda road, call=call: call(road=road)),
+                _providers(lambda backend, call=call: call(backend=backend)),
                 rows * channels * (element + 1),
             )
     product = torch.randint(-(2**20), 2**20, (rows, wide), dtype=torch.int32, device=DEVICE)
     scales, bias = torch.rand(rows, 1, device=DEVICE), torch.randn(wide, device=DEVICE)
     yield Case(
         "dequantize_product",
-        _providers(lambda road: kernels.dequantize_product(product, scales, bias, bias, DTYPE, road=road)),
+        _providers(lambda backend: kernels.dequantize_product(product, scales, bias, bias, DTYPE, backend=backend)),
         rows * wide * (4 + element),
     )
     x, weight = torch.randn(rows, width, device=DEVICE, dtype=DTYPE), torch.randn(wide, width, device=DEVICE)
     for precision in precisions:
         try:
-            kernels.quantized_road(precision, DEVICE)
+            kernels.quantized_backend(precision, DEVICE)
         except ValueError:
             continue  # not for this device
         layer = functools.partial(kernels.quantized_linear, x, *kernels.quantize_weight(weight, precision), bias)
@@ -199,16 +201,19 @@ def _quantized_cases(rows: int, width: int) -> Iterator[Case]:
 
 
 def _plain(call: Call) -> object:
-    with kernels.force_road("reference"):
+    with kernels.force_backend("reference"):
         return call()
 
 
-def _attention_roads(qkv: Tensor) -> Iterator[tuple[str, Call]]:
+def _attention_backends(qkv: Tensor) -> Iterator[tuple[str, Call]]:
     q, k, v = qkv.unbind(0)
     yield "ours", lambda: kernels.attention(q, k, v)
-    for road in ("math", "flash_attn", "xformers", "flash", "efficient", "cudnn"):
+    for backend in ("math", "flash_attn", "xformers", "flash", "efficient", "cudnn"):
         try:
-            kernels.attention(q[:1], k[:1], v[:1], road=road)
+            kernels.attention(q[:1], k[:1], v[:1], backend=backend)
         except ValueError:
             continue  # not installed, or not for this device: the table shows what is there
-        yield "plain" if road == "math" else road, lambda road=road: kernels.attention(q, k, v, road=road)
+        yield (
+            "plain" if backend == "math" else backend,
+            lambda backend=backend: kernels.attention(q, k, v, backend=backend),
+        )

@@ -27,7 +27,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from umt_fast.bench.measure import Clock, Model, Steps, autocast, checked_case, normalised, random_video
+from umt_fast.bench.measure import Clock, Model, Steps, autocast, checked_case, normalized, random_video
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import ConfigError, Stage1Config
 from umt_fast.tasks.pretraining import UnmaskedAlignment
@@ -219,13 +219,15 @@ def stage1(
             in fp32 (see `computed_in`).
         steps: Timed steps, after two that are not.
     """
-    case = checked_case(model=model, batch_size=batch_size, device=device, dtype=dtype, road="official", steps=steps)
+    case = checked_case(
+        model=model, batch_size=batch_size, device=device, dtype=dtype, implementation="official", steps=steps
+    )
     if dtype == "fp16" and case.device.type != "cuda":
         raise ConfigError("dtype is fp16, which a CPU does not train in; use bf16 or fp32")
     official = load(folder)
     config = stage1_config(model, batch_size, "fp32" if dtype == "fp32" else "bf16")
     vit = config.student
-    video = normalised(random_video(batch_size, vit.num_frames, vit.image_size, case.device))
+    video = normalized(random_video(batch_size, vit.num_frames, vit.image_size, case.device))
     flops = UnmaskedAlignment.flops_of(config) * batch_size
     print(
         json.dumps(

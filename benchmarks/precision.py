@@ -62,11 +62,11 @@ def measure(folder: Path, seed: int, precision: str) -> list[str]:
     run = folder / "precision" / precision
     config.run.out = str(run)
     device = pick_device(config.run.device)
-    QuantizedLinear.road = "auto"
+    QuantizedLinear.backend = "auto"
     try:
         require_precision(config.teacher, device)
     except ConfigError:
-        QuantizedLinear.road = "reference"
+        QuantizedLinear.backend = "reference"
     torch.manual_seed(seed)
     fit_objective(config, lambda: UnmaskedAlignment(config))
     weights = quickstart.newest_weights(run)

@@ -1,19 +1,19 @@
-"""What a stage-1 step costs on a GPU at best, fast and plain road, counted without one: predictions.
+"""What a stage-1 step costs on a GPU at best, fast and plain implementation, counted without one: predictions.
 
     python -m benchmarks.predict [--model b16|l16] [--batch_size 64] [--gpu a100|h100|h200|all]
 
-Both roads of `bench stage1` run on tensors without values (fake_gpu.py), every operation of forward, backward and
+Both implementations of `bench stage1` run on tensors without values (fake_gpu.py), every operation of forward, backward and
 optimizer is counted (counted.py), and
 
-    floor = sum over operations of max(FLOPs / matmul rate, bytes / copy rate)
+    bound = sum over operations of max(FLOPs / matmul rate, bytes / copy rate)
 
 with the rates of a datasheet, or measured ones. That is the eager step whose every operation runs at full rate and whose
 launches are free: a prediction, and a bound. Beside it stands the host's share, in which the device stands still:
 
     host = waits * WAIT + bytes copied within the step / PAGEABLE_RATE + bytes of the batch's clips / PINNED_RATE
 
-with the assumptions below. `fused` is the floor for the parts of umt_fast/bench/profile.py, which counts
-what is left when every elementwise pass is fused into a neighbour: more than a compiler can do. What Inductor makes of the
+with the assumptions below. `fused` is the bound for the parts of umt_fast/bench/profile.py, which counts
+what is left when every elementwise pass is fused into a neighbor: more than a compiler can do. What Inductor makes of the
 step is counted by compiled.py.
 """
 
@@ -48,12 +48,12 @@ WAIT = 20e-6
 NOT_COUNTED = (
     "real kernels, which reach some 60 to 80% of such rates; and what caches save where a batch is small",
     "launches: the host has to issue every operation, which bounds small batches (unless a graph replays them)",
-    "the plain road's work on the host (its mask, a copy of its position table for each clip)",
+    "the plain implementation's work on the host (its mask, a copy of its position table for each clip)",
     "scratch memory and second passes inside kernels (sorting, attention's backward, cuBLAS, cuDNN), fragmentation",
 )
 
 
-def count(config: Stage1Config, road: Literal["fast", "plain"], capability: tuple[int, int]) -> Counts:
+def count(config: Stage1Config, implementation: Literal["fast", "plain"], capability: tuple[int, int]) -> Counts:
     """A step of run.batch_size clips on a GPU of this compute capability, the optimizer's state already there."""
     log = logging.getLogger("umt_fast")
     level = log.level
@@ -68,7 +68,11 @@ def count(config: Stage1Config, road: Literal["fast", "plain"], capability: tupl
             mock.patch("torch.cuda.synchronize", counter.wait),
         ):
             video = random_video(config.run.batch_size, vit.num_frames, vit.image_size, device)
-            steps = fast_steps(config, video, device, False) if road == "fast" else plain_steps(config, video, device)
+            steps = (
+                fast_steps(config, video, device, False)
+                if implementation == "fast"
+                else plain_steps(config, video, device)
+            )
             steps[0](0)
             counter.restart()
             steps[0](1)
@@ -78,18 +82,18 @@ def count(config: Stage1Config, road: Literal["fast", "plain"], capability: tupl
 
 
 def figures(counts: Counts, batch_size: int, matmul: float, copy: float) -> dict[str, object]:
-    """Of one road, at rates in FLOP/s and bytes/s."""
+    """Of one implementation, at rates in FLOP/s and bytes/s."""
     seconds = [operation.seconds(matmul, copy) for operation in counts.operations]
-    floor = sum(seconds)
+    bound = sum(seconds)
     products = sum(
         taken
         for operation, taken in zip(counts.operations, seconds, strict=True)
         if operation.products or operation.products8
     )
     return {
-        "floor_ms": round(1e3 * floor, 3),
-        "clips_per_s_at_most": round(batch_size / floor, 2),
-        "share_of_matrix_products": round(products / floor, 3),
+        "bound_ms": round(1e3 * bound, 3),
+        "clips_per_s_at_most": round(batch_size / bound, 2),
+        "share_of_matrix_products": round(products / bound, 3),
         "peak_memory_gib": round(counts.peak / 2**30, 3),
         "tflop": round(sum(o.products + o.products8 for o in counts.operations) / 1e12, 4),
         "gb": round(sum(o.bytes for o in counts.operations) / 1e9, 3),
@@ -106,19 +110,19 @@ def host_ms(counts: Counts, clips_bytes: float, gpu: str) -> float:
 
 
 def with_host(row: dict[str, object], milliseconds: float, batch_size: int) -> dict[str, object]:
-    """The figures of a road with its host's share added."""
-    rate = batch_size / (row["floor_ms"] + milliseconds) * 1e3
+    """The figures of an implementation with its host's share added."""
+    rate = batch_size / (row["bound_ms"] + milliseconds) * 1e3
     return row | {"host_ms": milliseconds, "clips_per_s_with_host": round(rate, 2)}
 
 
 def fused(config: Stage1Config, products8: float, matmul: float, copy: float) -> dict[str, object]:
-    """The fast road with every elementwise pass fused; products8: FLOPs of the teacher in 8 bits."""
+    """The fast implementation with every elementwise pass fused; products8: FLOPs of the teacher in 8 bits."""
     parts = costs(config, work_of(config).trained)
-    floor = 0.0
+    bound = 0.0
     for name, cost in parts.items():
         flops = cost.flops - (products8 / 2 if name == "teacher blocks" else 0)
-        floor += max(flops / matmul, cost.bytes / copy)
-    return {"floor_ms": round(1e3 * floor, 3), "clips_per_s_at_most": round(config.run.batch_size / floor, 2)}
+        bound += max(flops / matmul, cost.bytes / copy)
+    return {"bound_ms": round(1e3 * bound, 3), "clips_per_s_at_most": round(config.run.batch_size / bound, 2)}
 
 
 def top(
@@ -164,19 +168,23 @@ def predict(model: Model, batch_size: int, gpus: Iterable[str], matmul: float, c
         sheet, capability = SHEETS[gpu], CAPABILITIES[gpu]
         rates = (matmul or sheet.matmul, copy or sheet.bandwidth)
         eight = "fp8" if capability >= (9, 0) else "int8"
-        roads, bounds = {}, {}
-        for name, road, precision in (("plain", "plain", "native"), ("fast", "fast", "native"), (eight, "fast", eight)):
+        implementations, bounds = {}, {}
+        for name, implementation, precision in (
+            ("plain", "plain", "native"),
+            ("fast", "fast", "native"),
+            (eight, "fast", eight),
+        ):
             config = stage1_config(model, batch_size, "bf16", precision)
-            counts = counted.setdefault((road, precision), None) or count(config, road, capability)
-            counted[road, precision] = counts
+            counts = counted.setdefault((implementation, precision), None) or count(config, implementation, capability)
+            counted[implementation, precision] = counts
             label = name if name in ("plain", "fast") else f"fast, {eight} teacher"
             pixels = batch_size * 3 * config.student.num_frames * config.student.image_size**2
-            # The official loader sends normalised fp32, ours uint8.
-            host = host_ms(counts, pixels * (4 if road == "plain" else 1), gpu)
-            roads[label] = with_host(figures(counts, batch_size, *rates), host, batch_size)
-            if road == "fast":
+            # The official loader sends normalized fp32, ours uint8.
+            host = host_ms(counts, pixels * (4 if implementation == "plain" else 1), gpu)
+            implementations[label] = with_host(figures(counts, batch_size, *rates), host, batch_size)
+            if implementation == "fast":
                 bounds[f"{label}, fused"] = fused(config, sum(o.products8 for o in counts.operations), *rates)
-        slowest, fast = roads["plain"], counted["fast", "native"].operations
+        slowest, fast = implementations["plain"], counted["fast", "native"].operations
         lines.append(
             {
                 "bench": "predict",
@@ -191,19 +199,21 @@ def predict(model: Model, batch_size: int, gpus: Iterable[str], matmul: float, c
                 "wait_us": 1e6 * WAIT,
                 "pageable_gb_per_s": PAGEABLE_RATE / 1e9,
                 "pinned_gb_per_s": PINNED_RATE[gpu] / 1e9,
-                "roads": roads,
+                "implementations": implementations,
                 "bounds": bounds,
                 "speed_against_plain": {
-                    name: round(slowest["floor_ms"] / row["floor_ms"], 3)
-                    for name, row in (roads | bounds).items()
+                    name: round(slowest["bound_ms"] / row["bound_ms"], 3)
+                    for name, row in (implementations | bounds).items()
                     if name != "plain"
                 },
                 "speed_against_plain_with_host": {
                     name: round(row["clips_per_s_with_host"] / slowest["clips_per_s_with_host"], 3)
-                    for name, row in roads.items()
+                    for name, row in implementations.items()
                     if name != "plain"
                 },
-                "memory_against_plain": round(roads["fast"]["peak_memory_gib"] / slowest["peak_memory_gib"], 3),
+                "memory_against_plain": round(
+                    implementations["fast"]["peak_memory_gib"] / slowest["peak_memory_gib"], 3
+                ),
                 "most_ms": top(fast, *rates, by="ms", most=most),
                 "most_gb": top(fast, *rates, by="gb", most=most),
                 "not_counted": NOT_COUNTED,
@@ -230,8 +240,8 @@ def table(line: dict) -> str:
     rows = [
         [
             "prediction",
-            "road",
-            "floor ms",
+            "implementation",
+            "bound ms",
             "clips/s at most",
             "against plain",
             "host ms",
@@ -247,9 +257,9 @@ def table(line: dict) -> str:
         ],
     ]
     rows.append(["---"] * len(rows[0]))
-    plain_peak = line["roads"]["plain"]["peak_memory_gib"]
-    for name, row in (line["roads"] | line["bounds"]).items():
-        cells = [where, name, f"{row['floor_ms']:.1f}", f"{row['clips_per_s_at_most']:.0f}"]
+    plain_peak = line["implementations"]["plain"]["peak_memory_gib"]
+    for name, row in (line["implementations"] | line["bounds"]).items():
+        cells = [where, name, f"{row['bound_ms']:.1f}", f"{row['clips_per_s_at_most']:.0f}"]
         cells.append(f"{line['speed_against_plain'].get(name, 1):.2f}x")
         if "peak_memory_gib" in row:
             cells += [
@@ -265,9 +275,13 @@ def table(line: dict) -> str:
                 f"{row['host_mb']:.0f}",
             ]
         rows.append(["prediction: " + cells[0], *cells[1:], *[""] * (len(rows[0]) - len(cells))])
-    for title, key in (("by floor", "most_ms"), ("by bytes", "most_gb")):
+    for title, key in (("by bound", "most_ms"), ("by bytes", "most_gb")):
         if line[key]:
-            rows += [[], [f"prediction: fast road, {title}", "place", "operation", "calls", "ms", "GB"], ["---"] * 6]
+            rows += [
+                [],
+                [f"prediction: fast implementation, {title}", "place", "operation", "calls", "ms", "GB"],
+                ["---"] * 6,
+            ]
             rows += cells_of(line[key])
     text = ["| " + " | ".join(map(str, row)) + " |" if row else "" for row in rows]
     text += [
@@ -291,7 +305,7 @@ def main(
 ) -> None:
     """Predict a whole stage-1 step on a GPU from counted FLOPs and bytes; needs none. One JSON line for each GPU.
 
-    Every operation of both roads is counted in bf16, and of the fast one with its teacher in 8 bits (fp8, on an A100 int8).
+    Every operation of both is counted in bf16, and of the fast one with its teacher in 8 bits (fp8, on an A100 int8).
     The table on stderr says what such a prediction leaves out.
 
     Args:
@@ -301,7 +315,7 @@ def main(
         matmul_tflops: bf16 TFLOP/s in place of the datasheet's; 8 bits count as twice as fast.
         copy_gb_per_s: GB/s read and written, likewise.
         measured: A rates.json of benchmarks/gpu.sh, for both: the rate is that of the model's own products together.
-        top: How many of the fast road's most expensive operations to list.
+        top: How many of the fast implementation's most expensive operations to list.
     """
     check_request(batch_size, top)
     check_number("matmul_tflops", matmul_tflops)

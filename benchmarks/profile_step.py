@@ -12,7 +12,7 @@ KINDS = {
     "attention": ("fmha", "flash", "attention", "scaled_dot", "sdpa"),
     "our kernels": ("_gather", "semantic", "sample_visible", "align", "quantize", "_scatter", "umt"),
     "matrix products": ("gemm", "cutlass", "cublas", "nvjet", "xmma", "::mm", "addmm", "bmm"),
-    "normalisation": ("layer_norm", "layernorm", "gammabeta", "computegradinput"),
+    "normalization": ("layer_norm", "layernorm", "gammabeta", "computegradinput"),
     "optimizer": ("adam",),
     "copies and casts": ("memcpy", "memset", "copy_", "_to_copy", "cast"),
 }

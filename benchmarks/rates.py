@@ -230,10 +230,10 @@ def attention_calls(
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return kernels.attention(q, k, v, road="sdpa")
+            return kernels.attention(q, k, v, backend="sdpa")
 
     def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(kernels.attention(q, k, v, road="sdpa"), (q, k, v), upstream)
+        return torch.autograd.grad(kernels.attention(q, k, v, backend="sdpa"), (q, k, v), upstream)
 
     # Backward: five products for forward's two.
     return own, [("forward", forward, flops), ("forward and backward", both, 3.5 * flops)]

@@ -33,29 +33,37 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def cpu_step_table(paths: list[Path]) -> str:
-    """Steps on a CPU, every round of them; ratios to the plain road and to the official code, round by round."""
+    """Steps on a CPU, every round of them; ratios to the plain implementation and to the official code, round by round."""
     found: dict[tuple, dict[str, list[Row]]] = {}
     for row in (row for path in paths for row in rows_of(path)):
         eight = row["teacher_precision"] != "native"
-        name = f"{row['road']}, {row['teacher_precision']} teacher" if eight else row["road"]
+        name = f"{row['implementation']}, {row['teacher_precision']} teacher" if eight else row["implementation"]
         about = (row["bench"], row["model"], row["batch_size"], row["computed_in"])
         found.setdefault(about, {}).setdefault(name, []).append(row)
     table = []
-    for (bench, model, batch, dtype), roads in found.items():
-        for name, rows in roads.items():
+    for (bench, model, batch, dtype), implementations in found.items():
+        for name, rows in implementations.items():
             rates = [row["clips_per_s"] for row in rows]
             cells = [f"{bench}, {model}, {batch} clips", name, dtype, ", ".join(f"{rate:.3f}" for rate in rates)]
             for baseline in ("plain", "official"):
-                ratios = [a / b["clips_per_s"] for a, b in zip(rates, roads.get(baseline, []), strict=False)]
+                ratios = [a / b["clips_per_s"] for a, b in zip(rates, implementations.get(baseline, []), strict=False)]
                 cells.append(", ".join(f"{ratio:.2f}" for ratio in ratios))
             cells.append(f"{statistics.median(row['share_of_matmul_rate'] for row in rows):.0%}")
             table.append([*cells, f"{max(row['peak_memory_gib'] for row in rows):.2f}"])
-    head = ["step", "road", "dtype", "clips/s, each round", "against plain", "against official", "of the matmul rate"]
+    head = [
+        "step",
+        "implementation",
+        "dtype",
+        "clips/s, each round",
+        "against plain",
+        "against official",
+        "of the matmul rate",
+    ]
     return _table([*head, "peak GiB"], table)
 
 
 def parts_table(path: Path) -> str:
-    """Each profile of a file: the parts of a step beside their floors."""
+    """Each profile of a file: the parts of a step beside their bounds."""
     texts = []
     for row in rows_of(path):
         what = f"{row['model']}, {row['batch_size']} clips, {row['computed_in']}, {row['teacher_precision']} teacher"

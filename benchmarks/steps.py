@@ -1,6 +1,6 @@
 """Whole stage-1 steps of one size in turns: `python -m benchmarks.steps SIZE`; gpu.py runs it.
 
-The fast road is the real Trainer's step (engine/trainer.py), on one batch that stays on the device; plain is the official step
+Fast is the real Trainer's step (engine/trainer.py), on one batch that stays on the device; plain is the official step
 of reference/stage1.py. Each variant is timed as soon as it is built, so that a run cut short keeps what it had; then all take
 turns, then the profiler looks at two of them. `python -m benchmarks.steps official SIZE FOLDER` times the official code.
 """

@@ -1,32 +1,32 @@
 """Operations of masked video pre-training, each a plain PyTorch reference and a Triton kernel behind one function.
 
-Tensors in, tensors out: this package needs torch and triton alone. The device of a tensor decides the road; see each
+Tensors in, tensors out: this package needs torch and triton alone. The device of a tensor decides the backend; see each
 function's docstring for shapes, formula and bytes moved.
 """
 
-from kernels._launch import checked, force_road
+from kernels._launch import checked, force_backend
 from kernels.align_loss import align_features, align_loss
-from kernels.attention import AttentionRoad, attention, attention_road, attention_varlen, require_attention
+from kernels.attention import AttentionBackend, attention, attention_backend, attention_varlen, require_attention
 from kernels.linear import DeferredNorm, defer_norm, linear, mlp, row_statistics, scaled_linear, weight_gradient
 from kernels.patch_gather import patch_gather
 from kernels.quantize import dequantize_product, quantize_rows
-from kernels.quantized_linear import quantize_weight, quantized_linear, quantized_road
+from kernels.quantized_linear import quantize_weight, quantized_backend, quantized_linear
 from kernels.semantic_mask import class_attention, sample_visible, semantic_mask
 from kernels.token_gather import gather_norm, token_gather
 
 __all__ = [
-    "AttentionRoad",
+    "AttentionBackend",
     "DeferredNorm",
     "align_features",
     "align_loss",
     "attention",
-    "attention_road",
+    "attention_backend",
     "attention_varlen",
     "checked",
     "class_attention",
     "defer_norm",
     "dequantize_product",
-    "force_road",
+    "force_backend",
     "gather_norm",
     "linear",
     "mlp",
@@ -34,7 +34,7 @@ __all__ = [
     "quantize_rows",
     "quantize_weight",
     "quantized_linear",
-    "quantized_road",
+    "quantized_backend",
     "require_attention",
     "row_statistics",
     "sample_visible",

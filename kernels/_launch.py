@@ -1,7 +1,7 @@
-"""Which road an operation takes, and the checks all operations share.
+"""Which backend an operation takes, and the checks all operations share.
 
 The tensor's device decides: CUDA tensors take the Triton kernel, all others the plain PyTorch reference. Forcing the
-Triton road on CPU tensors works only under Triton's interpreter (TRITON_INTERPRET=1) and raises otherwise.
+Triton backend on CPU tensors works only under Triton's interpreter (TRITON_INTERPRET=1) and raises otherwise.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 log = logging.getLogger("kernels")
 
-Road = Literal["auto", "reference", "triton"]
-ROADS = ("auto", "reference", "triton")
+Backend = Literal["auto", "reference", "triton"]
+BACKENDS = ("auto", "reference", "triton")
 # Of operators that take tensors of any strides. Without it a compiler copies what it has not stored yet, to be sure of the
 # strides it traced, and stores it again for its other users.
 ANY_STRIDES = (torch.Tag.flexible_layout,)
@@ -28,7 +28,7 @@ ANY_STRIDES = (torch.Tag.flexible_layout,)
 # it is added to something, as PyTorch's own operators round it; these kernels wait for memory, not for arithmetic.
 COMPILER_OPTIONS = {"enable_fp_fusion": False}
 
-_forced: contextvars.ContextVar[str] = contextvars.ContextVar("kernels_road", default="auto")
+_forced: contextvars.ContextVar[str] = contextvars.ContextVar("kernels_backend", default="auto")
 _checked: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels_checked", default=False)
 
 
@@ -38,11 +38,11 @@ def interpreted() -> bool:
 
 
 @contextlib.contextmanager
-def force_road(road: Road) -> Iterator[None]:
-    """Within the block, operations called with road="auto" take this road. For tests and comparisons."""
-    if road not in ROADS:
-        raise ValueError(f"road is {road!r}; choose one of {', '.join(ROADS)}")
-    token = _forced.set(road)
+def force_backend(backend: Backend) -> Iterator[None]:
+    """Within the block, operations called with backend="auto" take this backend. For tests and comparisons."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
+    token = _forced.set(backend)
     try:
         yield
     finally:
@@ -58,25 +58,25 @@ def _say_slow_once(device: str) -> None:
     )
 
 
-def use_triton(road: str, tensor: Tensor) -> bool:
+def use_triton(backend: str, tensor: Tensor) -> bool:
     """Whether the Triton kernel runs for this tensor.
 
-    Raises ValueError for an unknown road, or for road="triton" where no Triton kernel can run.
+    Raises ValueError for an unknown backend, or for backend="triton" where no Triton kernel can run.
     """
-    if road == "auto" and not torch.compiler.is_compiling():
-        road = _forced.get()
-    if road == "auto":
+    if backend == "auto" and not torch.compiler.is_compiling():
+        backend = _forced.get()
+    if backend == "auto":
         if tensor.device.type not in ("cuda", "cpu", "meta") and not torch.compiler.is_compiling():
             _say_slow_once(tensor.device.type)
         return tensor.device.type == "cuda"
-    if road == "reference":
+    if backend == "reference":
         return False
-    if road != "triton":
-        raise ValueError(f"road is {road!r}; choose one of {', '.join(ROADS)}")
+    if backend != "triton":
+        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}")
     if tensor.device.type != "cuda" and not interpreted():
         raise ValueError(
-            f"road='triton' needs a CUDA tensor, this one is on {tensor.device}; "
-            "use road='auto', or set TRITON_INTERPRET=1 before importing triton to interpret the kernel"
+            f"backend='triton' needs a CUDA tensor, this one is on {tensor.device}; "
+            "use backend='auto', or set TRITON_INTERPRET=1 before importing triton to interpret the kernel"
         )
     return True
 
@@ -132,6 +132,6 @@ def warps_for(width: int) -> int:
 def no_second_gradient(ctx: object, *gradients: Tensor) -> None:
     """The gradient of a backward operator: there is none, and saying so beats a wrong number."""
     raise RuntimeError(
-        "this operation has no second derivative on the Triton road; call it with road='reference' where gradients of "
+        "this operation has no second derivative on the Triton backend; call it with backend='reference' where gradients of "
         "gradients are needed"
     )

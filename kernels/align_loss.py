@@ -1,4 +1,4 @@
-"""align_loss: LayerNorm and normalisation of the student's heads, distance to the teacher, mean over K layers.
+"""align_loss: LayerNorm and normalization of the student's heads, distance to the teacher, mean over K layers.
 
     y = LayerNorm(student) * weight[k] + bias[k];  s = y / |y|;  t = target / |target|
     loss = mean over k, b, i of (2 - 2 s.t)                      (paper section 3.1; the official code's form of MSE)
@@ -6,7 +6,7 @@
 A forward pass reads student and target once (2 * K*B*n*D elements) and writes one fp32 number per row; nothing of size
 (K, B, n, D) is stored for backward, which recomputes a row's statistics from the same two reads and writes the student's
 gradient. About 20 FLOPs an element. Targets may be all N teacher tokens: the kernel then reads only the visible rows.
-A row of zeros has no direction: its normalised value and its gradient are defined as zero.
+A row of zeros has no direction: its normalized value and its gradient are defined as zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels._launch import (
     ANY_STRIDES,
     COMPILER_OPTIONS,
-    Road,
+    Backend,
     check_visible,
     no_second_gradient,
     on_device,
@@ -73,13 +73,13 @@ def _row(
     NORMALIZE: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    """One row: standardised x, inverse deviation, affine weight, normalised student, its inverse norm, the target."""
+    """One row: standardized x, inverse deviation, affine weight, normalized student, its inverse norm, the target."""
     o = tl.arange(0, BLOCK)
     inside = o < D
     x = tl.load(student + i_row * D + o, mask=inside, other=0).to(tl.float32)
-    centred = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
-    standard = centred * rstd
+    centered = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centered * centered, 0) / D + eps)
+    standard = centered * rstd
     b_weight = tl.load(weight + i_layer * D + o, mask=inside, other=0).to(tl.float32)
     y = standard * b_weight + tl.load(bias + i_layer * D + o, mask=inside, other=0).to(tl.float32)
     s, inverse = _unit(y, NORMALIZE)
@@ -368,21 +368,21 @@ def align_loss(
     normalize: Normalize = "l2",
     loss: Loss = "l2",
     per_layer: bool = False,
-    road: Road = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Distance between the student's aligned outputs and the teacher's.
 
     Args:
         student: (K, B, n, D) outputs of the K linear heads, before their LayerNorm.
         target: (K, B, n, D) teacher outputs at the visible tokens, or (K, B, N, D) at all tokens with `visible` given;
-            not yet normalised. No gradient.
+            not yet normalized. No gradient.
         weight, bias: (K, D) of the heads' LayerNorms.
         visible: int32 or int64 (B, n) rows of target, or None.
         eps: of the LayerNorm.
         normalize: "l2" puts both sides on the unit sphere, "none" leaves them.
         loss: "l2" is 2 - 2 s.t per token, "mse" and "smooth_l1" (beta 1) average over channels.
         per_layer: return the K means instead of their mean.
-        road: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton".
 
     Returns:
         fp32 scalar, or (K,). Differentiable with respect to student, weight and bias. Empty input gives NaN, as any mean.
@@ -409,6 +409,6 @@ def align_loss(
         check_visible(visible, batch, target.shape[2])
         if visible.shape[1] != n:
             raise ValueError(f"visible has {visible.shape[1]} indices a clip, student {n} rows")
-    run = _align_loss if use_triton(road, student) else _reference
+    run = _align_loss if use_triton(backend, student) else _reference
     rows = run(student, target.detach(), visible, weight, bias, eps, normalize == "l2", _LOSSES[loss])
     return rows.mean(1) if per_layer else rows.mean()

@@ -2,11 +2,11 @@
 
     out = softmax(q k^T * scale) v, per batch entry and head
 
-4 * B*H*Nq*Nk*D FLOPs; no road keeps the (Nq, Nk) map but "math", the definition. Roads: "flash_attn" (the flash-attn
+4 * B*H*Nq*Nk*D FLOPs; no backend keeps the (Nq, Nk) map but "math", the definition. Backends: "flash_attn" (the flash-attn
 package: CUDA, fp16 or bf16), "xformers", "sdpa" (PyTorch's fused kernels, any device) or one of those by name ("flash",
 "efficient", "cudnn"), for packed sequences "varlen" (torch.nn.attention.varlen: CUDA, fp16 or bf16), and "math". "auto"
 takes flash_attn where it is installed and fits, else varlen for packed sequences where that fits, else sdpa;
-`attention_road` says which one that is, and so does one log line at first use, with the kernel that sdpa chose.
+`attention_backend` says which one that is, and so does one log line at first use, with the kernel that sdpa chose.
 
 On a GPU sdpa asks for flash, then efficient (masks, fp32, GPUs before Ampere), then math. cuDNN is not asked on any
 architecture, though on Hopper it may well be the fastest: releases that we support give NaN gradients with masks and with
@@ -30,16 +30,16 @@ from torch.nn.attention.varlen import varlen_attn
 
 log = logging.getLogger("kernels")
 
-AttentionRoad = Literal["auto", "flash", "efficient", "cudnn", "flash_attn", "xformers", "varlen", "sdpa", "math"]
-_ROADS = ("auto", "flash", "efficient", "cudnn", "flash_attn", "xformers", "varlen", "sdpa", "math")
-# PyTorch's kernels in the order in which they are asked on a GPU, for each road that ends there.
+AttentionBackend = Literal["auto", "flash", "efficient", "cudnn", "flash_attn", "xformers", "varlen", "sdpa", "math"]
+_BACKENDS = ("auto", "flash", "efficient", "cudnn", "flash_attn", "xformers", "varlen", "sdpa", "math")
+# PyTorch's kernels in the order in which they are asked on a GPU, for each backend that ends there.
 _ORDER = {
     "sdpa": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "flash": [SDPBackend.FLASH_ATTENTION],
     "efficient": [SDPBackend.EFFICIENT_ATTENTION],
     "cudnn": [SDPBackend.CUDNN_ATTENTION],
 }
-# What keeps a road from some calls, by what is special about them; `prefer` then takes auto.
+# What keeps a backend from some calls, by what is special about them; `prefer` then takes auto.
 _NEVER_WITH = {
     "flash": {"mask"},
     "cudnn": {"mask", "dropout", "single query"},
@@ -63,7 +63,7 @@ def _imports(name: str) -> bool:
     except ModuleNotFoundError:
         return False
     except Exception as error:  # a build for another torch or GPU fails in many ways
-        log.warning("%s is installed but does not import, so its road is left out: %s", name, error)
+        log.warning("%s is installed but does not import, so its backend is left out: %s", name, error)
         return False
 
 
@@ -85,81 +85,85 @@ def _why_not_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, lar
     return None
 
 
-def attention_road(device: torch.device, dtype: torch.dtype, head_dim: int, *, packed: bool = False) -> str:
-    """The road "auto" takes for tensors of this kind; packed: in attention_varlen."""
+def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int, *, packed: bool = False) -> str:
+    """The backend "auto" takes for tensors of this kind; packed: in attention_varlen."""
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type == "cuda" and half and head_dim <= 256 and _FLASH_ATTN:
         return "flash_attn"
     return "varlen" if packed and _why_not_varlen(device, dtype, head_dim) is None else "sdpa"
 
 
-def _why_not_kernel(road: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What keeps one of PyTorch's kernels, named as a road, from these tensors, or None."""
-    if road == "flash" and device.type == "cpu":
+def _why_not_kernel(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What keeps one of PyTorch's kernels, named as a backend, from these tensors, or None."""
+    if backend == "flash" and device.type == "cpu":
         return None
-    if road == "efficient":
+    if backend == "efficient":
         kinds = (torch.float16, torch.bfloat16, torch.float32)
         if device.type == "cuda" and dtype not in kinds:
             return f"it needs float16, bfloat16 or float32, these are {str(dtype).removeprefix('torch.')}"
         return None if device.type == "cuda" else f"it needs CUDA tensors, these are on {device}"
-    return _why_not_varlen(device, dtype, head_dim, 128 if road == "cudnn" else 256)
+    return _why_not_varlen(device, dtype, head_dim, 128 if backend == "cudnn" else 256)
 
 
 _said: set[tuple[str, torch.dtype, str, str]] = set()
 
 
-def _say_once(q: Tensor, road: str, kind: str, kernel: Callable[[], int] | None = None) -> None:
-    """One line for each device, dtype, kind of call and road. kernel: which SDPBackend PyTorch chooses."""
-    line = (q.device.type, q.dtype, kind, road)
+def _say_once(q: Tensor, backend: str, kind: str, kernel: Callable[[], int] | None = None) -> None:
+    """One line for each device, dtype, kind of call and backend. kernel: which SDPBackend PyTorch chooses."""
+    line = (q.device.type, q.dtype, kind, backend)
     # Fake tensors, of another type, are on no device.
     if torch.compiler.is_compiling() or type(q.detach()) is not Tensor or line in _said:
         return
     _said.add(line)
     chosen = "" if kernel is None else SDPBackend(kernel()).name.lower().removesuffix("_attention")
     said = f", PyTorch's kernel {chosen}" if chosen else ""
-    log.info("%s on %s in %s takes the road %s%s", kind, *line[:1], str(q.dtype).removeprefix("torch."), road, said)
+    log.info(
+        "%s on %s in %s takes the backend %s%s", kind, *line[:1], str(q.dtype).removeprefix("torch."), backend, said
+    )
     if chosen == "math" and q.device.type == "cuda" and q.dtype != torch.float64:
         log.warning("WARNING: none of PyTorch's fused kernels takes this %s; it keeps a whole map of weights", kind)
 
 
 def _special(key_mask: Tensor | None, dropout: float, queries: int) -> list[str]:
-    """What some roads do not take, of this call."""
+    """What some backends do not take, of this call."""
     found = {"mask": key_mask is not None, "dropout": dropout > 0, "single query": queries == 1}
     return [name for name, there in found.items() if there]
 
 
 def _preferred(prefer: str, special: list[str], device: torch.device) -> str:
-    """The road `prefer` where it takes such a call, else auto."""
-    if prefer not in _ROADS:
-        raise ValueError(f"prefer is {prefer!r}; choose one of {', '.join(_ROADS)}")
+    """The backend `prefer` where it takes such a call, else auto."""
+    if prefer not in _BACKENDS:
+        raise ValueError(f"prefer is {prefer!r}; choose one of {', '.join(_BACKENDS)}")
     # On the CPU PyTorch's flash kernel takes no dropout.
     never = {"mask", "dropout"} if prefer == "flash" and device.type == "cpu" else _NEVER_WITH.get(prefer, set())
     return "auto" if never & set(special) else prefer
 
 
-def _choose(road: str, q: Tensor, packed: bool = False) -> str:
-    if road not in _ROADS:
-        raise ValueError(f"road is {road!r}; choose one of {', '.join(_ROADS)}")
-    if road == "auto":
-        return attention_road(q.device, q.dtype, q.shape[-1], packed=packed)
-    if packed and road in ("xformers", "flash", "efficient", "cudnn"):
-        raise ValueError(f"road={road!r} has no packed form here; use road='auto'")
-    if road in ("flash", "efficient", "cudnn"):
-        why = _why_not_kernel(road, q.device, q.dtype, q.shape[-1])
+def _choose(backend: str, q: Tensor, packed: bool = False) -> str:
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(_BACKENDS)}")
+    if backend == "auto":
+        return attention_backend(q.device, q.dtype, q.shape[-1], packed=packed)
+    if packed and backend in ("xformers", "flash", "efficient", "cudnn"):
+        raise ValueError(f"backend={backend!r} has no packed form here; use backend='auto'")
+    if backend in ("flash", "efficient", "cudnn"):
+        why = _why_not_kernel(backend, q.device, q.dtype, q.shape[-1])
         if why is not None:
-            raise ValueError(f"road={road!r} is not possible: {why}; use road='auto'")
-    if road in ("flash_attn", "xformers"):
-        module = "flash_attn" if road == "flash_attn" else "xformers.ops"
+            raise ValueError(f"backend={backend!r} is not possible: {why}; use backend='auto'")
+    if backend in ("flash_attn", "xformers"):
+        module = "flash_attn" if backend == "flash_attn" else "xformers.ops"
         # xformers is looked for in eager calls alone, for the same reason.
-        if not (_FLASH_ATTN if road == "flash_attn" else torch.compiler.is_compiling() or _imports(module)):
-            raise ValueError(f"road={road!r}, but {module} does not import here; install it or use road='auto'")
+        if not (_FLASH_ATTN if backend == "flash_attn" else torch.compiler.is_compiling() or _imports(module)):
+            raise ValueError(
+                f"backend={backend!r}, but {module} does not import here; install it or use backend='auto'"
+            )
         if q.device.type != "cuda":
-            raise ValueError(f"road={road!r} needs CUDA tensors, these are on {q.device}")
-    if road == "varlen":
+            raise ValueError(f"backend={backend!r} needs CUDA tensors, these are on {q.device}")
+    if backend == "varlen":
         why = _why_not_varlen(q.device, q.dtype, q.shape[-1]) if packed else "it is for attention_varlen alone"
         if why is not None:
-            raise ValueError(f"road='varlen' is not possible: {why}; use road='auto'")
-    return road
+            raise ValueError(f"backend='varlen' is not possible: {why}; use backend='auto'")
+    return backend
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None = None) -> Tensor:
@@ -177,15 +181,15 @@ def _fused(
     scale: float,
     allowed: Tensor | None = None,
     dropout: float = 0.0,
-    road: str = "sdpa",
+    backend: str = "sdpa",
     kind: str = "attention",
 ) -> Tensor:
-    """PyTorch's kernels in the (B, N, H, D) layout, asked in the order of a road."""
+    """PyTorch's kernels in the (B, N, H, D) layout, asked in the order of a backend."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     # On the CPU torch has the one order, and cuDNN is not in it.
-    explicit = q.device.type == "cuda" or road != "sdpa"
-    with sdpa_kernel(_ORDER[road], set_priority=True) if explicit else contextlib.nullcontext():
-        _say_once(q, road, kind, lambda: torch._fused_sdp_choice(q, k, v, allowed, dropout, False, scale=scale))
+    explicit = q.device.type == "cuda" or backend != "sdpa"
+    with sdpa_kernel(_ORDER[backend], set_priority=True) if explicit else contextlib.nullcontext():
+        _say_once(q, backend, kind, lambda: torch._fused_sdp_choice(q, k, v, allowed, dropout, False, scale=scale))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2)
 
@@ -198,8 +202,8 @@ def attention(
     scale: float | None = None,
     key_mask: Tensor | None = None,
     dropout: float = 0.0,
-    road: AttentionRoad = "auto",
-    prefer: AttentionRoad = "auto",
+    backend: AttentionBackend = "auto",
+    prefer: AttentionBackend = "auto",
 ) -> Tensor:
     """Full (not causal) attention.
 
@@ -207,16 +211,16 @@ def attention(
         q: (B, Nq, H, D). k, v: (B, Nk, H, D). Any strides with the last one 1.
         scale: of the logits; None means D ** -0.5.
         key_mask: bool (B, Nk), False for keys nobody attends to (padding; some key of each entry must stay), or None.
-        dropout: probability of dropping an attention weight. With this or a mask, "auto" takes sdpa; of the other roads
+        dropout: probability of dropping an attention weight. With this or a mask, "auto" takes sdpa; of the other backends
             efficient takes both, math a mask, flash dropout (on a GPU).
-        road: which library computes it; one that is missing or does not fit raises.
-        prefer: as road, for calls that may have a mask, dropout or one query: where the road does not take those, auto.
+        backend: which library computes it; one that is missing or does not fit raises.
+        prefer: as backend, for calls that may have a mask, dropout or one query: where the backend does not take those, auto.
 
     Returns:
         (B, Nq, H, D) in q's dtype; differentiable with respect to q, k and v.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown or impossible road.
+        ValueError: shapes that do not fit, an unknown or impossible backend.
     """
     if q.ndim != 4 or k.shape != v.shape or k.shape[0::2] != q.shape[0::2] or k.shape[3] != q.shape[3]:
         raise ValueError(
@@ -225,28 +229,28 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     special = _special(key_mask, dropout, q.shape[1])
     plain = key_mask is None and dropout == 0
-    road = _preferred(prefer, special, q.device) if road == "auto" else road
-    road = _choose(road if plain or road != "auto" else "sdpa", q)
+    backend = _preferred(prefer, special, q.device) if backend == "auto" else backend
+    backend = _choose(backend if plain or backend != "auto" else "sdpa", q)
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != k.shape[:2]):
         raise ValueError(f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}; it must be bool {tuple(k.shape[:2])}")
-    if road != "sdpa" and _preferred(road, special, q.device) != road:
-        never = " and no ".join(name for name in special if name != "single query" or road == "cudnn")
-        raise ValueError(f"road={road!r} takes no {never} here; use road='sdpa' or 'auto'")
+    if backend != "sdpa" and _preferred(backend, special, q.device) != backend:
+        never = " and no ".join(name for name in special if name != "single query" or backend == "cudnn")
+        raise ValueError(f"backend={backend!r} takes no {never} here; use backend='sdpa' or 'auto'")
     kind = "attention" + (f" with {' and '.join(special)}" if special else "")
-    if road in ("flash_attn", "xformers", "math"):
-        _say_once(q, road, kind)
-    if road == "flash_attn":
+    if backend in ("flash_attn", "xformers", "math"):
+        _say_once(q, backend, kind)
+    if backend == "flash_attn":
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q, k, v, softmax_scale=scale, deterministic=torch.are_deterministic_algorithms_enabled())
-    if road == "xformers":
+    if backend == "xformers":
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q, k, v, scale=scale)
     allowed = None if key_mask is None else key_mask[:, None, None, :]
-    if road == "math":
+    if backend == "math":
         return _math(q, k, v, scale, allowed)
-    return _fused(q, k, v, scale, allowed, dropout, road, kind)
+    return _fused(q, k, v, scale, allowed, dropout, backend, kind)
 
 
 def _segments(cu_seqlens: Tensor, total: int) -> Tensor:
@@ -314,8 +318,8 @@ def attention_varlen(
     max_seqlen_k: int,
     *,
     scale: float | None = None,
-    road: AttentionRoad = "auto",
-    prefer: AttentionRoad = "auto",
+    backend: AttentionBackend = "auto",
+    prefer: AttentionBackend = "auto",
 ) -> Tensor:
     """Attention within packed sequences, without a map over all of them.
 
@@ -327,14 +331,14 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: int32 (S + 1,), the running totals of the S sequence lengths, starting at 0. A sequence
             with queries needs a key.
         max_seqlen_q, max_seqlen_k: longest lengths.
-        scale, road: as in attention.
+        scale, backend: as in attention.
         prefer: as in attention; flash is varlen here, efficient the padded form, and cudnn and xformers have none.
 
     Returns:
         (total_q, H, D) in q's dtype; differentiable with respect to q, k and v.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown or impossible road; on the CPU also totals that do not fit.
+        ValueError: shapes that do not fit, an unknown or impossible backend; on the CPU also totals that do not fit.
     """
     if q.ndim != 3 or k.shape != v.shape or k.shape[1:] != q.shape[1:] or cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
@@ -342,24 +346,24 @@ def attention_varlen(
             f"with as many sequences in cu_seqlens_q {tuple(cu_seqlens_q.shape)} as in {tuple(cu_seqlens_k.shape)}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if road == "auto":
-        if prefer not in _ROADS:
-            raise ValueError(f"prefer is {prefer!r}; choose one of {', '.join(_ROADS)}")
-        road = _PACKED.get(prefer, "auto")
-        if road == "varlen" and _why_not_varlen(q.device, q.dtype, q.shape[-1]) is not None:
-            road = "sdpa"
-    road = _choose(road, q, packed=True)
-    if road != "sdpa":
-        _say_once(q, road, "packed attention")
+    if backend == "auto":
+        if prefer not in _BACKENDS:
+            raise ValueError(f"prefer is {prefer!r}; choose one of {', '.join(_BACKENDS)}")
+        backend = _PACKED.get(prefer, "auto")
+        if backend == "varlen" and _why_not_varlen(q.device, q.dtype, q.shape[-1]) is not None:
+            backend = "sdpa"
+    backend = _choose(backend, q, packed=True)
+    if backend != "sdpa":
+        _say_once(q, backend, "packed attention")
     places = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if road == "flash_attn":
+    if backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
         exact = torch.are_deterministic_algorithms_enabled()
         return flash_attn_varlen_func(q, k, v, *places, softmax_scale=scale, deterministic=exact)
-    if road == "varlen":
+    if backend == "varlen":
         return varlen_attn(q, k, v, *places, scale=scale)
-    if road == "math":
+    if backend == "math":
         allowed = _segments(cu_seqlens_q, len(q))[:, None] == _segments(cu_seqlens_k, len(k))[None]
         return _math(q[None], k[None], v[None], scale, allowed)[0]
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -368,13 +372,13 @@ def attention_varlen(
     return _padded(q, k, v, *places, scale)
 
 
-def require_attention(road: AttentionRoad, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Computes attention on a road forward and backward once, small, so that what cannot work fails before a run does.
+def require_attention(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Computes attention on a backend forward and backward once, small, so that what cannot work fails before a run does.
 
     The log then names the kernels that auto takes without and with a mask, also where all later calls are compiled.
 
     Raises:
-        ValueError: the road is missing, does not fit these tensors, or fails when it runs.
+        ValueError: the backend is missing, does not fit these tensors, or fails when it runs.
     """
     every = torch.ones(1, 16, device=device, dtype=torch.bool)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -382,9 +386,11 @@ def require_attention(road: AttentionRoad, device: torch.device, dtype: torch.dt
     try:
         with torch.enable_grad():
             for mask in (None, every):
-                attention(q, q, q, key_mask=mask, prefer=road).sum().backward()
+                attention(q, q, q, key_mask=mask, prefer=backend).sum().backward()
         if not torch.isfinite(q.grad).all():
-            raise ValueError(f"road={road!r} gives gradients that are not finite on {device}; use road='auto'")
+            raise ValueError(f"backend={backend!r} gives gradients that are not finite on {device}; use backend='auto'")
     except RuntimeError as error:  # no kernel, or one that this GPU does not run
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"road={road!r} does not run on {device} in {dtype}: {first}; use road='auto'") from error
+        raise ValueError(
+            f"backend={backend!r} does not run on {device} in {dtype}: {first}; use backend='auto'"
+        ) from error

@@ -28,7 +28,7 @@ BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12}
 
 
 def source_of(case: Case) -> ASTSource:
-    """A kernel with the specialisations a launch would make: ones become constants, multiples of 16 are known as such."""
+    """A kernel with the specializations a launch would make: ones become constants, multiples of 16 are known as such."""
     kernel, pointers, numbers = case.kernel, case.pointers, case.numbers
     signature, attributes = {}, {}
     constants = case.constants | {name: 1 for name, value in numbers.items() if value == 1}
@@ -121,7 +121,7 @@ def build(architecture: int, only: str = "") -> Iterator[dict[str, Any]]:
             "sm": architecture,
             "warps": case.warps,
             "bytes": int(case.bytes_moved),
-            "floor_us": microseconds,
+            "bound_us": microseconds,
             "instructions": instructions(compiled.asm["cubin"]),
         } | found
 
@@ -136,7 +136,7 @@ def table(architectures: list[int]) -> str:
         rows = [built.get(case.name, {}) for built in found]
         first = next(filter(None, rows), None)
         if first:
-            line = [case.name, f"{first['bytes'] / 1e6:.1f}", *map(str, first["floor_us"].values()), first["warps"]]
+            line = [case.name, f"{first['bytes'] / 1e6:.1f}", *map(str, first["bound_us"].values()), first["warps"]]
             lines.append(line + [row.get(what, "-") for row in rows for what in ("registers", "shared_bytes")])
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 

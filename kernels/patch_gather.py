@@ -1,10 +1,10 @@
-"""patch_gather: the visible patches of a video as normalised rows, ready for the patch-embedding GEMM.
+"""patch_gather: the visible patches of a video as normalized rows, ready for the patch-embedding GEMM.
 
     out[b, i, (c, dt, dy, dx)] = (video[b, t*tubelet + dt, y*p + dy, x*p + dx, c] / 255 - mean[c]) / std[c]
     with (t, y, x) the grid cell of visible[b, i].
 
 A row is ordered like a flattened Conv3d weight (3, tubelet, p, p), so embedding is one matrix product. Only visible pixels
-are read: at B/16, batch 64, 15.7 MB of uint8 in and 31.5 MB of bf16 out, where normalising the whole video and a dense
+are read: at B/16, batch 64, 15.7 MB of uint8 in and 31.5 MB of bf16 out, where normalizing the whole video and a dense
 Conv3d input move 5 times that. One multiplication and one addition per element.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels._launch import (
     ANY_STRIDES,
     COMPILER_OPTIONS,
-    Road,
+    Backend,
     check_visible,
     on_device,
     power_of_two,
@@ -182,12 +182,12 @@ def patch_gather(
     dtype: torch.dtype = torch.float32,
     origin: Tensor | None = None,
     crop_size: tuple[int, int] | None = None,
-    road: Road = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Rows of the visible patches of a video, or of a window of each clip.
 
     Args:
-        video: uint8 (B, T, H, W, 3), scaled to [0, 1] and normalised with mean and std when these are given; or floating
+        video: uint8 (B, T, H, W, 3), scaled to [0, 1] and normalized with mean and std when these are given; or floating
             (B, 3, T, H, W), taken as it is. T is a multiple of tubelet_size, and H and W, or crop_size, of patch_size.
             Any strides.
         visible: int32 or int64 (B, n), flat cells of the (T / tubelet, H / p, W / p) grid.
@@ -196,7 +196,7 @@ def patch_gather(
         origin: int32 or int64 (B, 2), the top and left pixel of each clip's window of crop_size; the window is cut on the
             way, so that frames larger than the crop need no copy. None: the whole frame.
         crop_size: (height, width) of the windows; takes the place of (H, W) above.
-        road: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton".
 
     Returns:
         (B, n, 3 * tubelet * p * p) in dtype. There is no gradient to the video.
@@ -230,7 +230,7 @@ def patch_gather(
         # Numbers, not tensors: making a tensor of them on a GPU would make the host wait for the copy.
         scale = [1 / (255 * s) for s in std]
         shift = [-m / s for m, s in zip(mean, std, strict=True)]
-    run = _patch_gather if use_triton(road, video) else _reference
+    run = _patch_gather if use_triton(backend, video) else _reference
     return run(video, visible, scale, shift, origin, rows, columns, patch_size, tubelet_size, dtype)
 
 

@@ -3,7 +3,7 @@
     r = max|x[i]| / largest,  a[i, k] = round(x[i, k] / r)        largest: 127 (int8), 448 (float8_e4m3fn)
     out[i, j] = product[i, j] * r[i] * c[j] + bias[j]
 
-Bytes moved for each number of bf16: quantising 3, rescaling 6. Plain PyTorch, run eagerly, moves 23 (int8) or 15 (fp8) and
+Bytes moved for each number of bf16: quantizing 3, rescaling 6. Plain PyTorch, run eagerly, moves 23 (int8) or 15 (fp8) and
 22: it passes over the tensor for each of its operations.
 """
 
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import ANY_STRIDES, COMPILER_OPTIONS, Road, on_device, power_of_two, use_triton, warps_for
+from kernels._launch import ANY_STRIDES, COMPILER_OPTIONS, Backend, on_device, power_of_two, use_triton, warps_for
 
 Precision = Literal["int8", "fp8"]
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -24,7 +24,7 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 # Keeps a row of zeros from dividing by zero; any smaller row is as good as zero.
 TINY = 1e-30
 # A program holds its row in registers.
-MOST_CHANNELS = 16384
+MAX_CHANNELS = 16384
 
 
 def tile(columns: int) -> dict[str, int]:
@@ -58,7 +58,7 @@ def quantize_rows_kernel(
 
 @triton.jit
 def dequantize_kernel(out, product, rows, scale, bias, M, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per tile; the tiles of a row are neighbours."""
+    """One program per tile; the tiles of a row are neighbors."""
     across = tl.cdiv(N, BLOCK)
     i_row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
     o = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
@@ -74,7 +74,7 @@ def _quantize_rows(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     dtype = DTYPES[precision]
     if dtype != torch.int8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        raise ValueError(f"{x.device} has no {dtype}, which needs compute capability 8.9; use road='reference'")
+        raise ValueError(f"{x.device} has no {dtype}, which needs compute capability 8.9; use backend='reference'")
     # Rows may lie apart; the numbers of a row may not.
     x = x if x.stride(1) == 1 else x.contiguous()
     values = torch.empty(rows, width, dtype=dtype, device=x.device)
@@ -127,13 +127,13 @@ def largest_of_rows(x: Tensor) -> Tensor:
     return torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_()).float()
 
 
-def quantize_rows(x: Tensor, precision: Precision, *, road: Road = "auto") -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, precision: Precision, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """The rows of x in 8 bits, each with a scale of its own: x = values * scales up to rounding.
 
     Args:
-        x: (M, K) fp32, bf16 or fp16; K at least 1, on the Triton road at most 16384.
+        x: (M, K) fp32, bf16 or fp16; K at least 1, on the Triton backend at most 16384.
         precision: "int8" or "fp8" (float8_e4m3fn).
-        road: "auto", "reference" or "triton"; for fp8 the latter needs compute capability 8.9.
+        backend: "auto", "reference" or "triton"; for fp8 the latter needs compute capability 8.9.
 
     Returns:
         values (M, K) int8 or float8_e4m3fn, rounded to the nearest, halves to even; scales (M, 1) fp32. A row of zeros gives
@@ -147,10 +147,10 @@ def quantize_rows(x: Tensor, precision: Precision, *, road: Road = "auto") -> tu
     if precision not in DTYPES:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(DTYPES)}")
     x = x.detach()
-    if use_triton(road, x):
-        if x.shape[1] > MOST_CHANNELS:
+    if use_triton(backend, x):
+        if x.shape[1] > MAX_CHANNELS:
             raise ValueError(
-                f"{x.shape[1]} channels in a row exceed the limit of {MOST_CHANNELS}; use road='reference'"
+                f"{x.shape[1]} channels in a row exceed the limit of {MAX_CHANNELS}; use backend='reference'"
             )
         return _quantize_rows(x, precision)
     dtype = DTYPES[precision]
@@ -162,7 +162,7 @@ def quantize_rows(x: Tensor, precision: Precision, *, road: Road = "auto") -> tu
 
 
 def dequantize_product(
-    product: Tensor, rows: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype, *, road: Road = "auto"
+    product: Tensor, rows: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype, *, backend: Backend = "auto"
 ) -> Tensor:
     """product * rows * scale + bias: what a product of int8 matrices stands for.
 
@@ -171,7 +171,7 @@ def dequantize_product(
         rows: fp32 (M, 1), the scales of its rows.
         scale, bias: fp32 (N,), of its columns.
         dtype: of the result; computed in fp32 and rounded once.
-        road: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton".
 
     Returns:
         (M, N) of that dtype.
@@ -190,6 +190,6 @@ def dequantize_product(
         raise ValueError(f"dtype is {dtype!r}; it must be torch.float32, torch.bfloat16 or torch.float16")
     if scale.shape != product.shape[1:] or bias.shape != product.shape[1:]:
         raise ValueError(f"scale {tuple(scale.shape)} and bias {tuple(bias.shape)} must be ({product.shape[1]},)")
-    if use_triton(road, product):
+    if use_triton(backend, product):
         return _dequantize_product(product, rows, scale, bias, dtype)
     return torch.addcmul(bias, product * rows, scale).to(dtype)

@@ -1,13 +1,13 @@
 """semantic_mask: from the class token's query and the keys of the teacher's last block straight to visible indices.
 
-    score[r, j] = mean_h softmax_j(q[r, h] . k[r, h, j] / sqrt(D)),  j = 0 the class token, dropped and not renormalised
+    score[r, j] = mean_h softmax_j(q[r, h] . k[r, h, j] / sqrt(D)),  j = 0 the class token, dropped and not renormalized
     visible[r]  = n tokens drawn successively without replacement with probability proportional to score, ascending
 
 (paper section 3.1, semantic masking). Successive draws equal taking the n largest log(score) + Gumbel noise, so no draw
 depends on another. The keys are read once: 155 MB of bf16 at B/16, batch 64, where the full attention map of the last
 block would be written and read besides. 2 * R*H*(1+L)*D FLOPs.
 
-The noise comes from a counter-based generator keyed by `seed`, a tensor on the device: both roads see the same numbers,
+The noise comes from a counter-based generator keyed by `seed`, a tensor on the device: both backends see the same numbers,
 and a CUDA graph replays with fresh noise when the seed tensor is advanced. Tokens whose score is zero or NaN are kept only
 when fewer than n scores are positive, and then uniformly; of equal keys the lower index wins.
 """
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _philox
-from kernels._launch import ANY_STRIDES, COMPILER_OPTIONS, Road, interpreted, on_device, power_of_two, use_triton
+from kernels._launch import ANY_STRIDES, COMPILER_OPTIONS, Backend, interpreted, on_device, power_of_two, use_triton
 
 # Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
 _IMPOSSIBLE = tl.constexpr(-1000.0)
@@ -28,7 +28,7 @@ _IMPOSSIBLE = tl.constexpr(-1000.0)
 # and one fits the 99 KiB of a consumer GPU.
 _TILE_BYTES, _WAY_BYTES = 32768, 65536
 # Tokens of a row that one program can hold: in semantic_mask the keys beside their logits, in sample_visible scores alone.
-MOST_TOKENS, MOST_SCORES = 1024, 4096
+MAX_TOKENS, MAX_SCORES = 1024, 4096
 # The smallest step of the generator: keeps the logarithm of a drawn zero finite.
 _SMALLEST = tl.constexpr(2.0**-32)
 
@@ -233,7 +233,7 @@ def semantic_mask(
     seed: Tensor,
     *,
     return_scores: bool = False,
-    road: Road = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draws the visible tokens of each frame from the class token's attention.
 
@@ -243,7 +243,7 @@ def semantic_mask(
         num_visible: n, how many of the L tokens stay visible.
         seed: int64 (1,) on the same device.
         return_scores: also return the scores (R, L) fp32.
-        road: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton".
 
     Returns:
         int32 (R, n), ascending in each row.
@@ -253,8 +253,8 @@ def semantic_mask(
     """
     if q.ndim != 3 or k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[2] or k.shape[2] < 2:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (R, H, D) and (R, H, 1 + L, D)")
-    _check(num_visible, k.shape[2] - 1, MOST_TOKENS, seed)
-    if use_triton(road, q):
+    _check(num_visible, k.shape[2] - 1, MAX_TOKENS, seed)
+    if use_triton(backend, q):
         visible, scores = _semantic_mask(q, k, num_visible, seed, return_scores)
     else:
         scores = class_attention(q, k)
@@ -262,12 +262,12 @@ def semantic_mask(
     return (visible, scores) if return_scores else visible
 
 
-def sample_visible(scores: Tensor, num_visible: int, seed: Tensor, road: Road = "auto") -> Tensor:
+def sample_visible(scores: Tensor, num_visible: int, seed: Tensor, backend: Backend = "auto") -> Tensor:
     """Draws n tokens per row without replacement, with probabilities proportional to the scores.
 
     Args:
         scores: fp32 (R, L), not negative; rows need not sum to one.
-        num_visible, seed, road: as in semantic_mask.
+        num_visible, seed, backend: as in semantic_mask.
 
     Returns:
         int32 (R, n), ascending in each row.
@@ -277,7 +277,7 @@ def sample_visible(scores: Tensor, num_visible: int, seed: Tensor, road: Road = 
     """
     if scores.ndim != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores are {scores.dtype} {tuple(scores.shape)}; they must be float32 (R, L)")
-    _check(num_visible, scores.shape[1], MOST_SCORES, seed)
-    if use_triton(road, scores):
+    _check(num_visible, scores.shape[1], MAX_SCORES, seed)
+    if use_triton(backend, scores):
         return _sample_visible(scores, num_visible, seed)
     return _sample_reference(scores, num_visible, seed)

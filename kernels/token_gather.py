@@ -5,11 +5,11 @@
 Forward moves 2 * B*n*C elements (and n*C of the table, which stays in cache); backward writes each of the B*N*C gradient
 elements once and reads B*n*C. Indices within a row are unique, so backward scatters without atomics.
 
-gather_norm: the visible tokens through a LayerNorm in the same pass, for the taps of a frozen teacher.
+gather_norm: the visible tokens through a LayerNorm in the same pass, for the intermediate features of a frozen teacher.
 
     out[b, i] = (x[b, j] - mean) / sqrt(variance + eps) * weight + bias,   j = visible[b, i]
 
-2 * B*n*C elements moved, where gathering and normalising apart move three times that.
+2 * B*n*C elements moved, where gathering and normalizing apart move three times that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels._launch import (
     ANY_STRIDES,
     COMPILER_OPTIONS,
-    Road,
+    Backend,
     check_visible,
     no_second_gradient,
     on_device,
@@ -70,8 +70,8 @@ def gather_norm_kernel(
     o = tl.arange(0, BLOCK)
     inside = o < C
     value = tl.load(x + i_source * C + o, mask=inside, other=0).to(tl.float32)
-    centred = tl.where(inside, value - tl.sum(value, 0) / C, 0.0)
-    standard = centred / tl.sqrt(tl.sum(centred * centred, 0) / C + eps)
+    centered = tl.where(inside, value - tl.sum(value, 0) / C, 0.0)
+    standard = centered / tl.sqrt(tl.sum(centered * centered, 0) / C + eps)
     b_weight = tl.load(weight + o, mask=inside, other=0).to(tl.float32)
     b_bias = tl.load(bias + o, mask=inside, other=0).to(tl.float32)
     tl.store(out + i_row * C + o, (standard * b_weight + b_bias).to(out.dtype.element_ty), mask=inside)
@@ -178,14 +178,14 @@ def _reference(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
     return out if table is None else out + table.to(x.dtype)[index]
 
 
-def token_gather(x: Tensor, visible: Tensor, table: Tensor | None = None, road: Road = "auto") -> Tensor:
+def token_gather(x: Tensor, visible: Tensor, table: Tensor | None = None, backend: Backend = "auto") -> Tensor:
     """Rows of x at visible, plus the same rows of a position table.
 
     Args:
         x: (B, N, C), floating.
         visible: int32 or int64 (B, n); the indices of one row are unique.
         table: (N, C) added after a cast to x's dtype, or None. Constant: it gets no gradient.
-        road: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton".
 
     Returns:
         (B, n, C) in x's dtype; differentiable with respect to x.
@@ -199,11 +199,11 @@ def token_gather(x: Tensor, visible: Tensor, table: Tensor | None = None, road: 
         raise ValueError(f"table has shape {tuple(table.shape)}; it must be {tuple(x.shape[1:])}, a row for each token")
     check_visible(visible, x.shape[0], x.shape[1])
     table = None if table is None else table.detach()
-    return _token_gather(x, visible, table) if use_triton(road, x) else _reference(x, visible, table)
+    return _token_gather(x, visible, table) if use_triton(backend, x) else _reference(x, visible, table)
 
 
 def gather_norm(
-    x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, road: Road = "auto"
+    x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, backend: Backend = "auto"
 ) -> Tensor:
     """Rows of x at visible, through a LayerNorm; for frozen towers, so nothing gets a gradient.
 
@@ -212,7 +212,7 @@ def gather_norm(
         visible: int32 or int64 (B, n); None for all rows in their order.
         weight, bias: (C,) of the LayerNorm. Statistics and affine are fp32 whatever x is.
         eps: of the LayerNorm.
-        road: "auto", "reference" or "triton".
+        backend: "auto", "reference" or "triton".
 
     Returns:
         (B, n, C) in x's dtype, or (B, N, C), detached.
@@ -227,7 +227,7 @@ def gather_norm(
     if visible is not None:
         check_visible(visible, x.shape[0], x.shape[1])
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
-    if use_triton(road, x):
+    if use_triton(backend, x):
         return _gather_norm(x, visible, weight, bias, eps)
     rows = x if visible is None else _reference(x, visible, None)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -9,7 +9,7 @@
 #
 # Two minutes before the time limit Slurm sends USR1 to this script, which has SIGTERM sent to the launchers. The trainer saves at
 # its next log step and ends, the job goes back into the queue, and the next start continues there. A preempted job gets SIGTERM
-# and its place in the queue from Slurm itself. A job that fails, or is cancelled, is not queued again. OUT must be on a disk
+# and its place in the queue from Slurm itself. A job that fails, or is canceled, is not queued again. OUT must be on a disk
 # that all nodes share.
 #SBATCH --job-name=umt_fast
 #SBATCH --nodes=1

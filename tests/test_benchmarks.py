@@ -27,8 +27,12 @@ def test_tables_of_a_cpu(tmp_path: Path, capsys) -> None:
         "dtype": "fp32",
         "computed_in": "fp32",
     }
-    plain = row | {"road": "plain", "peak_memory_gib": 4.0}
-    fast, official, half = row | {"road": "fast"}, row | {"road": "official"}, {"dtype": "bf16", "computed_in": "bf16"}
+    plain = row | {"implementation": "plain", "peak_memory_gib": 4.0}
+    fast, official, half = (
+        row | {"implementation": "fast"},
+        row | {"implementation": "official"},
+        {"dtype": "bf16", "computed_in": "bf16"},
+    )
     write(
         tmp_path / "cpu_steps_b16.jsonl",
         fast | {"clips_per_s": 0.5},
@@ -39,7 +43,7 @@ def test_tables_of_a_cpu(tmp_path: Path, capsys) -> None:
         plain | half | {"clips_per_s": 0.1},
         official | half | {"clips_per_s": 0.125},
     )
-    part = {"part": "loss", "ms": 20.0, "gflop": 0.5, "mb": 30.0, "floor_ms": 10.0, "share_of_floor": 0.5}
+    part = {"part": "loss", "ms": 20.0, "gflop": 0.5, "mb": 30.0, "bound_ms": 10.0, "share_of_bound": 0.5}
     write(
         tmp_path / "parts_b16.jsonl",
         row | {"parts": [part], "matmul_tflops": 0.2, "copy_gb_per_s": 20.0, "memory_gib": {}},

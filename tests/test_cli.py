@@ -182,7 +182,7 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_a_mistyped_option_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There the argument parser draws its box with lines and colours."""
+    """There the argument parser draws its box with lines and colors."""
     import pty
 
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
@@ -408,8 +408,8 @@ def test_stage_2_from_stage_1_weights_and_resumed(
         (("--memory_gib", "-1"), "memory_gib is -1"),
         (("--captions", "all"), "all"),
         (("--scores", "no/such/folder/scores.json"), "no/such/folder is not a folder"),
-        (("--separator", ";"), "--separator is for lists of labelled clips"),
-        (("--frame_pattern", "{}.jpg"), "--frame_pattern is for lists of labelled clips"),
+        (("--separator", ";"), "--separator is for lists of labeled clips"),
+        (("--frame_pattern", "{}.jpg"), "--frame_pattern is for lists of labeled clips"),
         (("--root", "no/such/folder"), "no/such/folder is not a folder"),
         (("--root", str(REPOSITORY)), "2 of the 2 files of"),
     ):

@@ -93,7 +93,7 @@ def test_the_residual_stream_is_not_computed_anew(step: tuple) -> None:
 
 
 class Two(nn.Module):
-    """What the teacher does with a tap: two operators of ours and the next sum read it."""
+    """What the teacher does with intermediate features: two operators of ours and the next sum read it."""
 
     def forward(self, x: Tensor, y: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         total = x + y
@@ -190,12 +190,12 @@ def test_line_and_table_say_prediction(capsys: pytest.CaptureFixture[str], monke
     assert "compiled, int8 teacher" in a100["steps"] and a100["gpu"].startswith("A100")
     # The same kernels at a higher bandwidth.
     one, other = (row["steps"]["compiled, fp8 teacher"] for row in (line, h200))
-    assert one["gb"] == other["gb"] and one["floor_ms"] > other["floor_ms"]
+    assert one["gb"] == other["gb"] and one["bound_ms"] > other["bound_ms"]
     assert list(line["steps"]) == [
         f"{step}{of}" for of in ("", ", fp8 teacher") for step in ("eager", "compiled", "ideal")
     ]
     steps = line["steps"]
-    assert steps["ideal"]["floor_ms"] <= steps["compiled"]["floor_ms"] <= steps["eager"]["floor_ms"]
+    assert steps["ideal"]["bound_ms"] <= steps["compiled"]["bound_ms"] <= steps["eager"]["bound_ms"]
     assert all("prediction" in row for row in out.err.splitlines() if row.startswith("|") and "---" not in row)
     with pytest.raises(ConfigError, match="batch_size is 0"):
         main("tiny", 0)

@@ -122,7 +122,7 @@ def test_compiled_code_is_packed_and_unpacked(tmp_path: Path, monkeypatch: pytes
     gpu.pack(tmp_path, cache)
     gpu.unpack(tmp_path, other)
     assert (other / "triton" / "kernel").read_bytes() == (cache / "triton" / "kernel").read_bytes()
-    monkeypatch.setattr(gpu, "MOST_PACKED", 100)
+    monkeypatch.setattr(gpu, "MAX_PACKED", 100)
     gpu.pack(tmp_path, cache)
     assert not (tmp_path / "cache.tar.gz").exists()
 
@@ -157,7 +157,7 @@ def test_a_wrong_attention_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(checks, "TOKENS", (5,))
     plain = checks.kernels.attention
-    monkeypatch.setattr(checks.kernels, "attention", lambda *qkv, road: 1.05 * plain(*qkv, road=road))
+    monkeypatch.setattr(checks.kernels, "attention", lambda *qkv, backend: 1.05 * plain(*qkv, backend=backend))
     lines = Lines(tmp_path, "checks.jsonl")
     assert not checks.attention_values(lines)
     verdicts = {row["backend"]: row["ok"] for row in lines.known() if "ok" in row}

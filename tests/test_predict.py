@@ -27,7 +27,7 @@ HOPPER = (9, 0)
 
 
 @pytest.fixture(scope="module")
-def roads() -> dict[str, Counts]:
+def implementations() -> dict[str, Counts]:
     """The counts of a tiny step of two clips."""
     config = stage1_config("tiny", 2, "bf16")
     eight = stage1_config("tiny", 2, "bf16", "fp8")
@@ -42,39 +42,41 @@ def names(counts: Counts, part: str) -> set[str]:
     return {operation.name.removesuffix(".default") for operation in counts.operations if operation.part == part}
 
 
-def test_flops_are_those_of_the_objective(roads: dict[str, Counts]) -> None:
+def test_flops_are_those_of_the_objective(implementations: dict[str, Counts]) -> None:
     config = stage1_config("tiny", 2, "bf16")
     expected = 2 * UnmaskedAlignment.flops_of(config)
-    counted = {name: sum(o.products + o.products8 for o in found.operations) for name, found in roads.items()}
+    counted = {name: sum(o.products + o.products8 for o in found.operations) for name, found in implementations.items()}
     # Attention's backward computes the logits once more, which the formula leaves out.
     assert expected < counted["fast"] < 1.02 * expected
     assert counted["fp8"] == counted["fast"] < counted["plain"]
-    eight = sum(operation.products8 for operation in roads["fp8"].operations)
+    eight = sum(operation.products8 for operation in implementations["fp8"].operations)
     blocks, c, rows = config.teacher.depth - 1, config.teacher.width, 2 * 8 * 17
     assert eight == blocks * rows * 24 * c * c
 
 
-def test_bytes_are_at_least_those_of_a_fused_step(roads: dict[str, Counts]) -> None:
+def test_bytes_are_at_least_those_of_a_fused_step(implementations: dict[str, Counts]) -> None:
     trained = sum(p.numel() for p in UnmaskedAlignment(stage1_config("tiny", 2, "fp32")).student.parameters())
     fused = sum(cost.bytes for cost in costs(stage1_config("tiny", 2, "bf16"), trained).values())
-    moved = {name: sum(operation.bytes for operation in found.operations) for name, found in roads.items()}
+    moved = {name: sum(operation.bytes for operation in found.operations) for name, found in implementations.items()}
     assert fused < moved["fast"] < 5 * fused and moved["fast"] < moved["plain"]
 
 
-def test_roads_branch_as_on_a_gpu(roads: dict[str, Counts]) -> None:
-    teacher = names(roads["fast"], "teacher")
+def test_implementations_branch_as_on_a_gpu(implementations: dict[str, Counts]) -> None:
+    teacher = names(implementations["fast"], "teacher")
     assert {"patch_gather", "semantic_mask", "gather_norm", "token_gather"} <= teacher
     assert "_scaled_dot_product_flash_attention" in teacher and "native_layer_norm" not in teacher
-    assert names(roads["fast"], "optimizer") == {"_fused_adamw_", "_foreach_add_.Scalar"}
-    assert {"_foreach_addcdiv_.ScalarList", "_foreach_sqrt"} <= names(roads["plain"], "optimizer")
-    assert "_scaled_mm" in names(roads["fp8"], "teacher")
-    assert "align_loss_backward" in names(roads["fast"], "backward")
+    assert names(implementations["fast"], "optimizer") == {"_fused_adamw_", "_foreach_add_.Scalar"}
+    assert {"_foreach_addcdiv_.ScalarList", "_foreach_sqrt"} <= names(implementations["plain"], "optimizer")
+    assert "_scaled_mm" in names(implementations["fp8"], "teacher")
+    assert "align_loss_backward" in names(implementations["fast"], "backward")
     # Scores, two position tables, the loss, the step's end; and three boolean indices, one of them in the backward pass too.
-    assert roads["fast"].waits == roads["fp8"].waits == 0 and roads["plain"].waits == 9
+    assert implementations["fast"].waits == implementations["fp8"].waits == 0 and implementations["plain"].waits == 9
     # The scores there (all of a frame's indices, of which the kept ones), the mask back, and both position tables.
     tokens, kept, width = 8 * 16, 8 * 4, 96
-    assert roads["plain"].host_bytes == 2 * kept * 8 + 2 * tokens + tokens * width * 2 + 2 * tokens * width * 4
-    assert roads["fast"].host_bytes == 0
+    assert (
+        implementations["plain"].host_bytes == 2 * kept * 8 + 2 * tokens + tokens * width * 2 + 2 * tokens * width * 4
+    )
+    assert implementations["fast"].host_bytes == 0
 
 
 def test_bytes_counted_by_hand() -> None:
@@ -207,7 +209,7 @@ def test_floor_is_the_larger_of_both() -> None:
         Operation("teacher", "Mlp", "add.Tensor", 0.0, 0.0, 40.0),
     ]
     found = figures(Counts(rows, peak=1 << 30), 3, matmul=10.0, copy=2.0)
-    assert found["floor_ms"] == 1e3 * (10 + 5 + 20) and found["clips_per_s_at_most"] == round(3 / 35, 2)
+    assert found["bound_ms"] == 1e3 * (10 + 5 + 20) and found["clips_per_s_at_most"] == round(3 / 35, 2)
     assert found["share_of_matrix_products"] == round(15 / 35, 3) and found["peak_memory_gib"] == 1
     assert [row["operation"] for row in top(rows, 10.0, 2.0, by="ms", most=2)] == ["add.Tensor", "addmm"]
 
@@ -217,14 +219,14 @@ def test_lines_and_table_say_prediction(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr()
     line = json.loads(out.out)
     assert line["kind"] == "prediction" and line["rates"] == "given" and line["matmul_tflops"] == 700
-    assert list(line["roads"]) == ["plain", "fast", "fast, fp8 teacher"] and len(line["most_gb"]) == 3
-    plain, fast = line["roads"]["plain"], line["roads"]["fast"]
-    assert line["speed_against_plain"]["fast"] == pytest.approx(plain["floor_ms"] / fast["floor_ms"], rel=0.1)
+    assert list(line["implementations"]) == ["plain", "fast", "fast, fp8 teacher"] and len(line["most_gb"]) == 3
+    plain, fast = line["implementations"]["plain"], line["implementations"]["fast"]
+    assert line["speed_against_plain"]["fast"] == pytest.approx(plain["bound_ms"] / fast["bound_ms"], rel=0.1)
     # 9 waits of 20 us; the tables in pageable memory at 12 GB/s; fp32 or uint8 clips at 50 GB/s.
     pixels = 2 * 8 * 64 * 64 * 3
     assert plain["host_ms"] == pytest.approx(9 * 0.02 + plain["host_mb"] / 12 + 4 * pixels / 50e6, abs=2e-3)
     assert fast["host_ms"] == pytest.approx(pixels / 50e6, abs=1e-3)
-    whole = (plain["floor_ms"] + plain["host_ms"]) / (fast["floor_ms"] + fast["host_ms"])
+    whole = (plain["bound_ms"] + plain["host_ms"]) / (fast["bound_ms"] + fast["host_ms"])
     assert line["speed_against_plain_with_host"]["fast"] == pytest.approx(whole, rel=0.05)
     assert all("prediction" in row for row in out.err.splitlines() if row.startswith("|") and "---" not in row)
     with pytest.raises(ConfigError, match="copy_gb_per_s is -1"):

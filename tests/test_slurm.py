@@ -1,4 +1,4 @@
-"""recipes/slurm.sh with stand-ins for Slurm's commands and for Python."""
+"""recipes/slurm.sh with fakes of Slurm's commands and for Python."""
 
 import os
 import signal

@@ -123,16 +123,16 @@ class PretrainedModel(
             )
         numbers = {layer: layer % depth for layer in layers or ()}
         with self._autocast():
-            taps = self._taps(self.pixels(videos), depth - min([*numbers.values(), depth - 1]))
-            tokens, pooled = self._finish(taps[-1])
-        found = {layer: self._grid(taps[number - depth]) for layer, number in numbers.items()}
+            outputs = self._outputs(self.pixels(videos), depth - min([*numbers.values(), depth - 1]))
+            tokens, pooled = self._finish(outputs[-1])
+        found = {layer: self._grid(outputs[number - depth]) for layer, number in numbers.items()}
         return Features(pooled.float(), self._grid(tokens), found)
 
     @torch.no_grad()
     def vectors(self, videos: Videos) -> dict[str, Tensor]:
         """One vector of a kind for each clip: `pooled` (B, C) as in features and, of stage 2, `embedding` (B, E)."""
         with self._autocast():
-            _, pooled = self._finish(self._taps(self.pixels(videos), 1)[-1])
+            _, pooled = self._finish(self._outputs(self.pixels(videos), 1)[-1])
         return {"pooled": pooled.float()}
 
     def fingerprint(self) -> str:
@@ -147,7 +147,7 @@ class PretrainedModel(
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute == "bf16")
 
-    def _taps(self, video: Tensor, count: int) -> list[Tensor]:
+    def _outputs(self, video: Tensor, count: int) -> list[Tensor]:
         # A classifier is a tower itself, and its own forward goes on to the classes.
         return VisionTransformer.forward(self.tower, video, None, count)
 
@@ -345,7 +345,7 @@ class VideoTextModel(PretrainedModel):
     @torch.no_grad()
     def vectors(self, videos: Videos) -> dict[str, Tensor]:
         with self._autocast():
-            tokens, pooled = self._finish(self._taps(self.pixels(videos), 1)[-1])
+            tokens, pooled = self._finish(self._outputs(self.pixels(videos), 1)[-1])
             return {"pooled": pooled.float(), "embedding": self._embedding(tokens)}
 
     def encode_video(self, videos: Videos) -> Tensor:
@@ -374,7 +374,7 @@ class VideoTextModel(PretrainedModel):
         with self._autocast():
             hidden, mask = self._read(texts)
             rows = []
-            for clip in self._finish(self._taps(self.pixels(videos), 1)[-1])[0].split(1):
+            for clip in self._finish(self._outputs(self.pixels(videos), 1)[-1])[0].split(1):
                 fused = text.fuse(hidden[:, None], mask[:, None], text.clip_keys(clip))
                 rows.append(self.network.match(fused[:, 0])[:, 1].float())
         return torch.stack(rows)

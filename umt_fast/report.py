@@ -33,7 +33,7 @@ figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top;
 figcaption, .note { color: #5b636d; font-size: .87rem; max-width: 56rem; }
 img { image-rendering: pixelated; max-width: 100%; }
 """
-_COLOURS = ("#2563a8", "#c2571a", "#2f8f57", "#8a3fa0", "#b3202c", "#6b7280")
+_COLORS = ("#2563a8", "#c2571a", "#2f8f57", "#8a3fa0", "#b3202c", "#6b7280")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -108,13 +108,13 @@ def curve(lines: dict[str, tuple[list[float], list[float]]], title: str, width: 
         parts.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end" font-size="11">{y:.3g}</text>')
     parts.append(f'<text x="{left}" y="{height - 6}" font-size="11">step {low_x:g}</text>')
     parts.append(f'<text x="{width - 8}" y="{height - 6}" text-anchor="end" font-size="11">{high_x:g}</text>')
-    for (_, (xs, ys)), colour in zip(lines.items(), _COLOURS * len(lines), strict=False):
+    for (_, (xs, ys)), color in zip(lines.items(), _COLORS * len(lines), strict=False):
         points = " ".join(place(x, y) for x, y in zip(xs, ys, strict=True))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.5"/>')
     parts.append("</svg>")
     legend = " ".join(
-        f'<span style="color:{colour}">{html.escape(name)}</span>'
-        for name, colour in zip(lines, _COLOURS * len(lines), strict=False)
+        f'<span style="color:{color}">{html.escape(name)}</span>'
+        for name, color in zip(lines, _COLORS * len(lines), strict=False)
     )
     return f"<figure>{''.join(parts)}<figcaption>{html.escape(title)}: {legend}</figcaption></figure>"
 
@@ -163,8 +163,8 @@ def found_picture(videos: np.ndarray, right: np.ndarray, scale: int = 2) -> Imag
     rows = []
     for video, hit in zip(videos, right, strict=True):
         strip = np.concatenate(list(video), 1)
-        colour = np.array((47, 143, 87) if hit else (179, 32, 44), np.uint8)
-        framed = np.broadcast_to(colour, (strip.shape[0] + 4, strip.shape[1] + 4, 3)).copy()
+        color = np.array((47, 143, 87) if hit else (179, 32, 44), np.uint8)
+        framed = np.broadcast_to(color, (strip.shape[0] + 4, strip.shape[1] + 4, 3)).copy()
         framed[2:-2, 2:-2] = strip
         rows += [framed, np.full((framed.shape[0], 4, 3), 255, np.uint8)]
     return Image.fromarray(np.concatenate(rows[:-1], 1).repeat(scale, 0).repeat(scale, 1))

@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels._launch import (
     ANY_STRIDES,
     COMPILER_OPTIONS,
-    Road,
+    Backend,
     no_second_gradient,
     on_device,
     power_of_two,
@@ -35,7 +35,7 @@ from kernels.linear.product import ACTIVATIONS, limits, product, rows_apart, til
 Activation = Literal["none", "gelu", "quick_gelu"]
 Save = Literal["pre", "both"]
 # A program of row_statistics holds its row in registers.
-MOST_CHANNELS = 16384
+MAX_CHANNELS = 16384
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -103,7 +103,7 @@ def _(x, eps):
 
 
 def weight_gradient_into(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:
-    """out (N, K) fp32 = or += dy.T @ x, on the Triton road."""
+    """out (N, K) fp32 = or += dy.T @ x, on the Triton backend."""
     rows, tiles = dy.shape[0], tiles_for(out, x, {}, False)
     count = triton.cdiv(out.shape[0], tiles["BLOCK_M"]) * triton.cdiv(out.shape[1], tiles["BLOCK_N"])
     # The result is small and its sums are long: they are split until every SM has a tile.
@@ -317,7 +317,7 @@ def _check_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = "none",
     residual: Tensor | None = None, norm: DeferredNorm | None = None, statistics: tuple[Tensor, Tensor] | None = None,
-    backend: Road = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """act(x @ weight.T + bias) + residual in one pass; of LayerNorm(x) with norm.
 
@@ -347,7 +347,7 @@ def linear(
     wants = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, weight, bias, residual)
     )
-    triton_road = use_triton(backend, x)
+    on_triton = use_triton(backend, x)
     mean, rstd, column = None, None, None
     if norm is not None:
         if wants:
@@ -360,19 +360,19 @@ def linear(
             raise ValueError(f"statistics are {tuple(mean.shape)} and {tuple(rstd.shape)}; both must be ({len(rows)},)")
     elif statistics is not None:
         raise ValueError("statistics are those of a norm; pass norm too")
-    if triton_road:
+    if on_triton:
         out, _ = _linear(rows, weight, bias, flat, mean, rstd, column, activation, wants and activation != "none")
     else:
         out = _reference(rows, weight, bias, flat, mean, rstd, column, activation)
     return out.view(shape)
 
 
-def row_statistics(x: Tensor, eps: float, *, backend: Road = "auto") -> tuple[Tensor, Tensor]:
+def row_statistics(x: Tensor, eps: float, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps) of the rows of x (M, K), both fp32 (M,), detached. K is at most 16384 on Triton."""
     x = x.detach()
     if use_triton(backend, x):
-        if x.shape[1] > MOST_CHANNELS:
-            raise ValueError(f"{x.shape[1]} channels in a row exceed the limit of {MOST_CHANNELS}; use the reference")
+        if x.shape[1] > MAX_CHANNELS:
+            raise ValueError(f"{x.shape[1]} channels in a row exceed the limit of {MAX_CHANNELS}; use the reference")
         return _row_statistics(x, eps)
     variance, mean = torch.var_mean(x.float(), 1, correction=0)
     return mean, (variance + eps).rsqrt()
@@ -380,7 +380,7 @@ def row_statistics(x: Tensor, eps: float, *, backend: Road = "auto") -> tuple[Te
 
 def mlp(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: Activation = "gelu",
-    residual: Tensor | None = None, save: Save = "pre", backend: Road = "auto",
+    residual: Tensor | None = None, save: Save = "pre", backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """act(x @ w1.T + b1) @ w2.T + b2 + residual, whose backward multiplies by act' inside the product before it.
 
@@ -416,7 +416,7 @@ def mlp(
     return out.view(shape)
 
 
-def weight_gradient(dy: Tensor, x: Tensor, *, out: Tensor | None = None, backend: Road = "auto") -> Tensor:
+def weight_gradient(dy: Tensor, x: Tensor, *, out: Tensor | None = None, backend: Backend = "auto") -> Tensor:
     """dy.T @ x in fp32 for dy (M, N) and x (M, K) of one floating dtype; added into `out`, fp32 (N, K) contiguous, if given.
 
     Not differentiable. Raises ValueError for shapes or dtypes that do not fit.

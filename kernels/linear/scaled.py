@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._launch import ANY_STRIDES, Road, use_triton
+from kernels._launch import ANY_STRIDES, Backend, use_triton
 from kernels.linear.layers import FLOATING, Activation, _check_residual, activate
 from kernels.linear.product import ACTIVATIONS, SCALE_BLOCK, product
 from kernels.quantize import DTYPES, quantize_rows
@@ -76,7 +76,7 @@ def _reference(
     if dtype not in DTYPES.values():
         return value.to(dtype), value.new_empty(len(value), 0)
     precision = "int8" if dtype == torch.int8 else "fp8"
-    blocks, block_scales = quantize_rows(value.reshape(-1, SCALE_BLOCK), precision, road="reference")
+    blocks, block_scales = quantize_rows(value.reshape(-1, SCALE_BLOCK), precision, backend="reference")
     return blocks.view(value.shape), block_scales.view(len(value), -1)
 
 
@@ -90,7 +90,7 @@ def scaled_linear(
     activation: Activation = "none",
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    backend: Road = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act((values * scales) @ (weight * weight_scale).T + bias) + residual, for frozen layers.
 

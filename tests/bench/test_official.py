@@ -76,5 +76,5 @@ def test_the_official_loop_runs_and_prints_the_keys_of_our_bench(
 ) -> None:
     official.stage1(Path(FOLDER), "tiny", 2, "cpu", dtype, 1)
     line = json.loads(capsys.readouterr().out)
-    assert line["road"] == "official" and line["clips_per_s"] > 0 and line["bench"] == "stage1"
+    assert line["implementation"] == "official" and line["clips_per_s"] > 0 and line["bench"] == "stage1"
     assert list(line["ms_per_part"]) == ["teacher", "mask", "student forward", "loss and backward", "optimizer"]

@@ -61,7 +61,7 @@ def test_profile_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_fidelity_sees_what_eight_bits_lose() -> None:
     try:
-        kernels.quantized_road("int8", torch.device("cpu"))
+        kernels.quantized_implementation("int8", torch.device("cpu"))
     except ValueError as error:
         pytest.skip(str(error))
     config = stage1_config("tiny", 2, "fp32")
@@ -77,4 +77,4 @@ def test_fidelity_sees_what_eight_bits_lose() -> None:
 def test_impossible_precision_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "fidelity", "--model", "tiny", "--device", "cpu", "--precision", "fp8"]
     assert main(arguments) == 2
-    assert "teacher.precision is 'fp8': fp8 has no road on cpu" in capsys.readouterr().err
+    assert "teacher.precision is 'fp8': fp8 has no implementation on cpu" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_a_classifier_of_an_earlier_version_keeps_its_table() -> None:
     resized = Classifier(from_dict(FinetuneConfig, RECORDS["classes_resized"]).student, 2)
     maps = sinusoid(8 * 196, 32).view(8, 14, 14, 32).permute(0, 3, 1, 2)
     small = torch.nn.functional.interpolate(maps, (2, 2), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
-    halves = small.unflatten(0, (4, 2)).mean(1)  # linear, half-pixel centres: the mean of each two
+    halves = small.unflatten(0, (4, 2)).mean(1)  # linear, half-pixel centers: the mean of each two
     torch.testing.assert_close(resized.position, halves.flatten(0, 2), atol=1e-6, rtol=1e-5)
 
 

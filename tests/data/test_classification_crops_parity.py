@@ -113,9 +113,9 @@ def test_limits_of_training_crops_parity(path: Path) -> None:
     (low, high), (narrow, wide) = limits["area"], map(float, re.findall(r"\d+\.\d+", limits["aspect"]))
     rng, height, width = np.random.default_rng(0), 256, 340
     windows = np.array([crops.training_crop(height, width, False, rng)[0] for _ in range(4000)])
-    top, left, tall, broad = windows.T
-    assert ((top >= 0) & (top + tall <= height) & (left >= 0) & (left + broad <= width)).all()
-    area, aspect = tall * broad / (height * width), broad / tall
+    top, left, tall, wide = windows.T
+    assert ((top >= 0) & (top + tall <= height) & (left >= 0) & (left + wide <= width)).all()
+    area, aspect = tall * wide / (height * width), wide / tall
     # A pixel of rounding on each side.
     assert (area > low - 0.01).all() and area.min() < low + 0.02 and area.max() > high - 0.1
     assert (aspect > narrow * 0.97).all() and (aspect < wide * 1.03).all()

@@ -1,4 +1,4 @@
-"""The DALI road against the CPU road, with what DALI decodes without a GPU: VP9 and MJPEG videos, prepared JPEGs."""
+"""The DALI reader against the CPU reader, with what DALI decodes without a GPU: VP9 and MJPEG videos, prepared JPEGs."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ KIND = {"num_frames": 4, "image_size": 32, "batch_size": 2, "seed": 3}
 
 
 def moving(path: Path, codec: str, count: int, phase: int) -> None:
-    """Colours that move under fine grey stripes: a wrong frame, crop, mirror or filter is far outside the tolerance."""
+    """Colors that move under fine gray stripes: a wrong frame, crop, mirror or filter is far outside the tolerance."""
     rows, columns = np.mgrid[0:60, 0:80] / 12
     stripes = 30 * (np.indices((60, 80)).sum(0) % 3 - 1)[..., None]
     with av.open(str(path), "w") as container:
@@ -46,11 +46,11 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Clip]:
 
 
 def both(clips: list[Clip], data: dict[str, object], **kind: object) -> tuple[list[dict], list[dict]]:
-    roads = [
+    loaders = [
         open_loader(clips, DataConfig(workers=0, reader=reader, **data), device=CPU, **(KIND | kind))
         for reader in ("cpu", "dali")
     ]
-    return list(roads[0]), list(roads[1])
+    return list(loaders[0]), list(loaders[1])
 
 
 def assert_close(expected: list[dict], found: list[dict]) -> None:
@@ -59,15 +59,15 @@ def assert_close(expected: list[dict], found: list[dict]) -> None:
         assert torch.equal(one["index"], other["index"]) and torch.equal(one["label"], other["label"])
         assert other["video"].dtype == torch.uint8 and one["video"].shape == other["video"].shape
         apart = (one["video"].int() - other["video"].int()).abs()
-        # Of 255; seen: 1.2 and 14. FFmpeg's colour conversion rounds down, DALI's does not, and interpolates MJPEG's chroma.
+        # Of 255; seen: 1.2 and 14. FFmpeg's color conversion rounds down, DALI's does not, and interpolates MJPEG's chroma.
         assert apart.float().mean() < 2 and apart.max() <= 20, (apart.float().mean(), apart.max())
 
 
 @pytest.mark.parametrize("augment", ["multi_scale_crop", "random_resized_crop"])
-def test_same_pictures_as_the_cpu_road(clips: list[Clip], augment: str) -> None:
+def test_same_pictures_as_the_cpu_reader(clips: list[Clip], augment: str) -> None:
     expected, found = both(clips, {"augment": augment, "num_sample": 2})
     assert_close(expected, found)
-    # The tolerance tells a mirrored picture and a neighbouring frame from the right ones.
+    # The tolerance tells a mirrored picture and a neighboring frame from the right ones.
     for wrong in (expected[0]["video"].flip(3), expected[0]["video"].roll(1, 1)):
         assert (wrong.int() - found[0]["video"].int()).abs().float().mean() > 20
 
@@ -84,21 +84,21 @@ def test_intervals_of_the_first_seconds_and_whole_frames(train: bool, clips: lis
     assert_close(*both(clips, data, train=train, num_frames=3))
 
 
-def test_bicubic_pixels_are_those_of_the_cpu_road(tmp_path: Path) -> None:
-    """MJPEG of grey pictures decodes almost alike everywhere, so that the resizing alone remains."""
+def test_bicubic_pixels_are_those_of_the_cpu_reader(tmp_path: Path) -> None:
+    """MJPEG of gray pictures decodes almost alike everywhere, so that the resizing alone remains."""
     rng = np.random.default_rng(0)
-    with av.open(str(tmp_path / "grey.avi"), "w") as container:
+    with av.open(str(tmp_path / "gray.avi"), "w") as container:
         stream = container.add_stream("mjpeg", rate=10, options={"q:v": "2"})
         stream.width, stream.height, stream.pix_fmt = 80, 64, "yuvj420p"
         for _ in range(12):
             picture = np.repeat(rng.integers(0, 256, (64, 80, 1), dtype=np.uint8), 3, 2)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
-    clips = [Clip(path=str(tmp_path / "grey.avi"))] * 4
+    clips = [Clip(path=str(tmp_path / "gray.avi"))] * 4
     for data in ({"augment": "random_resized_crop", "num_sample": 2}, {"augment": "whole"}):
         for one, other in zip(*both(clips, data), strict=True):
             apart = (one["video"].int() - other["video"].int()).abs()
-            # Colour conversion rounds differently. DALI's own cubic filter would be 16 and 2 away.
+            # Color conversion rounds differently. DALI's own cubic filter would be 16 and 2 away.
             assert apart.max() <= 3 and apart.float().mean() < 1, (apart.max(), apart.float().mean())
 
 
@@ -146,25 +146,25 @@ def test_bad_files_cost_their_own_clip_and_nothing_else(clips: list[Clip], tmp_p
     for name, content in {"empty.webm": b"", "text.webm": b"no video" * 99}.items():
         (tmp_path / name).write_bytes(content)
     more = [*clips, Clip(path=str(tmp_path / "empty.webm")), Clip(path=str(tmp_path / "text.webm"))]
-    roads = [
+    loaders = [
         open_loader(more, DataConfig(workers=0, max_bad_share=1, reader=reader), device=CPU, **KIND)
         for reader in ("cpu", "dali")
     ]
-    assert_close(list(roads[0]), list(roads[1]))
-    assert roads[0].bad_files == roads[1].bad_files and len(roads[0].bad_files) == 2
+    assert_close(list(loaders[0]), list(loaders[1]))
+    assert loaders[0].bad_files == loaders[1].bad_files and len(loaders[0].bad_files) == 2
 
 
 def test_a_decoder_error_is_traced_to_its_clip(
     clips: list[Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that passes the checks and fails in DALI: the clips beside it come through, it gets a stand-in."""
-    from umt_fast.data.loaders import dali as road
+    """A file that passes the checks and fails in DALI: the clips beside it come through, it gets a replacement."""
+    from umt_fast.data.loaders import dali as dali_reader
 
-    real = road.outline
+    real = dali_reader.outline
     lying = tmp_path / "lying.webm"
     lying.write_bytes(b"\0" * 500)
     good = real(clips[0].path)
-    monkeypatch.setattr(road, "outline", lambda path: good if path == str(lying) else real(path))
+    monkeypatch.setattr(dali_reader, "outline", lambda path: good if path == str(lying) else real(path))
     more = [clip if number != 2 else Clip(path=str(lying), label=2) for number, clip in enumerate(clips)]
     loader = open_loader(more, DataConfig(workers=0, max_bad_share=1, reader="dali", prefetch=3), device=CPU, **KIND)
     found = list(loader)

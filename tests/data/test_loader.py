@@ -133,7 +133,7 @@ def test_random_resized_crops_cover_half_to_all_of_the_area() -> None:
     assert 0.74 < aspects.min() and aspects.max() < 1.34
     assert all(c.left >= 0 and c.left + c.width <= 340 and c.top >= 0 and c.top + c.height <= 256 for c in crops)
     assert 0.4 < np.mean([crop.flip for crop in crops]) < 0.6
-    narrow = transforms.random_resized_crop(400, 20, False, rng)  # no such window fits: the widest allowed, centred
+    narrow = transforms.random_resized_crop(400, 20, False, rng)  # no such window fits: the widest allowed, centered
     assert (narrow.height, narrow.width, narrow.flip) == (20, 27, False)
 
 

@@ -35,8 +35,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 KIND = {"num_frames": 4, "image_size": 32, "batch_size": 2, "seed": 3}
 
 
-def grey_video(path: Path, count: int, first: int = 0) -> None:
-    """Frame i is grey of value first + 4 i."""
+def gray_video(path: Path, count: int, first: int = 0) -> None:
+    """Frame i is gray of value first + 4 i."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10, options={"crf": "4"})
         stream.width, stream.height, stream.pix_fmt = 80, 64, "yuv420p"
@@ -54,7 +54,7 @@ def stored_frames(clip: Clip, choose: StoredChooser) -> np.ndarray:
 def table(tmp_path: Path) -> Path:
     """Seven clips: two long, one short, one missing, one broken, one named twice."""
     for name, count in (("a.mp4", 60), ("b.mp4", 45), ("short.mp4", 5)):
-        grey_video(tmp_path / name, count)
+        gray_video(tmp_path / name, count)
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     names = ["a.mp4", "missing.mp4", "b.mp4", "short.mp4", "broken.mp4", "a.mp4"]
     path = tmp_path / "list.csv"
@@ -165,7 +165,7 @@ def test_bad_clips_are_tried_again(table: Path, tmp_path: Path) -> None:
         "bytes": sum(clip.size for clip in read_list(out, DataConfig()))
     }
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    grey_video(tmp_path / "missing.mp4", 30)
+    gray_video(tmp_path / "missing.mp4", 30)
     counts = prepare(table, out, workers=0)
     assert (counts["good"], counts["bad"], counts["resumed"]) == (4, 1, 3)
     clips = read_list(out, DataConfig())
@@ -181,7 +181,7 @@ def test_a_folder_of_an_older_version_lists_bad_clips_in_its_index(table: Path, 
     index = out / "part-0-of-1-00000.jsonl"
     index.write_text(index.read_text() + json.dumps({"number": 1, "path": "x", "label": 1, "reason": "none"}) + "\n")
     assert len(read_list(out, DataConfig())) == 3 and verify(out) == 3
-    grey_video(tmp_path / "missing.mp4", 30)
+    gray_video(tmp_path / "missing.mp4", 30)
     assert prepare(table, out, workers=0)["good"] == 4 and len(read_list(out, DataConfig())) == 4
 
 

@@ -62,9 +62,9 @@ def test_bicubic_is_the_cubic_convolution_of_four_by_four_pixels() -> None:
     def weights(far: int, size: int) -> np.ndarray:
         table = np.zeros((size, far))
         for target in range(size):
-            centre = (target + 0.5) * far / size - 0.5
-            for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
-                x = abs(centre - tap)
+            center = (target + 0.5) * far / size - 0.5
+            for tap in range(int(np.floor(center)) - 1, int(np.floor(center)) + 3):
+                x = abs(center - tap)
                 inner, outer = 1.25 * x**3 - 2.25 * x**2 + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
                 table[target, min(max(tap, 0), far - 1)] += inner if x <= 1 else outer
         return table

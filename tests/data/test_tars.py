@@ -24,9 +24,9 @@ from umt_fast.data.sources.clip import Clip
 from umt_fast.data.sources.tars import expand
 
 
-def picture(colour: tuple[int, int, int], kind: str) -> bytes:
+def picture(color: tuple[int, int, int], kind: str) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (40, 36), colour).save(file, kind)
+    Image.new("RGB", (40, 36), color).save(file, kind)
     return file.getvalue()
 
 
@@ -108,8 +108,8 @@ def test_samples_are_paired_by_base_name_and_indexed_once(
 def test_members_are_decoded_like_files(tars: str, tmp_path: Path) -> None:
     found = read_captions(tars)
     reader = ClipReader(found.clips, DataConfig(), num_frames=2, image_size=32, seed=0, train=False)
-    for row, colour in enumerate(np.eye(3) * 255):
-        assert np.abs(reader.read(0, row).video[0, 0, 5, 5] - colour).max() < 4
+    for row, color in enumerate(np.eye(3) * 255):
+        assert np.abs(reader.read(0, row).video[0, 0, 5, 5] - color).max() < 4
     file = ClipReader(
         [Clip(path=str(tmp_path / "video1.mp4"))], DataConfig(), num_frames=2, image_size=32, seed=0, train=False
     )

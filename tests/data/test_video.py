@@ -93,12 +93,12 @@ def encode(path: Path, pictures: list[np.ndarray], codec: str = "libx264", **opt
         container.mux(stream.encode())
 
 
-def grey_clip(path: Path, count: int = 20) -> None:
+def gray_clip(path: Path, count: int = 20) -> None:
     encode(path, [np.full((32, 48, 3), 10 * number, np.uint8) for number in range(count)])
 
 
 def test_frames_are_the_ones_asked_for(tmp_path: Path) -> None:
-    grey_clip(tmp_path / "a.mp4")
+    gray_clip(tmp_path / "a.mp4")
     frames = decode_frames(tmp_path / "a.mp4", lambda count: np.array([0, 7, 7, count - 1]))
     np.testing.assert_allclose(frames.mean((1, 2, 3)), [0, 70, 70, 190], atol=4)
 
@@ -150,8 +150,8 @@ def test_the_best_stream_of_a_real_file(shared: Path) -> None:
 
 @pytest.mark.parametrize("manifest", [False, True])
 def test_first_seconds_alone_are_sampled(manifest: bool, tmp_path: Path) -> None:
-    """20 grey frames at 10 a second; the rate comes from the container."""
-    grey_clip(tmp_path / "a.mp4")
+    """20 gray frames at 10 a second; the rate comes from the container."""
+    gray_clip(tmp_path / "a.mp4")
     clip = Clip(path=str(tmp_path / "a.mp4"), num_frames=20 if manifest else 0)
     kind = {"num_frames": 2, "image_size": 32, "seed": 0}
 
@@ -207,7 +207,7 @@ def test_bad_clips_are_replaced_and_too_many_stop(tmp_path: Path) -> None:
     from umt_fast.data.errors import DataError
 
     for number in range(6):
-        grey_clip(tmp_path / f"{number}.mp4")
+        gray_clip(tmp_path / f"{number}.mp4")
     (tmp_path / "5.mp4").write_bytes(b"broken")
     clips = [Clip(path=str(tmp_path / f"{number}.mp4"), label=number) for number in range(6)]
     kind = {"num_frames": 4, "image_size": 32, "batch_size": 2}
@@ -248,7 +248,7 @@ def test_scan_continues_after_a_kill(tmp_path: Path) -> None:
     import json
 
     for number in range(4):
-        grey_clip(tmp_path / f"{number}.mp4")
+        gray_clip(tmp_path / f"{number}.mp4")
     (tmp_path / "3.mp4").write_bytes(b"broken")
     (tmp_path / "list.csv").write_text("".join(f"{number}.mp4,{number}\n" for number in range(4)))
     out = tmp_path / "list.jsonl"

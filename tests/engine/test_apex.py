@@ -1,4 +1,4 @@
-"""apex's FusedAdam behind torch's interface, with a stand-in for the package: it needs a GPU and its own build."""
+"""apex's FusedAdam behind torch's interface, with a fake of the package: it needs a GPU and its own build."""
 
 import sys
 from pathlib import Path

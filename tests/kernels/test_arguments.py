@@ -1,4 +1,4 @@
-"""Arguments that do not fit are refused by name; block sizes, warps and roads are the ones the kernels are tuned for."""
+"""Arguments that do not fit are refused by name; block sizes, warps and backends are the ones the kernels are tuned for."""
 
 import functools
 import importlib
@@ -71,8 +71,8 @@ REFUSED = {
     r"cu_seqlens_q \[0, 3\] must rise": lambda: kernels.attention_varlen(
         PACKED, PACKED, PACKED, TOTALS.clamp(max=3), TOTALS, 4, 4
     ),
-    "road is 'fastest'": lambda: kernels.quantized_linear(
-        NONE, torch.zeros(8, 8).to(torch.int8), ONE[0], NONE[0], road="fastest"
+    "backend is 'fastest'": lambda: kernels.quantized_linear(
+        NONE, torch.zeros(8, 8).to(torch.int8), ONE[0], NONE[0], backend="fastest"
     ),
     r"bias \(7,\)": lambda: kernels.quantized_linear(NONE, torch.zeros(8, 8).to(torch.int8), ONE[0], NONE[0, :7]),
     r"x \(1, 7\); they must be": lambda: kernels.quantized_linear(
@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused_by_name(message: str) -> None:
 def test_patch_gather_says_that_it_has_no_gradient() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     video = torch.zeros(1, 3, 2, 8, 16, device=device, requires_grad=True)
-    rows = kernels.patch_gather(video, SEEN.to(device), patch_size=8, road="triton")
+    rows = kernels.patch_gather(video, SEEN.to(device), patch_size=8, backend="triton")
     with pytest.raises(RuntimeError, match=r"pass video.detach\(\)"):
         rows.sum().backward()
 
@@ -118,34 +118,34 @@ def test_block_sizes_and_warps() -> None:
     assert tiling(576, 64, 2) == {"BLOCK": 1024, "BLOCK_D": 16, "STAGES": 1, "num_warps": 16}
 
 
-def test_the_road_of_attention_on_a_gpu_that_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_of_attention_on_a_gpu_that_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     module, gpu = importlib.import_module("kernels.attention"), torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(module, "_FLASH_ATTN", False)
     kinds = [(torch.bfloat16, 64, True), (torch.bfloat16, 64, False), (torch.float32, 64, True)]
     kinds += [(torch.bfloat16, 12, True), (torch.float16, 256, True), (torch.float16, 264, True)]
-    roads = [module.attention_road(gpu, dtype, width, packed=packed) for dtype, width, packed in kinds]
-    assert roads == ["varlen", "sdpa", "sdpa", "sdpa", "varlen", "sdpa"]
+    backends = [module.attention_backend(gpu, dtype, width, packed=packed) for dtype, width, packed in kinds]
+    assert backends == ["varlen", "sdpa", "sdpa", "sdpa", "varlen", "sdpa"]
     monkeypatch.setattr(module, "_FLASH_ATTN", True)
-    roads = [module.attention_road(gpu, dtype, width, packed=packed) for dtype, width, packed in kinds]
-    assert roads == ["flash_attn", "flash_attn", "sdpa", "flash_attn", "flash_attn", "sdpa"]
+    backends = [module.attention_backend(gpu, dtype, width, packed=packed) for dtype, width, packed in kinds]
+    assert backends == ["flash_attn", "flash_attn", "sdpa", "flash_attn", "flash_attn", "sdpa"]
     q, mask = torch.randn(1, 3, 2, 8), torch.tensor([[True, False, True]])
-    assert module.attention_road(q.device, torch.bfloat16, 64) == "sdpa"
+    assert module.attention_backend(q.device, torch.bfloat16, 64) == "sdpa"
     with pytest.raises(ValueError, match="'flash_attn' needs CUDA tensors, these are on cpu"):
-        kernels.attention(q, q, q, road="flash_attn")
+        kernels.attention(q, q, q, backend="flash_attn")
     # A mask that the library cannot take goes to sdpa instead.
-    monkeypatch.setattr(module, "attention_road", lambda *args, **kwargs: "flash_attn")
+    monkeypatch.setattr(module, "attention_backend", lambda *args, **kwargs: "flash_attn")
     torch.testing.assert_close(
-        kernels.attention(q, q, q, key_mask=mask), kernels.attention(q, q, q, key_mask=mask, road="math")
+        kernels.attention(q, q, q, key_mask=mask), kernels.attention(q, q, q, key_mask=mask, backend="math")
     )
 
 
-def test_the_varlen_road_passes_lengths_and_scale_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_varlen_backend_passes_lengths_and_scale_on(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("kernels.attention")
     q, k, v = torch.randn(3, 7, 2, 8)
     places = (*(torch.tensor([0, 4, 7], dtype=torch.int32),) * 2, 4, 4)
     monkeypatch.setattr(module, "_why_not_varlen", lambda *args: None)
-    monkeypatch.setattr(module, "varlen_attn", functools.partial(kernels.attention_varlen, road="math"))
+    monkeypatch.setattr(module, "varlen_attn", functools.partial(kernels.attention_varlen, backend="math"))
     for scale in (None, 0.7):
-        ours = kernels.attention_varlen(q, k, v, *places, scale=scale, road="varlen")
-        torch.testing.assert_close(ours, kernels.attention_varlen(q, k, v, *places, scale=scale, road="math"))
+        ours = kernels.attention_varlen(q, k, v, *places, scale=scale, backend="varlen")
+        torch.testing.assert_close(ours, kernels.attention_varlen(q, k, v, *places, scale=scale, backend="math"))

@@ -1,4 +1,4 @@
-"""Attention on every road that is there, whole and packed, against float64."""
+"""Attention on every backend that is there, whole and packed, against float64."""
 
 import pytest
 import torch
@@ -11,22 +11,22 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.mark.parametrize("road", ["sdpa", "math", "flash_attn", "xformers"])
+@pytest.mark.parametrize("backend", ["sdpa", "math", "flash_attn", "xformers"])
 @pytest.mark.parametrize(("queries", "keys", "heads", "width"), [(7, 7, 2, 16), (1, 9, 3, 32), (33, 5, 1, 64)])
-def test_attention_roads(road, queries, keys, heads, width) -> None:
-    library = road in ("flash_attn", "xformers")
+def test_attention_backends(backend, queries, keys, heads, width) -> None:
+    library = backend in ("flash_attn", "xformers")
     dtype = torch.bfloat16 if library else torch.float32
     tensors = [torch.randn(2, n, heads, width, device=DEVICE).to(dtype) for n in (queries, keys, keys)]
     if library:
         try:
-            kernels.attention(*tensors, road=road)
+            kernels.attention(*tensors, backend=backend)
         except ValueError as error:
             pytest.skip(str(error))
     results = {}
-    for name, kind in ((road, dtype), ("math", dtype), ("truth", torch.float64)):
+    for name, kind in ((backend, dtype), ("math", dtype), ("truth", torch.float64)):
         leaves = [tensor.to(kind).requires_grad_() for tensor in tensors]
-        out = kernels.attention(*leaves, road="math" if name == "truth" else name)
-        results["ours" if name == road and "ours" not in results else name] = (
+        out = kernels.attention(*leaves, backend="math" if name == "truth" else name)
+        results["ours" if name == backend and "ours" not in results else name] = (
             out.detach(),
             *torch.autograd.grad(out.square().sum(), leaves),
         )
@@ -35,48 +35,48 @@ def test_attention_roads(road, queries, keys, heads, width) -> None:
         assert (ours.double() - truth).abs().max() <= 2 * (reference.double() - truth).abs().max() + 1e-5
 
 
-def test_the_chosen_road_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_chosen_backend_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     q = torch.randn(1, 2, 1, 8, device=DEVICE, dtype=torch.float64)
     with caplog.at_level("INFO", logger="kernels"):
         for _ in range(3):
             kernels.attention(q, q, q)
     said = [record.message for record in caplog.records if "float64" in record.message]
     kernel = "math" if DEVICE == "cuda" else "flash"
-    assert said == [f"attention on {DEVICE} in float64 takes the road sdpa, PyTorch's kernel {kernel}"]
+    assert said == [f"attention on {DEVICE} in float64 takes the backend sdpa, PyTorch's kernel {kernel}"]
 
 
-@pytest.mark.parametrize("road", ["sdpa", "math"])
-def test_masked_keys_are_not_there(road: str) -> None:
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+def test_masked_keys_are_not_there(backend: str) -> None:
     q, k, v = (torch.randn(2, n, 2, 16, device=DEVICE) for n in (3, 5, 5))
     mask = torch.tensor([[True, True, False, True, False], [True] * 5], device=DEVICE)
-    ours = kernels.attention(q, k, v, key_mask=mask, road=road)
-    torch.testing.assert_close(ours[:1], kernels.attention(q[:1], k[:1, mask[0]], v[:1, mask[0]], road="math"))
-    torch.testing.assert_close(ours[1:], kernels.attention(q[1:], k[1:], v[1:], road="math"))
+    ours = kernels.attention(q, k, v, key_mask=mask, backend=backend)
+    torch.testing.assert_close(ours[:1], kernels.attention(q[:1], k[:1, mask[0]], v[:1, mask[0]], backend="math"))
+    torch.testing.assert_close(ours[1:], kernels.attention(q[1:], k[1:], v[1:], backend="math"))
     torch.testing.assert_close(kernels.attention(q, k, v, key_mask=mask), ours)
     with pytest.raises(ValueError, match="must be bool"):
         kernels.attention(q, k, v, key_mask=mask.int())
     with pytest.raises(ValueError, match="no dropout"):
-        kernels.attention(q, k, v, dropout=0.1, road="math")
+        kernels.attention(q, k, v, dropout=0.1, backend="math")
     with pytest.raises(ValueError, match="takes no mask"):
-        kernels.attention(q, k, v, key_mask=mask, road="flash")
+        kernels.attention(q, k, v, key_mask=mask, backend="flash")
 
 
 def packed_totals(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
 
 
-@pytest.mark.parametrize("road", ["sdpa", "padded", "varlen", "flash_attn", "math"])
+@pytest.mark.parametrize("backend", ["sdpa", "padded", "varlen", "flash_attn", "math"])
 @pytest.mark.parametrize(
     ("lengths_q", "lengths_k"), [([3, 1, 5, 3, 1], [2, 4, 1, 2, 6]), ([1], [1]), ([4, 4, 2, 2, 2], [4, 4, 2, 2, 2])]
 )
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_packed_attention(road, lengths_q, lengths_k, scale, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_attention(backend, lengths_q, lengths_k, scale, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients of uneven sequences, against each sequence alone in float64."""
-    dtype = torch.bfloat16 if road in ("varlen", "flash_attn") else torch.float32
+    dtype = torch.bfloat16 if backend in ("varlen", "flash_attn") else torch.float32
     tensors = [torch.randn(sum(n), 2, 16, device=DEVICE).to(dtype) for n in (lengths_q, lengths_k, lengths_k)]
     upstream = torch.randn_like(tensors[0])
     places = (packed_totals(lengths_q), packed_totals(lengths_k), max(lengths_q), max(lengths_k))
-    if road == "padded":  # what sdpa does on a GPU, and in a compiled program
+    if backend == "padded":  # what sdpa does on a GPU, and in a compiled program
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
     def results(kind: torch.dtype, compute) -> tuple[Tensor, ...]:
@@ -87,13 +87,13 @@ def test_packed_attention(road, lengths_q, lengths_k, scale, monkeypatch: pytest
 
     def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
-        return torch.cat([kernels.attention(*(x[None] for x in p), scale=scale, road="math")[0] for p in parts])
+        return torch.cat([kernels.attention(*(x[None] for x in p), scale=scale, backend="math")[0] for p in parts])
 
     def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        name = "sdpa" if road == "padded" else road
-        return kernels.attention_varlen(q, k, v, *places, scale=scale, road=name)
+        name = "sdpa" if backend == "padded" else backend
+        return kernels.attention_varlen(q, k, v, *places, scale=scale, backend=name)
 
-    if road in ("varlen", "flash_attn"):
+    if backend in ("varlen", "flash_attn"):
         try:
             packed(*tensors)
         except ValueError as error:
@@ -107,12 +107,12 @@ def test_packed_attention(road, lengths_q, lengths_k, scale, monkeypatch: pytest
 def test_packed_attention_compiles_without_reading_lengths() -> None:
     q = torch.randn(7, 2, 16, device=DEVICE, requires_grad=True)
     places = packed_totals([4, 1, 2])
-    compute = lambda x: kernels.attention_varlen(x, x, x, places, places, 4, 4, road="sdpa")  # noqa: E731
+    compute = lambda x: kernels.attention_varlen(x, x, x, places, places, 4, 4, backend="sdpa")  # noqa: E731
     compiled = torch.compile(compute, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q), compute(q))
 
 
-def test_the_varlen_road_calls_torch_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_varlen_backend_calls_torch_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes alone, on a GPU that need not be there."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -121,7 +121,7 @@ def test_the_varlen_road_calls_torch_as_it_asks(monkeypatch: pytest.MonkeyPatch)
     with FakeTensorMode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         q = torch.empty_strided((9, 2, 16), (96, 16, 1), device="cuda:0", dtype=torch.bfloat16)
         places = torch.empty_strided((4,), (1,), device="cuda:0", dtype=torch.int32)
-        out = kernels.attention_varlen(q, q, q, places, places, 5, 5, road="varlen")
+        out = kernels.attention_varlen(q, q, q, places, places, 5, 5, backend="varlen")
     assert out.shape == q.shape and out.dtype == q.dtype
 
 
@@ -141,38 +141,38 @@ def test_packed_attention_makes_no_map_over_all_tokens() -> None:
 
     q = torch.randn(4096, 2, 16, device=DEVICE)
     places = packed_totals([16] * 256)
-    for road, allowed in (("sdpa", q.numel()), ("math", 4096**2)):
+    for backend, allowed in (("sdpa", q.numel()), ("math", 4096**2)):
         with Largest() as seen:
-            kernels.attention_varlen(q, q, q, places, places, 16, 16, road=road)
-        assert seen.elements <= allowed if road == "sdpa" else seen.elements >= allowed
+            kernels.attention_varlen(q, q, q, places, places, 16, 16, backend=backend)
+        assert seen.elements <= allowed if backend == "sdpa" else seen.elements >= allowed
 
 
-def test_impossible_roads_of_packed_attention_are_refused() -> None:
+def test_impossible_backends_of_packed_attention_are_refused() -> None:
     q = torch.randn(4, 2, 16)
     places = (torch.tensor([0, 4], dtype=torch.int32),) * 2
     with pytest.raises(ValueError, match="'varlen' is not possible: it needs CUDA tensors"):
-        kernels.attention_varlen(q, q, q, *places, 4, 4, road="varlen")
+        kernels.attention_varlen(q, q, q, *places, 4, 4, backend="varlen")
     with pytest.raises(ValueError, match="attention_varlen alone"):
-        kernels.attention(q[None], q[None], q[None], road="varlen")
+        kernels.attention(q[None], q[None], q[None], backend="varlen")
     with pytest.raises(ValueError, match="no packed form"):
-        kernels.attention_varlen(q, q, q, *places, 4, 4, road="xformers")
+        kernels.attention_varlen(q, q, q, *places, 4, 4, backend="xformers")
     with pytest.raises(ValueError, match="max_seqlen_q is 3"):
         kernels.attention_varlen(q, q, q, *places, 3, 4)
     with pytest.raises(ValueError, match="must rise from 0 to total_k = 4"):
         kernels.attention_varlen(q, q, q, places[0], torch.tensor([0, 3], dtype=torch.int32), 4, 4)
     if DEVICE == "cuda":
         with pytest.raises(ValueError, match="float16 or bfloat16"):
-            kernels.attention_varlen(q.cuda(), q.cuda(), q.cuda(), *(p.cuda() for p in places), 4, 4, road="varlen")
+            kernels.attention_varlen(q.cuda(), q.cuda(), q.cuda(), *(p.cuda() for p in places), 4, 4, backend="varlen")
 
 
-@pytest.mark.parametrize("road", ["sdpa", "math"])
-def test_attention_scale_is_the_one_given(road: str) -> None:
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+def test_attention_scale_is_the_one_given(backend: str) -> None:
     q, k, v = (torch.randn(1, n, 2, 16, device=DEVICE) for n in (3, 5, 5))
     by_hand = torch.einsum("bqhd,bkhd->bhqk", q, 0.7 * k).softmax(-1)
     expected = torch.einsum("bhqk,bkhd->bqhd", by_hand, v)
-    torch.testing.assert_close(kernels.attention(q, k, v, scale=0.7, road=road), expected)
+    torch.testing.assert_close(kernels.attention(q, k, v, scale=0.7, backend=backend), expected)
     ends = (torch.tensor([0, n], dtype=torch.int32, device=DEVICE) for n in (3, 5))
-    packed = kernels.attention_varlen(q[0], k[0], v[0], *ends, 3, 5, scale=0.7, road=road)
+    packed = kernels.attention_varlen(q[0], k[0], v[0], *ends, 3, 5, scale=0.7, backend=backend)
     torch.testing.assert_close(packed, expected[0])
 
 

@@ -45,7 +45,7 @@ def test_auto_never_asks_cudnn(capability, asked, monkeypatch: pytest.MonkeyPatc
         mask = torch.ones(2, 9, dtype=torch.bool, device="cuda")
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             for queries in (1, 7):
-                for options in ({}, {"key_mask": mask}, {"dropout": 0.1}, {"road": "sdpa"}):
+                for options in ({}, {"key_mask": mask}, {"dropout": 0.1}, {"backend": "sdpa"}):
                     kernels.attention(*tensors(queries, dtype), **options)
     assert len(asked) == 32 and all(order == [FLASH, EFFICIENT, MATH] for order in asked)
 
@@ -55,7 +55,7 @@ def test_cudnn_gets_neither_masks_nor_one_query(asked, monkeypatch: pytest.Monke
     with FakeTensorMode():
         mask = torch.ones(2, 9, dtype=torch.bool, device="cuda")
         kernels.attention(*tensors(7), prefer="cudnn")
-        kernels.attention(*tensors(7), road="cudnn")
+        kernels.attention(*tensors(7), backend="cudnn")
         assert asked == [[CUDNN], [CUDNN]]
         asked.clear()
         kernels.attention(*tensors(1), prefer="cudnn")
@@ -63,9 +63,9 @@ def test_cudnn_gets_neither_masks_nor_one_query(asked, monkeypatch: pytest.Monke
         kernels.attention(*tensors(7), dropout=0.1, prefer="cudnn")
         assert len(asked) == 3 and not any(CUDNN in order for order in asked)
         with pytest.raises(ValueError, match="takes no mask and no single query"):
-            kernels.attention(*tensors(1), key_mask=mask, road="cudnn")
+            kernels.attention(*tensors(1), key_mask=mask, backend="cudnn")
         with pytest.raises(ValueError, match="at most 128; this is 256"):
-            kernels.attention(*tensors(7, width=256), road="cudnn")
+            kernels.attention(*tensors(7, width=256), backend="cudnn")
 
 
 def test_a_named_kernel_is_asked_alone(asked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,11 +76,11 @@ def test_a_named_kernel_is_asked_alone(asked, monkeypatch: pytest.MonkeyPatch) -
         kernels.attention(*tensors(7), prefer="efficient", key_mask=mask, dropout=0.1)
         assert asked == [[FLASH], [EFFICIENT]]
         with pytest.raises(ValueError, match="'flash' is not possible: it needs float16 or bfloat16"):
-            kernels.attention(*tensors(7, torch.float32), road="flash")
+            kernels.attention(*tensors(7, torch.float32), backend="flash")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "an old one")
         with pytest.raises(ValueError, match="needs an Ampere GPU or newer"):
-            kernels.attention(*tensors(7), road="flash")
+            kernels.attention(*tensors(7), backend="flash")
 
 
 def test_packed_attention_takes_the_packed_form_of_what_is_preferred(asked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_preferences_compute_the_same_on_the_cpu(prefer: str) -> None:
     q, k, v = (torch.randn(2, n, 2, 16) for n in (3, 5, 5))
     mask = torch.tensor([[True, True, False, True, False], [True] * 5])
     for options in ({}, {"key_mask": mask}):
-        expected = kernels.attention(q, k, v, road="math", **options)
+        expected = kernels.attention(q, k, v, backend="math", **options)
         torch.testing.assert_close(kernels.attention(q, k, v, prefer=prefer, **options), expected)
     assert kernels.attention(q, k, v, prefer=prefer, dropout=0.5).shape == q.shape
 
@@ -120,11 +120,16 @@ def test_naming_a_kernel_keeps_the_graph_whole() -> None:
 
 def test_what_cannot_run_is_refused_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    for road in ("auto", "flash", "math"):
-        kernels.require_attention(road, cpu, torch.float32, 32)
-    for road, why in (("cudnn", "CUDA tensors"), ("efficient", "CUDA tensors"), ("xformers", "."), ("flash_attn", ".")):
-        with pytest.raises(ValueError, match=f"road='{road}'.*{why}"):
-            kernels.require_attention(road, cpu, torch.bfloat16, 64)
+    for backend in ("auto", "flash", "math"):
+        kernels.require_attention(backend, cpu, torch.float32, 32)
+    for backend, why in (
+        ("cudnn", "CUDA tensors"),
+        ("efficient", "CUDA tensors"),
+        ("xformers", "."),
+        ("flash_attn", "."),
+    ):
+        with pytest.raises(ValueError, match=f"backend='{backend}'.*{why}"):
+            kernels.require_attention(backend, cpu, torch.bfloat16, 64)
 
     def broken(*args: object, **options: object) -> Tensor:
         raise RuntimeError("No available kernel. Aborting execution.\nand a stack")

@@ -46,7 +46,7 @@ def test_every_launch_chooses_the_device_of_its_tensors(monkeypatch: pytest.Monk
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             names.append(name)
             monkeypatch.setattr(module, name, Spy(name, chosen, launched))
-    with kernels.force_road("triton"):
+    with kernels.force_backend("triton"):
         visible = torch.zeros(1, 2, dtype=torch.int32)
         x, affine = torch.randn(1, 4, 8, requires_grad=True), torch.ones(8)
         kernels.token_gather(x, visible).sum().backward()

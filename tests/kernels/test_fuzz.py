@@ -1,4 +1,4 @@
-"""Random shapes, types, strides and options: both roads agree with float64 truth wherever the arguments are legal."""
+"""Random shapes, types, strides and options: both backends agree with float64 truth wherever the arguments are legal."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -64,10 +64,10 @@ def test_token_gather(data: st.DataObject) -> None:
     table = strided(draw, tokens, width, dtype=torch.float32) if draw(st.booleans()) else None
     upstream = torch.randn(*visible.shape, width, device=DEVICE).to(dtype)
     results = []
-    for road, kind in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+    for backend, kind in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
         leaf = x.detach().to(kind).requires_grad_()
         rows = None if table is None else table.to(dtype).to(kind)
-        out = kernels.token_gather(leaf, visible, rows, road=road)
+        out = kernels.token_gather(leaf, visible, rows, backend=backend)
         results.append((out.detach(), *torch.autograd.grad(out, leaf, upstream.to(kind))))
     for ours, reference, truth in zip(*results, strict=True):
         assert_close_to_truth(ours, reference, truth)
@@ -81,8 +81,8 @@ def test_gather_norm(data: st.DataObject) -> None:
     dtype = x.dtype
     affine, eps = strided(draw, 2, x.shape[2], 3, dtype=torch.float32)[..., 1], draw(st.sampled_from([1e-5, 0.1]))
     ours, reference, truth = (
-        kernels.gather_norm(x.to(kind or dtype), visible, *affine.to(kind or affine.dtype), eps=eps, road=road)
-        for road, kind in (("triton", None), ("reference", None), ("reference", torch.float64))
+        kernels.gather_norm(x.to(kind or dtype), visible, *affine.to(kind or affine.dtype), eps=eps, backend=backend)
+        for backend, kind in (("triton", None), ("reference", None), ("reference", torch.float64))
     )
     assert_close_to_truth(ours, reference, truth)
 
@@ -101,7 +101,7 @@ def test_patch_gather(data: st.DataObject) -> None:
     options = {"origin": torch.tensor(tops, device=DEVICE), "crop_size": (rows * patch, columns * patch)}
     visible = visible_of(draw, batch, frames * rows * columns)
     options |= {"patch_size": patch, "tubelet_size": tubelet}
-    ours = kernels.patch_gather(video, visible, road="triton", **options)
+    ours = kernels.patch_gather(video, visible, backend="triton", **options)
     cut = torch.stack(
         [clip[:, y : y + rows * patch, x : x + columns * patch] for clip, (y, x) in zip(video, tops, strict=True)]
     )
@@ -109,9 +109,11 @@ def test_patch_gather(data: st.DataObject) -> None:
     dense = cells.reshape(batch, frames * rows * columns, -1)
     truth = dense.gather(1, visible.long()[..., None].expand(-1, -1, dense.shape[2])).float()
     assert torch.equal(ours, truth)
-    assert torch.equal(kernels.patch_gather(video, visible, road="reference", **options), truth)
+    assert torch.equal(kernels.patch_gather(video, visible, backend="reference", **options), truth)
     options |= {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "dtype": draw(DTYPES)}
-    ours, reference = (kernels.patch_gather(video, visible, road=road, **options) for road in ("triton", "reference"))
+    ours, reference = (
+        kernels.patch_gather(video, visible, backend=backend, **options) for backend in ("triton", "reference")
+    )
     mean, std = (truth.new_tensor(options[name]).double()[:, None] for name in ("mean", "std"))
     truth = ((truth.double().unflatten(2, (3, -1)) / 255 - mean) / std).flatten(2)
     assert_close_to_truth(ours, reference, truth)
@@ -128,12 +130,12 @@ def test_semantic_mask(data: st.DataObject) -> None:
         strided(draw, frames, heads, 1 + tokens, width, dtype=dtype),
     )
     seed = torch.tensor([draw(st.integers(0, 2**62))], device=DEVICE)
-    ours, scores = kernels.semantic_mask(q, k, n, seed, return_scores=True, road="triton")
+    ours, scores = kernels.semantic_mask(q, k, n, seed, return_scores=True, backend="triton")
     truth = (torch.einsum("rhd,rhjd->rhj", q.double(), k.double()) * width**-0.5).softmax(-1)[..., 1:].mean(1)
     assert_close_to_truth(scores, kernels.class_attention(q, k), truth)
     assert ours.shape == (frames, n) and (ours[:, 1:] > ours[:, :-1]).all()
     # The draw is the sampler's own, on the scores it returned.
-    assert torch.equal(ours, kernels.sample_visible(scores, n, seed, road="triton"))
+    assert torch.equal(ours, kernels.sample_visible(scores, n, seed, backend="triton"))
 
 
 @FUZZ
@@ -153,9 +155,9 @@ def test_align_loss(data: st.DataObject) -> None:
         "loss": draw(st.sampled_from(["l2", "mse", "smooth_l1"])),
     }
     results = []
-    for road, kind in (("triton", None), ("reference", None), ("reference", torch.float64)):
+    for backend, kind in (("triton", None), ("reference", None), ("reference", torch.float64)):
         leaves = [tensor.detach().to(kind or tensor.dtype).requires_grad_() for tensor in (student, weight, bias)]
-        value = kernels.align_loss(leaves[0], target.to(kind or dtype), *leaves[1:], road=road, **options)
+        value = kernels.align_loss(leaves[0], target.to(kind or dtype), *leaves[1:], backend=backend, **options)
         results.append((value.detach(), *torch.autograd.grad(value, leaves)))
     for ours, reference, truth in zip(*results, strict=True):
         assert_close_to_truth(ours, reference, truth)
@@ -167,24 +169,25 @@ def test_quantize_rows_and_dequantize_product(data: st.DataObject) -> None:
     draw = data.draw
     rows, width, dtype = draw(st.integers(0, 20)), draw(st.integers(1, 40)), draw(DTYPES)
     x = strided(draw, rows, width, dtype=dtype)
-    (values, scale), theirs = (kernels.quantize_rows(x, "int8", road=road) for road in ("triton", "reference"))
+    (values, scale), theirs = (kernels.quantize_rows(x, "int8", backend=backend) for backend in ("triton", "reference"))
     assert torch.equal(values, theirs[0])
     torch.testing.assert_close(scale, theirs[1], rtol=2**-23, atol=0)
     product, (column, bias) = values.int() * 1001, strided(draw, 2, width, dtype=torch.float32)
     ours, reference = (
-        kernels.dequantize_product(product, scale, column, bias, dtype, road=road) for road in ("triton", "reference")
+        kernels.dequantize_product(product, scale, column, bias, dtype, backend=backend)
+        for backend in ("triton", "reference")
     )
     assert_close_to_truth(ours, reference, product.double() * scale.double() * column.double() + bias.double())
 
 
-def assert_roads_of_attention(
-    roads: list, tensors: list[Tensor], upstream: Tensor, compute: Callable[..., Tensor]
+def assert_backends_of_attention(
+    backends: list, tensors: list[Tensor], upstream: Tensor, compute: Callable[..., Tensor]
 ) -> None:
-    """Values and gradients of compute(road, q, k, v): every road against the definition."""
+    """Values and gradients of compute(backend, q, k, v): every backend against the definition."""
     results = []
-    for road, kind in (*((road, None) for road in roads), ("math", None), ("math", torch.float64)):
+    for backend, kind in (*((backend, None) for backend in backends), ("math", None), ("math", torch.float64)):
         leaves = [tensor.detach().to(kind or tensor.dtype).requires_grad_() for tensor in tensors]
-        out = compute(road, *leaves)
+        out = compute(backend, *leaves)
         results.append((out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))))
     *ours, reference, truth = results
     # The gradients of q and k are differences; of a single key they vanish, and what is left is the rounding of others.
@@ -208,8 +211,8 @@ def test_attention(data: st.DataObject) -> None:
     mask[:, draw(st.integers(0, keys - 1))] = True
     options = {"scale": draw(st.sampled_from([None, 0.3])), "key_mask": draw(st.sampled_from([None, mask]))}
     upstream = torch.randn_like(tensors[0])
-    assert_roads_of_attention(
-        ["sdpa"], tensors, upstream, lambda road, *qkv: kernels.attention(*qkv, road=road, **options)
+    assert_backends_of_attention(
+        ["sdpa"], tensors, upstream, lambda backend, *qkv: kernels.attention(*qkv, backend=backend, **options)
     )
 
 
@@ -224,10 +227,10 @@ def test_attention_varlen(data: st.DataObject) -> None:
     tensors = [strided(draw, int(totals[i][-1]), heads, width, dtype=dtype) for i in (0, 1, 1)]
     scale = draw(st.sampled_from([None, 0.3]))
 
-    def compute(road: str, *qkv: Tensor) -> Tensor:
+    def compute(backend: str, *qkv: Tensor) -> Tensor:
         # Padded: what sdpa does on a GPU, and in a compiled program.
-        with mock.patch.object(torch.compiler, "is_compiling", lambda: road == "padded"):
-            road = "sdpa" if road == "padded" else road
-            return kernels.attention_varlen(*qkv, *totals, *longest, scale=scale, road=road)
+        with mock.patch.object(torch.compiler, "is_compiling", lambda: backend == "padded"):
+            backend = "sdpa" if backend == "padded" else backend
+            return kernels.attention_varlen(*qkv, *totals, *longest, scale=scale, backend=backend)
 
-    assert_roads_of_attention(["sdpa", "padded"], tensors, torch.randn_like(tensors[0]), compute)
+    assert_backends_of_attention(["sdpa", "padded"], tensors, torch.randn_like(tensors[0]), compute)

@@ -1,4 +1,4 @@
-"""Every operation but attention against float64 truth, on the reference and on the Triton road (interpreted without a GPU)."""
+"""Every operation but attention against float64 truth, reference and Triton backend (interpreted without a GPU)."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.kernels.truth import assert_as_good_as_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROADS = ("triton", "reference")
+BACKENDS = ("triton", "reference")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
@@ -37,7 +37,8 @@ def test_patch_gather_uint8(frames, rows, columns, patch, tubelet, n, dtype) -> 
     visible = some_visible(2, frames // tubelet * rows * columns, n)
     options = {"patch_size": patch, "tubelet_size": tubelet, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
     ours, reference = (
-        kernels.patch_gather(video, visible, dtype=dtype, road=road, **options) for road in ("triton", "reference")
+        kernels.patch_gather(video, visible, dtype=dtype, backend=backend, **options)
+        for backend in ("triton", "reference")
     )
     pixels = (video.double() / 255 - video.new_tensor((0.4, 0.5, 0.6), dtype=torch.float64)) / video.new_tensor(
         (0.2, 0.3, 0.4), dtype=torch.float64
@@ -48,13 +49,13 @@ def test_patch_gather_uint8(frames, rows, columns, patch, tubelet, n, dtype) -> 
     assert_as_good_as_reference(ours, reference, truth)
 
 
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_patch_gather_equals_a_convolution(road: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_patch_gather_equals_a_convolution(backend: str) -> None:
     video = torch.randn(2, 3, 4, 32, 48, device=DEVICE)
     weight = torch.randn(8, 3, 2, 16, 16, device=DEVICE)
     dense = torch.nn.functional.conv3d(video.double(), weight.double(), stride=(2, 16, 16)).flatten(2).transpose(1, 2)
     visible = some_visible(2, 12, 5)
-    rows = kernels.patch_gather(video, visible, patch_size=16, tubelet_size=2, road=road)
+    rows = kernels.patch_gather(video, visible, patch_size=16, tubelet_size=2, backend=backend)
     picked = dense.gather(1, visible.long()[..., None].expand(-1, -1, 8))
     torch.testing.assert_close(rows.double() @ weight.double().flatten(1).T, picked, rtol=1e-6, atol=1e-4)
 
@@ -63,20 +64,20 @@ def test_patch_gather_of_a_view() -> None:
     large = torch.randint(256, (2, 6, 40, 50, 3), dtype=torch.uint8, device=DEVICE)
     window = large[:, ::2, 4:36, 1:49]
     visible = some_visible(2, 18, 4)
-    ours = kernels.patch_gather(window, visible, patch_size=16, road="triton")
-    assert torch.equal(ours, kernels.patch_gather(window.clone(), visible, patch_size=16, road="reference"))
+    ours = kernels.patch_gather(window, visible, patch_size=16, backend="triton")
+    assert torch.equal(ours, kernels.patch_gather(window.clone(), visible, patch_size=16, backend="reference"))
 
 
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_patch_gather_of_windows_equals_cutting_them_first(road: str, kind: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_patch_gather_of_windows_equals_cutting_them_first(backend: str, kind: torch.dtype) -> None:
     video = torch.randint(256, (3, 4, 37, 45, 3), device=DEVICE).to(torch.uint8)
     origin = torch.tensor([[0, 5, 3], [0, 13, 2]], dtype=torch.int32, device=DEVICE).T
     cut = torch.stack([v[:, y : y + 32, x : x + 32] for v, (y, x) in zip(video, origin.tolist(), strict=True)])
     if kind == torch.float32:
         video, cut = (tensor.permute(0, 4, 1, 2, 3).float() for tensor in (video, cut))
     visible = some_visible(3, 8, 5)
-    options = {"patch_size": 16, "tubelet_size": 2, "road": road}
+    options = {"patch_size": 16, "tubelet_size": 2, "backend": backend}
     ours = kernels.patch_gather(video, visible, origin=origin, crop_size=(32, 32), **options)
     assert torch.equal(ours, kernels.patch_gather(cut, visible, **options))
 
@@ -90,17 +91,19 @@ def test_token_gather_value_and_gradient(batch, tokens, n, width, dtype) -> None
     x, table = torch.randn(batch, tokens, width, device=DEVICE), torch.randn(width, tokens, device=DEVICE).T
     visible, upstream = some_visible(batch, tokens, n), torch.randn(batch, width, n, device=DEVICE).mT
     results = {}
-    for road, kind in (("triton", dtype), ("reference", dtype), ("truth", torch.float64)):
+    for backend, kind in (("triton", dtype), ("reference", dtype), ("truth", torch.float64)):
         leaf = x.to(dtype).to(kind).requires_grad_()
-        rows = (table.to(dtype).to(kind) if road == "truth" else table.clone()).requires_grad_()
-        out = kernels.token_gather(leaf, visible, rows, road="reference" if road == "truth" else road)
+        rows = (table.to(dtype).to(kind) if backend == "truth" else table.clone()).requires_grad_()
+        out = kernels.token_gather(leaf, visible, rows, backend="reference" if backend == "truth" else backend)
         assert torch.autograd.grad(out.sum(), rows, retain_graph=True, allow_unused=True) == (None,)
         (gradient,) = torch.autograd.grad(out, leaf, upstream.to(dtype).to(kind))
-        results[road] = (out.detach(), gradient)
+        results[backend] = (out.detach(), gradient)
     for part in range(2):
         assert_as_good_as_reference(results["triton"][part], results["reference"][part], results["truth"][part])
         # The interpreter does not round to the nearest bf16.
-        assert (DEVICE == "cpu" and dtype == torch.bfloat16) or torch.equal(*(results[road][part] for road in ROADS))
+        assert (DEVICE == "cpu" and dtype == torch.bfloat16) or torch.equal(
+            *(results[backend][part] for backend in BACKENDS)
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,12 +114,12 @@ def test_gather_norm(batch, tokens, n, width, dtype) -> None:
     visible = some_visible(batch, tokens, n)
     weight, bias = torch.randn(width, device=DEVICE), torch.randn(width, device=DEVICE)
     ours, reference = (
-        kernels.gather_norm(x, visible, weight, bias, eps=0.1, road=road) for road in ("triton", "reference")
+        kernels.gather_norm(x, visible, weight, bias, eps=0.1, backend=backend) for backend in ("triton", "reference")
     )
-    truth = kernels.gather_norm(x.double(), visible, weight.double(), bias.double(), eps=0.1, road="reference")
+    truth = kernels.gather_norm(x.double(), visible, weight.double(), bias.double(), eps=0.1, backend="reference")
     picked = x.double().gather(1, visible.long()[..., None].expand(-1, -1, width))
-    centred = picked - picked.mean(2, keepdim=True)
-    by_hand = centred / (centred.square().mean(2, keepdim=True) + 0.1).sqrt() * weight.double() + bias.double()
+    centered = picked - picked.mean(2, keepdim=True)
+    by_hand = centered / (centered.square().mean(2, keepdim=True) + 0.1).sqrt() * weight.double() + bias.double()
     torch.testing.assert_close(truth, by_hand)
     # Statistics and affine are fp32: of a half result only its one rounding is left.
     assert ((reference.double() - truth).abs() <= torch.finfo(dtype).eps / 2 * truth.abs() + 1e-4).all()
@@ -129,9 +132,9 @@ def test_gather_norm_of_all_rows(dtype) -> None:
     x = (torch.randn(7, 3, 20, device=DEVICE) + 30).to(dtype).transpose(0, 1)
     every = torch.arange(7, dtype=torch.int32, device=DEVICE).expand(3, -1)
     weight, bias = torch.randn(20, device=DEVICE), torch.randn(20, device=DEVICE)
-    for road in ROADS:
-        ours = kernels.gather_norm(x, None, weight, bias, road=road)
-        assert torch.equal(ours, kernels.gather_norm(x, every, weight, bias, road=road))
+    for backend in BACKENDS:
+        ours = kernels.gather_norm(x, None, weight, bias, backend=backend)
+        assert torch.equal(ours, kernels.gather_norm(x, every, weight, bias, backend=backend))
 
 
 # semantic_mask and sample_visible
@@ -148,8 +151,8 @@ def test_semantic_mask_scores(rows, heads, tokens, width, n, dtype) -> None:
     # As the teacher gives them: a transposed view of a fused projection.
     k = torch.randn(rows, 1 + tokens, 2, heads, width, device=DEVICE).to(dtype)[:, :, 0].transpose(1, 2)
     seed = torch.tensor([11], device=DEVICE)
-    ours = kernels.semantic_mask(q, k, n, seed, return_scores=True, road="triton")
-    reference = kernels.semantic_mask(q, k, n, seed, return_scores=True, road="reference")
+    ours = kernels.semantic_mask(q, k, n, seed, return_scores=True, backend="triton")
+    reference = kernels.semantic_mask(q, k, n, seed, return_scores=True, backend="reference")
     truth = (torch.einsum("rhd,rhjd->rhj", q.double(), k.double()) * width**-0.5).softmax(-1)[..., 1:].mean(1)
     assert_as_good_as_reference(ours[1], reference[1], truth, computed_in=dtype)
     for visible, scores in (ours, reference):
@@ -158,11 +161,11 @@ def test_semantic_mask_scores(rows, heads, tokens, width, n, dtype) -> None:
         assert (visible[:, 1:] > visible[:, :-1]).all() and visible.min() >= 0 and visible.max() < tokens
 
 
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_semantic_mask_scores_of_large_logits(road: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_semantic_mask_scores_of_large_logits(backend: str) -> None:
     """Logits of some hundreds, beyond what exp holds in fp32, and operands of any strides."""
     q, k = torch.randn(2, 16, 2, device=DEVICE).mT * 100, torch.randn(2, 2, 16, 9, device=DEVICE).mT * 10
-    _, scores = kernels.semantic_mask(q, k, 2, torch.tensor([3], device=DEVICE), return_scores=True, road=road)
+    _, scores = kernels.semantic_mask(q, k, 2, torch.tensor([3], device=DEVICE), return_scores=True, backend=backend)
     truth = (torch.einsum("rhd,rhjd->rhj", q.double(), k.double()) / 4).softmax(-1)[..., 1:].mean(1)
     torch.testing.assert_close(scores.double(), truth, rtol=1e-3, atol=1e-6)
 
@@ -171,7 +174,7 @@ def test_no_visible_token_is_a_legal_wish() -> None:
     """With nothing to keep the kernel must write nothing: it once wrote past the end."""
     q, k = torch.randn(2, 2, 16, device=DEVICE), torch.randn(2, 2, 10, 16, device=DEVICE)
     seed = torch.tensor([3], device=DEVICE)
-    visible, scores = kernels.semantic_mask(q, k, 0, seed, return_scores=True, road="triton")
+    visible, scores = kernels.semantic_mask(q, k, 0, seed, return_scores=True, backend="triton")
     assert visible.shape == (2, 0)
     torch.testing.assert_close(scores, kernels.class_attention(q, k))
 
@@ -191,44 +194,44 @@ def test_the_reference_generator_is_tritons(number: int) -> None:
         assert out[0].item() == pytest.approx(0x6627E8D5 / 2**31, rel=1e-6)
 
 
-def test_both_roads_draw_the_same_tokens() -> None:
+def test_both_backends_draw_the_same_tokens() -> None:
     scores = torch.rand(49, 16, device=DEVICE).T
     for number in (0, 7, 2**40 + 3):
         seed = torch.tensor([number], device=DEVICE)
-        drawn = [kernels.sample_visible(scores, 10, seed, road=road) for road in ("triton", "reference")]
+        drawn = [kernels.sample_visible(scores, 10, seed, backend=backend) for backend in ("triton", "reference")]
         # Logarithms may differ in the last bit, which can swap a near tie.
         assert (drawn[0] == drawn[1]).float().mean() > 0.99
     assert not torch.equal(drawn[0], kernels.sample_visible(scores, 10, seed + 1))
 
 
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_of_equal_keys_the_lower_index_wins(road: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_of_equal_keys_the_lower_index_wins(backend: str) -> None:
     """Infinite scores all have the same, infinite key."""
     scores = torch.ones(4, 9, device=DEVICE)
     scores[:, [2, 5, 7, 8]] = float("inf")
-    drawn = kernels.sample_visible(scores, 2, torch.tensor([4], device=DEVICE), road=road)
+    drawn = kernels.sample_visible(scores, 2, torch.tensor([4], device=DEVICE), backend=backend)
     assert (drawn == torch.tensor([2, 5], device=DEVICE)).all()
 
 
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_a_drawn_zero_is_a_small_number(road: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_drawn_zero_is_a_small_number(backend: str) -> None:
     """The first number under this seed is zero, whose noise alone would put a token behind the impossible ones."""
     seed = torch.tensor([1352247272], device=DEVICE)
     assert _philox.uniform(seed, 1).item() == 0
     scores = torch.tensor([[1.0, 0.0, 0.0]], device=DEVICE)
-    assert kernels.sample_visible(scores, 1, seed, road=road).item() == 0
+    assert kernels.sample_visible(scores, 1, seed, backend=backend).item() == 0
 
 
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_impossible_tokens_come_last(road: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_impossible_tokens_come_last(backend: str) -> None:
     scores = torch.zeros(50, 12, device=DEVICE)
     scores[:, 3] = 1e-38
     scores[:, 8] = 1.0
     scores[:, 9] = float("nan")
     seed = torch.tensor([1], device=DEVICE)
-    two = kernels.sample_visible(scores, 2, seed, road=road)
+    two = kernels.sample_visible(scores, 2, seed, backend=backend)
     assert (two == torch.tensor([3, 8], device=DEVICE)).all()
-    four = kernels.sample_visible(scores, 4, seed, road=road)
+    four = kernels.sample_visible(scores, 4, seed, backend=backend)
     assert all({3, 8} <= set(row) for row in four.tolist()) and len({tuple(row) for row in four.tolist()}) > 10
 
 
@@ -245,7 +248,7 @@ def test_align_loss_value_and_gradients(layers, batch, n, tokens, width, normali
     weight, bias = torch.rand(layers, width, device=DEVICE) + 0.5, torch.randn(layers, width, device=DEVICE)
     visible = some_visible(batch, tokens, n)
     results = {}
-    for road, kind in (("triton", None), ("reference", None), ("truth", torch.float64)):
+    for backend, kind in (("triton", None), ("reference", None), ("truth", torch.float64)):
         leaves = [tensor.to(kind or tensor.dtype).requires_grad_() for tensor in (student, weight, bias)]
         value = kernels.align_loss(
             leaves[0],
@@ -257,23 +260,23 @@ def test_align_loss_value_and_gradients(layers, batch, n, tokens, width, normali
             loss=loss,
             per_layer=True,
             eps=0.1,
-            road="reference" if road == "truth" else road,
+            backend="reference" if backend == "truth" else backend,
         )
         upstream = torch.arange(1, layers + 1, device=DEVICE, dtype=value.dtype)
-        results[road] = (value.detach(), *torch.autograd.grad(value, leaves, upstream))
+        results[backend] = (value.detach(), *torch.autograd.grad(value, leaves, upstream))
     for ours, reference, truth in zip(*results.values(), strict=True):
         assert_as_good_as_reference(ours, reference, truth)
 
 
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_rows_of_zeros_have_a_zero_gradient(road: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_rows_of_zeros_have_a_zero_gradient(backend: str) -> None:
     student = torch.randn(1, 1, 3, 8, device=DEVICE)
     student[0, 0, 1] = 0
     student.requires_grad_()
     weight, bias = torch.ones(1, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
     target = torch.randn(1, 1, 3, 8, device=DEVICE)
     target[0, 0, 2] = 0
-    loss = kernels.align_loss(student, target, weight, bias, road=road)
+    loss = kernels.align_loss(student, target, weight, bias, backend=backend)
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all() and not student.grad[0, 0, 1].any()
 
@@ -289,28 +292,28 @@ def test_align_loss_reads_nothing_behind_its_last_row() -> None:
     student, target = (before_nan(torch.randn(1, 1, 5, 20, device=DEVICE)) for _ in range(2))
     weight, bias = (before_nan(torch.randn(1, 20, device=DEVICE)) for _ in range(2))
     gradients = []
-    for road in ROADS:
+    for backend in BACKENDS:
         leaves = [tensor.detach().requires_grad_() for tensor in (student, weight, bias)]
-        loss = kernels.align_loss(leaves[0], target, *leaves[1:], loss="mse", road=road)
+        loss = kernels.align_loss(leaves[0], target, *leaves[1:], loss="mse", backend=backend)
         gradients.append(torch.autograd.grad(loss, leaves))
     for ours, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, reference)
 
 
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_align_loss_of_nothing_is_not_a_number_and_has_no_gradient(road: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_align_loss_of_nothing_is_not_a_number_and_has_no_gradient(backend: str) -> None:
     student = torch.randn(2, 3, 0, 8, device=DEVICE, requires_grad=True)
     weight, bias = torch.randn(2, 2, 8, device=DEVICE).requires_grad_()
-    loss = kernels.align_loss(student, torch.randn(2, 3, 0, 8, device=DEVICE), weight, bias, road=road)
+    loss = kernels.align_loss(student, torch.randn(2, 3, 0, 8, device=DEVICE), weight, bias, backend=backend)
     gradients = torch.autograd.grad(loss, (student, weight, bias))
     assert loss.isnan() and gradients[0].shape == student.shape and not any(g.any() for g in gradients[1:])
 
 
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_align_loss_is_its_formula_and_the_target_gets_no_gradient(road: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_align_loss_is_its_formula_and_the_target_gets_no_gradient(backend: str) -> None:
     student, target = torch.randn(2, 3, 2, 5, 8, device=DEVICE).requires_grad_()
     weight, bias = torch.randn(2, 3, 8, device=DEVICE)
-    loss = kernels.align_loss(student, target, weight, bias, eps=0.1, road=road)
+    loss = kernels.align_loss(student, target, weight, bias, eps=0.1, backend=backend)
     y = torch.nn.functional.layer_norm(student, (8,), eps=0.1) * weight[:, None, None] + bias[:, None, None]
     torch.testing.assert_close(loss, (2 - 2 * torch.nn.functional.cosine_similarity(y, target, dim=-1)).mean())
     assert torch.autograd.grad(loss, target, allow_unused=True) == (None,)
@@ -319,27 +322,27 @@ def test_align_loss_is_its_formula_and_the_target_gets_no_gradient(road: str) ->
 # torch.compile
 
 
-def everything(x: Tensor, video: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, road: str) -> Tensor:
+def everything(x: Tensor, video: Tensor, weight: Tensor, bias: Tensor, seed: Tensor, backend: str) -> Tensor:
     q = x[:, 0].view(2, 2, 16)
     k = x.view(2, 9, 2, 16).transpose(1, 2)
-    visible = kernels.semantic_mask(q.detach(), k.detach(), 3, seed, road=road)
-    rows = kernels.patch_gather(video, visible, patch_size=8, mean=(0.5,) * 3, std=(0.5,) * 3, road=road)
-    tokens = kernels.token_gather(x[:, 1:], visible, x.new_ones(8, 32), road=road) + rows.mean()
+    visible = kernels.semantic_mask(q.detach(), k.detach(), 3, seed, backend=backend)
+    rows = kernels.patch_gather(video, visible, patch_size=8, mean=(0.5,) * 3, std=(0.5,) * 3, backend=backend)
+    tokens = kernels.token_gather(x[:, 1:], visible, x.new_ones(8, 32), backend=backend) + rows.mean()
     tokens = kernels.attention(*(tokens.view(2, 3, 2, 16),) * 3).flatten(2)
-    return kernels.align_loss(tokens[None], x.detach()[None, :, 1:], weight, bias, visible=visible, road=road)
+    return kernels.align_loss(tokens[None], x.detach()[None, :, 1:], weight, bias, visible=visible, backend=backend)
 
 
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_compiles_without_graph_breaks(road: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_compiles_without_graph_breaks(backend: str) -> None:
     x = torch.randn(2, 9, 32, device=DEVICE, requires_grad=True)
     video = torch.randint(256, (2, 2, 16, 16, 3), dtype=torch.uint8, device=DEVICE)
     weight = torch.ones(1, 32, device=DEVICE, requires_grad=True)
     bias = torch.zeros(1, 32, device=DEVICE, requires_grad=True)
     seed = torch.tensor([3], device=DEVICE)
-    eager = everything(x, video, weight, bias, seed, road)
+    eager = everything(x, video, weight, bias, seed, backend)
     expected = torch.autograd.grad(eager, (x, weight, bias))
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
-    value = compiled(x, video, weight, bias, seed, road)
+    value = compiled(x, video, weight, bias, seed, backend)
     for ours, theirs in zip(torch.autograd.grad(value, (x, weight, bias)), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(value, eager)

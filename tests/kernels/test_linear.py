@@ -15,7 +15,7 @@ from tests.kernels.truth import assert_as_good_as_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROADS = ("triton", "reference")
+BACKENDS = ("triton", "reference")
 SHAPES = [(37, 50, 41), (150, 64, 136), (1, 1, 1), (0, 8, 5), (130, 33, 8)]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -40,19 +40,19 @@ def before_nan(x: Tensor) -> Tensor:
 def assert_values_and_gradients(
     compute, truth, tensors: dict[str, Tensor], upstream: Tensor, dtype: torch.dtype
 ) -> None:
-    """compute(backend, **tensors) on both roads, with its gradients, against truth(**tensors) in float64."""
+    """compute(backend, **tensors) on both backends, with its gradients, against truth(**tensors) in float64."""
     results = {}
-    for road in (*ROADS, "truth"):
-        kinds = (torch.float64 if road == "truth" else tensor.dtype for tensor in tensors.values())
+    for backend in (*BACKENDS, "truth"):
+        kinds = (torch.float64 if backend == "truth" else tensor.dtype for tensor in tensors.values())
         # Detached views keep their strides, and the NaN around them.
         leaves = {
             name: tensor.detach().to(kind).requires_grad_()
             for (name, tensor), kind in zip(tensors.items(), kinds, strict=True)
         }
-        out = truth(**leaves) if road == "truth" else compute(road, **leaves)
-        results[road] = (out.detach(), *torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype)))
-        if road != "truth":
-            assert [part.dtype for part in results[road][1:]] == [tensor.dtype for tensor in tensors.values()]
+        out = truth(**leaves) if backend == "truth" else compute(backend, **leaves)
+        results[backend] = (out.detach(), *torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype)))
+        if backend != "truth":
+            assert [part.dtype for part in results[backend][1:]] == [tensor.dtype for tensor in tensors.values()]
     for ours, reference, exact in zip(*results.values(), strict=True):
         # What is kept for backward is rounded to dtype: the limit is in its units, for results in fp32 too.
         assert_as_good_as_reference(ours.to(dtype), reference.to(dtype), exact, computed_in=dtype)
@@ -120,15 +120,15 @@ def test_a_tile_is_zero_outside_its_matrix(rows: int, columns: int) -> None:
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_only_the_gradients_that_are_wanted(road: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_gradients_that_are_wanted(backend: str) -> None:
     x, w1, w2 = numbers(5, 8), numbers(12, 8).requires_grad_(), numbers(8, 12)
-    out = kernels.mlp(x, w1, None, w2, None, backend=road)
+    out = kernels.mlp(x, w1, None, w2, None, backend=backend)
     (gradient,) = torch.autograd.grad(out.sum(), w1)
     exact = w1.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad((act(x.double() @ exact.T, "gelu") @ w2.double().T).sum(), exact)
     torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
-    assert not kernels.linear(x, w2[:, :8].contiguous(), backend=road).requires_grad
+    assert not kernels.linear(x, w2[:, :8].contiguous(), backend=backend).requires_grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -155,8 +155,8 @@ def test_a_deferred_norm_is_the_norm_of_its_input(given: bool, dtype: torch.dtyp
     folded, shift, norm = kernels.defer_norm(weight, bias, gamma, beta, 0.1, dtype)
     assert folded.dtype == dtype and shift.dtype == norm.column.dtype == torch.float32
     ours, reference = (
-        kernels.linear(x, folded, shift, norm=norm, statistics=statistics, activation="quick_gelu", backend=road)
-        for road in ROADS
+        kernels.linear(x, folded, shift, norm=norm, statistics=statistics, activation="quick_gelu", backend=backend)
+        for backend in BACKENDS
     )
     assert_as_good_as_reference(ours, reference, exact, computed_in=dtype)
 
@@ -171,10 +171,10 @@ def test_a_row_far_from_zero_keeps_its_norm() -> None:
     torch.testing.assert_close(ours.double(), exact, rtol=2**-7, atol=2e-2)
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_row_statistics(road: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_statistics(backend: str) -> None:
     x = before_nan(numbers(7, 300) * 0.01 + 100)
-    mean, rstd = kernels.row_statistics(x, 1e-5, backend=road)
+    mean, rstd = kernels.row_statistics(x, 1e-5, backend=backend)
     exact = x.double()
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(rstd.double(), (exact.var(1, correction=0) + 1e-5) ** -0.5, rtol=2e-3, atol=0)
@@ -235,20 +235,20 @@ def test_rows_that_are_not_aligned_take_no_descriptor(hopper: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sms", [1, 64])
-def test_weight_gradient_adds_in_fp32(sms: int, road: str, dtype: torch.dtype, monkeypatch) -> None:
+def test_weight_gradient_adds_in_fp32(sms: int, backend: str, dtype: torch.dtype, monkeypatch) -> None:
     """In one launch, and where its sums are split, which 64 SMs want."""
     if DEVICE == "cpu":
         for module in (products, layers):
             monkeypatch.setattr(module, "limits", lambda device: (80, sms, 99 << 10))
     dy, x, before = numbers(1030, 40, dtype=dtype), numbers(1030, 24, dtype=dtype), numbers(40, 24)
     exact = dy.double().T @ x.double()
-    ours = kernels.weight_gradient(dy, x, backend=road)
-    assert ours.dtype == torch.float32 and torch.equal(ours, kernels.weight_gradient(dy, x, backend=road))
+    ours = kernels.weight_gradient(dy, x, backend=backend)
+    assert ours.dtype == torch.float32 and torch.equal(ours, kernels.weight_gradient(dy, x, backend=backend))
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-3)
     buffer = before.clone()
-    assert kernels.weight_gradient(dy, x, out=buffer, backend=road) is buffer
+    assert kernels.weight_gradient(dy, x, out=buffer, backend=backend) is buffer
     torch.testing.assert_close(buffer.double(), exact + before.double(), rtol=1e-5, atol=1e-3)
 
 

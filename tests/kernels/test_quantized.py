@@ -1,4 +1,4 @@
-"""8-bit linear layers and their two kernels: the bound that rounding sets, against float64, on every road that runs here."""
+"""8-bit linear layers and their two kernels: the bound that rounding sets, against float64, on every backend that runs here."""
 
 import importlib
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.quantize import MOST_CHANNELS, tile
+from kernels.quantize import MAX_CHANNELS, tile
 from tests.kernels.truth import assert_as_good_as_reference
 
 SHAPES = [(1, 16, 16), (37, 48, 80), (130, 768, 64)]
@@ -16,19 +16,19 @@ FP8 = pytest.mark.skipif(
     not NATIVE_FP8, reason="the kernel's fp8 needs compute capability 8.9: Triton's interpreter does not round to it"
 )
 KERNEL_PRECISIONS = ["int8", pytest.param("fp8", marks=FP8)]
-ROADS = [("int8", "reference"), ("int8", "triton"), ("fp8", "reference"), pytest.param("fp8", "triton", marks=FP8)]
+BACKENDS = [("int8", "reference"), ("int8", "triton"), ("fp8", "reference"), pytest.param("fp8", "triton", marks=FP8)]
 
 
-def roads(precision: str) -> list[str]:
-    """The definition, and the road this machine has."""
+def backends(precision: str) -> list[str]:
+    """The definition, and the backend this machine has."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return ["reference", kernels.quantized_road(precision, device)]
+        return ["reference", kernels.quantized_backend(precision, device)]
     except ValueError:
         return ["reference"]
 
 
-CASES = [(precision, road) for precision in ("int8", "fp8") for road in roads(precision)]
+CASES = [(precision, backend) for precision in ("int8", "fp8") for backend in backends(precision)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -46,10 +46,10 @@ def rounding(x: torch.Tensor, precision: str) -> torch.Tensor:
     return (x.abs().double() / 16 + largest / 448 * 2**-10) * 1.001
 
 
-@pytest.mark.parametrize(("precision", "road"), ROADS)
-def test_each_number_moves_by_its_bound_at_most(precision: str, road: str) -> None:
+@pytest.mark.parametrize(("precision", "backend"), BACKENDS)
+def test_each_number_moves_by_its_bound_at_most(precision: str, backend: str) -> None:
     x, _, _ = layer(37, 96, 16)
-    values, scale = kernels.quantize_rows(x, precision, road=road)
+    values, scale = kernels.quantize_rows(x, precision, backend=backend)
     assert (values.float().abs().amax(1) == {"int8": 127, "fp8": 448}[precision]).all(), "the range is not used"
     error = (values.double() * scale.double() - x.double()).abs()
     assert (error <= rounding(x, precision)).all()
@@ -57,8 +57,8 @@ def test_each_number_moves_by_its_bound_at_most(precision: str, road: str) -> No
 
 
 def assert_same_rows(x: torch.Tensor, precision: str) -> None:
-    """Both roads give the same bits."""
-    ours, theirs = (kernels.quantize_rows(x, precision, road=road) for road in ("triton", "reference"))
+    """Both backends give the same bits."""
+    ours, theirs = (kernels.quantize_rows(x, precision, backend=backend) for backend in ("triton", "reference"))
     assert ours[0].shape == x.shape and ours[0].dtype == theirs[0].dtype and ours[1].shape == (x.shape[0], 1)
     assert torch.equal(ours[0].view(torch.uint8), theirs[0].view(torch.uint8))
     # CUDA divides by a constant as it multiplies by its reciprocal, which can change the last bit.
@@ -69,14 +69,14 @@ def assert_same_rows(x: torch.Tensor, precision: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("precision", KERNEL_PRECISIONS)
 @pytest.mark.parametrize(("rows", "width"), [(3, 1), (4, 5), (7, 48), (5, 768), (3, 3000), (2, 8192), (0, 16)])
-def test_the_kernel_quantises_as_the_reference(rows, width, precision, dtype) -> None:
+def test_the_kernel_quantizes_as_the_reference(rows, width, precision, dtype) -> None:
     x = torch.randn(rows, width, device=DEVICE) * torch.logspace(-3, 3, rows, device=DEVICE)[:, None]
     assert_same_rows(x.to(dtype), precision)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("precision", KERNEL_PRECISIONS)
-def test_the_kernel_quantises_views(precision: str) -> None:
+def test_the_kernel_quantizes_views(precision: str) -> None:
     x = torch.randn(9, 70, device=DEVICE)
     for view in (x[::2], x[:, 3:40], x[:, ::2], x.T, x[2].expand(4, -1), x[:, :1], x[3:, 60:]):
         assert_same_rows(view, precision)
@@ -84,27 +84,27 @@ def test_the_kernel_quantises_views(precision: str) -> None:
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize(("precision", "road"), ROADS)
-def test_rows_that_are_zero_tiny_or_not_finite(precision: str, road: str) -> None:
+@pytest.mark.parametrize(("precision", "backend"), BACKENDS)
+def test_rows_that_are_zero_tiny_or_not_finite(precision: str, backend: str) -> None:
     x = torch.randn(7, 20, device=DEVICE)
     x[0], x[1], x[2] = 0, x[1] * 1e-31, x[2] * 1e-37
     x[3, 4], x[4, 5], x[5, 19] = float("nan"), float("-inf"), -float("nan")
-    values, scale = kernels.quantize_rows(x, precision, road=road)
+    values, scale = kernels.quantize_rows(x, precision, backend=backend)
     assert not values[0].float().any() and scale[0] == 0
     # Below 1e-30 a row is scaled as if that were its largest number.
     scaled = x[1:3].double() * {"int8": 127, "fp8": 448}[precision] / 1e-30
     bound = 0.5 if precision == "int8" else (scaled.abs() / 16).clamp_min(2**-10)
     assert ((values[1:3].double() - scaled).abs() <= 1.001 * bound).all()
     assert values[1].float().any() and not scale[3:6].isfinite().any() and scale[[0, 1, 2, 6]].isfinite().all()
-    if road == "triton":
+    if backend == "triton":
         assert_same_rows(x[[0, 1, 2, 6]], precision)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_halves_go_to_the_even_number(road: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_halves_go_to_the_even_number(backend: str, dtype: torch.dtype) -> None:
     x = torch.tensor([[127, 0.5, 1.5, 2.5, 124.5, -0.5, -1.5, -2.5, -125.5, -127]], device=DEVICE).to(dtype)
-    values, scale = kernels.quantize_rows(x, "int8", road=road)
+    values, scale = kernels.quantize_rows(x, "int8", backend=backend)
     assert values.tolist() == [[127, 0, 2, 2, 124, 0, -2, -2, -126, -127]] and scale.item() == 1
 
 
@@ -119,7 +119,8 @@ def test_dequantize_product(rows, columns, dtype) -> None:
     row = (torch.rand(rows, 2, device=DEVICE) / 2**20)[:, :1]
     column, bias = (torch.randn(columns, 2, device=DEVICE) * torch.tensor([1.0, 30.0], device=DEVICE)).T
     ours, reference = (
-        kernels.dequantize_product(product, row, column, bias, dtype, road=road) for road in ("triton", "reference")
+        kernels.dequantize_product(product, row, column, bias, dtype, backend=backend)
+        for backend in ("triton", "reference")
     )
     truth = product.double() * row.double() * column.double() + bias.double()
     assert ours.dtype == reference.dtype == dtype
@@ -127,26 +128,26 @@ def test_dequantize_product(rows, columns, dtype) -> None:
 
 
 def test_both_kernels_around_an_int8_product() -> None:
-    """The road that only CUDA takes by itself."""
+    """The backend that only CUDA takes by itself."""
     cublas = importlib.import_module("kernels.quantized_linear")._cublas
     x, weight, bias = layer(130, 768, 64)
     quantized = kernels.quantize_weight(weight, "int8")
-    with kernels.force_road("triton"):
+    with kernels.force_backend("triton"):
         ours = cublas(x, *quantized, bias)
-    torch.testing.assert_close(ours, kernels.quantized_linear(x, *quantized, bias, road="reference"))
+    torch.testing.assert_close(ours, kernels.quantized_linear(x, *quantized, bias, backend="reference"))
 
 
 def test_the_fp8_product_takes_scales_and_bias() -> None:
-    """Another road that only CUDA takes by itself; newer versions of torch multiply so on a CPU too."""
-    road = importlib.import_module("kernels.quantized_linear")._scaled_mm
+    """Another backend that only CUDA takes by itself; newer versions of torch multiply so on a CPU too."""
+    backend = importlib.import_module("kernels.quantized_linear")._scaled_mm
     x, weight, bias = layer(32, 48, 16)
     quantized = kernels.quantize_weight(weight, "fp8")
     try:
-        with kernels.force_road("reference"):
-            ours = road(x, *quantized, 100 * bias)
+        with kernels.force_backend("reference"):
+            ours = backend(x, *quantized, 100 * bias)
     except RuntimeError as error:
         pytest.skip(f"no fp8 product with scales per row on {DEVICE} in torch {torch.__version__}: {error}")
-    reference = kernels.quantized_linear(x, *quantized, 100 * bias, road="reference")
+    reference = kernels.quantized_linear(x, *quantized, 100 * bias, backend="reference")
     assert ours.dtype == x.dtype
     # Bias and result are rounded to bf16; on a GPU sums keep some 14 bits.
     sums = reference.abs().amax(1, keepdim=True)
@@ -162,21 +163,21 @@ def test_tiles_and_operators() -> None:
     torch.library.opcheck(ops.dequantize_product.default, (product, *scales, torch.bfloat16))
 
     def both(x: torch.Tensor) -> torch.Tensor:
-        values, rows = kernels.quantize_rows(x * 2, "int8", road="triton")
-        return kernels.dequantize_product(values.int(), rows, x[0], x[1], x.dtype, road="triton")
+        values, rows = kernels.quantize_rows(x * 2, "int8", backend="triton")
+        return kernels.dequantize_product(values.int(), rows, x[0], x[1], x.dtype, backend="triton")
 
     torch.testing.assert_close(torch.compile(both, fullgraph=True, backend="aot_eager")(x), both(x))
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
-@pytest.mark.parametrize(("precision", "road"), CASES)
-def test_product_within_the_bound_of_rounding(precision, road, rows, inputs, outputs) -> None:
+@pytest.mark.parametrize(("precision", "backend"), CASES)
+def test_product_within_the_bound_of_rounding(precision, backend, rows, inputs, outputs) -> None:
     x, weight, bias = layer(rows, inputs, outputs)
-    out = kernels.quantized_linear(x, *kernels.quantize_weight(weight, precision), bias, road=road)
+    out = kernels.quantized_linear(x, *kernels.quantize_weight(weight, precision), bias, backend=backend)
     truth = x.double() @ weight.double().t() + bias.double()
     dx, dw = rounding(x, precision), rounding(weight, precision)
     bound = dx @ weight.abs().double().t() + (x.abs().double() + dx) @ dw.t()
-    slack = 1e-5 * truth.abs().max(1, keepdim=True).values if road != "scaled_mm" else 2**-8 * truth.abs() + 1e-3
+    slack = 1e-5 * truth.abs().max(1, keepdim=True).values if backend != "scaled_mm" else 2**-8 * truth.abs() + 1e-3
     assert ((out.double() - truth).abs() <= bound + slack).all()
 
 
@@ -185,53 +186,55 @@ def test_the_reference_is_its_formula_in_any_shape(precision: str) -> None:
     x, weight, bias = layer(6, 16, 8)
     (a, r), (b, c) = kernels.quantize_rows(x, precision), kernels.quantize_weight(weight, precision)
     expected = ((a.double() * r) @ (b.double() * c[:, None]).T + bias).float()
-    ours = kernels.quantized_linear(x.view(2, 3, 16), b, c, bias, road="reference")
+    ours = kernels.quantized_linear(x.view(2, 3, 16), b, c, bias, backend="reference")
     torch.testing.assert_close(ours, expected.view(2, 3, 8))
 
 
-@pytest.mark.parametrize("road", roads("int8")[1:])
-def test_int8_equals_the_reference(road: str) -> None:
+@pytest.mark.parametrize("backend", backends("int8")[1:])
+def test_int8_equals_the_reference(backend: str) -> None:
     x, weight, bias = layer(130, 768, 64)
     quantized = kernels.quantize_weight(weight, "int8")
     for kind in (torch.float32, torch.bfloat16):
-        ours, theirs = (kernels.quantized_linear(x.to(kind), *quantized, bias, road=way) for way in (road, "reference"))
+        ours, theirs = (
+            kernels.quantized_linear(x.to(kind), *quantized, bias, backend=way) for way in (backend, "reference")
+        )
         assert ours.dtype == kind
-        # Ties round up on one road and to even on the other; bf16 input has ties.
+        # Ties round up on one backend and to even on the other; bf16 input has ties.
         limit = 1e-5 if kind == torch.float32 else 1e-2
         scale = theirs.abs().float().amax(1, keepdim=True)
         assert ((ours - theirs).abs() <= limit * scale).all()
 
 
-@pytest.mark.parametrize("road", roads("int8"))
-def test_the_largest_products_do_not_overflow(road: str) -> None:
+@pytest.mark.parametrize("backend", backends("int8"))
+def test_the_largest_products_do_not_overflow(backend: str) -> None:
     x, weight = torch.ones(32, 3072, device=DEVICE), torch.ones(16, 3072, device=DEVICE)
     weight[1::2] = -1
     out = kernels.quantized_linear(
-        x, *kernels.quantize_weight(weight, "int8"), torch.zeros(16, device=DEVICE), road=road
+        x, *kernels.quantize_weight(weight, "int8"), torch.zeros(16, device=DEVICE), backend=backend
     )
     torch.testing.assert_close(out, (weight * 3072)[:, 0].expand(32, -1), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("precision", "road"), CASES)
-def test_rows_of_zeros_give_the_bias_and_bad_rows_stay_bad(precision: str, road: str) -> None:
+@pytest.mark.parametrize(("precision", "backend"), CASES)
+def test_rows_of_zeros_give_the_bias_and_bad_rows_stay_bad(precision: str, backend: str) -> None:
     x, weight, bias = layer(32, 32, 16)
     x[0], x[1, 3], x[2, 4] = 0, float("nan"), float("inf")
-    out = kernels.quantized_linear(x, *kernels.quantize_weight(weight, precision), bias, road=road)
+    out = kernels.quantized_linear(x, *kernels.quantize_weight(weight, precision), bias, backend=backend)
     torch.testing.assert_close(out[0], bias, rtol=2**-7, atol=1e-6)
     assert not out[1:3].isfinite().any() and out[3:].isfinite().all()
 
 
-@pytest.mark.parametrize("road", roads("int8")[1:])
-def test_compiles_as_one_graph(road: str) -> None:
+@pytest.mark.parametrize("backend", backends("int8")[1:])
+def test_compiles_as_one_graph(backend: str) -> None:
     x, weight, bias = layer(32, 32, 16)
     quantized = kernels.quantize_weight(weight, "int8")
 
     def twice(x: torch.Tensor) -> torch.Tensor:
-        return kernels.quantized_linear(x * 2, *quantized, bias, road=road)
+        return kernels.quantized_linear(x * 2, *quantized, bias, backend=backend)
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), twice(x))
-    if road == "onednn":
+    if backend == "onednn":
         torch.library.opcheck(torch.ops.umt_kernels.int8_linear_onednn.default, (x, *quantized, bias))
 
 
@@ -243,40 +246,40 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"\(7,\)"):
         kernels.quantized_linear(x, values, scale[:7], bias)
     with pytest.raises(ValueError, match="'scaled_mm' does not fit int8|VNNI"):
-        kernels.quantized_linear(x, values, scale, bias, road="scaled_mm")
+        kernels.quantized_linear(x, values, scale, bias, backend="scaled_mm")
     with pytest.raises(ValueError, match="has no gradient"):
         kernels.quantized_linear(x.requires_grad_(), values, scale, bias)
     if DEVICE == "cpu":
-        with pytest.raises(ValueError, match="fp8 has no road on cpu"):
+        with pytest.raises(ValueError, match="fp8 has no backend on cpu"):
             kernels.quantized_linear(x.detach(), *kernels.quantize_weight(weight, "fp8"), bias)
 
 
 def test_a_row_wider_than_a_program_holds_is_refused() -> None:
-    x = torch.ones(1, MOST_CHANNELS + 1, device=DEVICE)
+    x = torch.ones(1, MAX_CHANNELS + 1, device=DEVICE)
     with pytest.raises(ValueError, match="16385 channels in a row exceed the limit of 16384"):
-        kernels.quantize_rows(x, "int8", road="triton")
-    assert (kernels.quantize_rows(x, "int8", road="reference")[0] == 127).all()
-    assert (kernels.quantize_rows(x[:, 1:], "int8", road="triton")[0] == 127).all()
+        kernels.quantize_rows(x, "int8", backend="triton")
+    assert (kernels.quantize_rows(x, "int8", backend="reference")[0] == 127).all()
+    assert (kernels.quantize_rows(x[:, 1:], "int8", backend="triton")[0] == 127).all()
 
 
 def test_a_cpu_without_vnni_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("kernels.quantized_linear"), "_CPU_MULTIPLIES_INT8", False)
     with pytest.raises(ValueError, match="VNNI"):
-        kernels.quantized_road("int8", torch.device("cpu"))
+        kernels.quantized_backend("int8", torch.device("cpu"))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     with pytest.raises(ValueError, match="needs compute capability 8.9"):
-        kernels.quantize_rows(torch.ones(1, 8, device=DEVICE), "fp8", road="triton")
+        kernels.quantize_rows(torch.ones(1, 8, device=DEVICE), "fp8", backend="triton")
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
 def test_no_rows(shape: tuple[int, ...]) -> None:
     weight, scale = kernels.quantize_weight(torch.randn(32, 64), "int8")
     x = torch.randn(shape)
-    assert kernels.quantized_linear(x, weight, scale, torch.zeros(32), road="reference").shape == (*shape[:-1], 32)
+    assert kernels.quantized_linear(x, weight, scale, torch.zeros(32), backend="reference").shape == (*shape[:-1], 32)
 
 
 def test_other_dtypes_are_refused() -> None:

@@ -10,18 +10,20 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("wrong", [-1, 4])
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_an_index_out_of_range_is_refused(road: str, wrong: int) -> None:
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_an_index_out_of_range_is_refused(backend: str, wrong: int) -> None:
     """On the CPU always, on a GPU within checked()."""
     x, visible = torch.randn(1, 4, 8, device=DEVICE), torch.tensor([[1, wrong]], dtype=torch.int32, device=DEVICE)
     one, none = torch.ones(8, device=DEVICE), torch.zeros(8, device=DEVICE)
     video = torch.zeros(1, 2, 8, 16, 3, dtype=torch.uint8, device=DEVICE)
     for call in (
-        lambda: kernels.patch_gather(video, visible, patch_size=8, road=road),
-        lambda: kernels.patch_gather(video.repeat(1, 2, 1, 1, 1), visible, patch_size=8, tubelet_size=2, road=road),
-        lambda: kernels.token_gather(x, visible, road=road),
-        lambda: kernels.gather_norm(x, visible, one, none, road=road),
-        lambda: kernels.align_loss(x[None, :, :2], x[None], one[None], none[None], visible=visible, road=road),
+        lambda: kernels.patch_gather(video, visible, patch_size=8, backend=backend),
+        lambda: kernels.patch_gather(
+            video.repeat(1, 2, 1, 1, 1), visible, patch_size=8, tubelet_size=2, backend=backend
+        ),
+        lambda: kernels.token_gather(x, visible, backend=backend),
+        lambda: kernels.gather_norm(x, visible, one, none, backend=backend),
+        lambda: kernels.align_loss(x[None, :, :2], x[None], one[None], none[None], visible=visible, backend=backend),
     ):
         with kernels.checked(), pytest.raises(IndexError, match=r"\[0, 4\)"):
             call()
@@ -38,18 +40,18 @@ def test_values_are_read_where_that_is_free_or_asked_for() -> None:
     assert not values_can_be_checked(elsewhere)
 
 
-def test_force_road_decides_within_its_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_backend_decides_within_its_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels._launch import use_triton
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x = torch.zeros(1)
-    with kernels.force_road("triton"):
+    with kernels.force_backend("triton"):
         assert use_triton("auto", x) and not use_triton("reference", x)
-        with kernels.force_road("reference"):
+        with kernels.force_backend("reference"):
             assert not use_triton("auto", x)
         assert use_triton("auto", x)
     assert not use_triton("auto", x)
-    with pytest.raises(ValueError, match="road is 'fast'"), kernels.force_road("fast"):
+    with pytest.raises(ValueError, match="backend is 'fast'"), kernels.force_backend("fast"):
         pass
 
 
@@ -57,8 +59,8 @@ def test_errors_name_value_and_limit() -> None:
     x, visible = torch.randn(1, 4, 8), torch.tensor([[1, 4]], dtype=torch.int32)
     with pytest.raises(IndexError, match=r"\[0, 4\)"):
         kernels.token_gather(x, visible)
-    with pytest.raises(ValueError, match="road is 'fast'"):
-        kernels.token_gather(x, visible[:, :1], road="fast")
+    with pytest.raises(ValueError, match="backend is 'fast'"):
+        kernels.token_gather(x, visible[:, :1], backend="fast")
     with pytest.raises(ValueError, match="not divisible"):
         kernels.patch_gather(torch.zeros(1, 1, 20, 16, 3, dtype=torch.uint8), visible, patch_size=16)
     frames, corner = torch.zeros(1, 1, 20, 40, 3, dtype=torch.uint8), torch.tensor([[5, 8]])
@@ -96,18 +98,18 @@ def test_errors_name_value_and_limit() -> None:
 def test_triton_on_a_cpu_tensor_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="needs a CUDA tensor"):
-        kernels.token_gather(torch.randn(1, 4, 8), torch.zeros(1, 1, dtype=torch.int32), road="triton")
+        kernels.token_gather(torch.randn(1, 4, 8), torch.zeros(1, 1, dtype=torch.int32), backend="triton")
 
 
-def test_a_second_derivative_is_refused_on_the_triton_road() -> None:
+def test_a_second_derivative_is_refused_on_the_triton_backend() -> None:
     x = torch.randn(1, 4, 8, device=DEVICE, requires_grad=True)
     visible = torch.tensor([[1, 3]], dtype=torch.int32, device=DEVICE)
     weight, bias = torch.ones(1, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
-    for road in ("reference", "triton"):
-        rows = kernels.token_gather(x, visible, road=road)
-        loss = kernels.align_loss(rows[None], torch.randn(1, 1, 2, 8, device=DEVICE), weight, bias, road=road)
+    for backend in ("reference", "triton"):
+        rows = kernels.token_gather(x, visible, backend=backend)
+        loss = kernels.align_loss(rows[None], torch.randn(1, 1, 2, 8, device=DEVICE), weight, bias, backend=backend)
         (first,) = torch.autograd.grad(loss, x, create_graph=True)
-        if road == "reference":
+        if backend == "reference":
             assert torch.autograd.grad(first.square().sum(), x)[0].isfinite().all()
         else:
             with pytest.raises(RuntimeError, match="no second derivative"):

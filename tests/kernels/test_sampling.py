@@ -1,6 +1,6 @@
 """The sampler as a distribution: successive draws without replacement (Plackett-Luce).
 
-On a GPU both roads are tested. Interpreted, a row takes tens of milliseconds: there the kernel is compared with the
+On a GPU both backends are tested. Interpreted, a row takes tens of milliseconds: there the kernel is compared with the
 reference draw by draw (here and in test_kernels.py), and the reference tested as a distribution.
 
 Statistics are exact chi-square sums; p-values come from the chi-square distribution. Seeds are fixed, so a test that passes
@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WEIGHTS = [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]
 SETS = list(combinations(range(len(WEIGHTS)), 3))
 LIMIT = 1e-4
-ROADS = ["reference", "triton"] if DEVICE == "cuda" else ["reference"]
+BACKENDS = ["reference", "triton"] if DEVICE == "cuda" else ["reference"]
 
 
 def p_value(statistic: float, degrees: int) -> float:
@@ -47,19 +47,19 @@ def p_of_sets(draws: Tensor) -> float:
     return p_value(((counts - expected).square() / expected).sum().item(), len(SETS) - 1)
 
 
-def draws_of(weights: Tensor, n: int, count: int, seed: int, road: str) -> Tensor:
+def draws_of(weights: Tensor, n: int, count: int, seed: int, backend: str) -> Tensor:
     scores = weights.to(DEVICE).repeat(count, 1)
-    return kernels.sample_visible(scores, n, torch.tensor([seed], device=DEVICE), road=road).cpu()
+    return kernels.sample_visible(scores, n, torch.tensor([seed], device=DEVICE), backend=backend).cpu()
 
 
 @pytest.mark.parametrize("seed", [5, 6, 2**40 + 1])
-@pytest.mark.parametrize("road", ROADS)
-def test_every_set_has_its_exact_probability(road: str, seed: int) -> None:
-    assert p_of_sets(draws_of(torch.tensor(WEIGHTS), 3, 40000, seed, road)) > LIMIT
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_set_has_its_exact_probability(backend: str, seed: int) -> None:
+    assert p_of_sets(draws_of(torch.tensor(WEIGHTS), 3, 40000, seed, backend)) > LIMIT
 
 
 def test_a_biased_sampler_is_caught() -> None:
-    """Keys weight * uniform instead of log weight + Gumbel: a common mistake that favours large weights differently."""
+    """Keys weight * uniform instead of log weight + Gumbel: a common mistake that favors large weights differently."""
     torch.manual_seed(0)
     weights = torch.tensor(WEIGHTS)
     assert p_of_sets((weights * torch.rand(2000, 6)).topk(3).indices.sort(1).values) < 1e-12
@@ -69,7 +69,7 @@ def test_a_biased_sampler_is_caught() -> None:
 
 
 def two_sample_p(ours: Tensor, theirs: Tensor, tokens: int) -> tuple[float, float]:
-    """p-values that two samplers share inclusion counts, and counts of neighbouring pairs in a fixed order of tokens.
+    """p-values that two samplers share inclusion counts, and counts of neighboring pairs in a fixed order of tokens.
 
     Counts of different tokens of a draw are negatively correlated, which only makes the test milder.
     """
@@ -93,18 +93,18 @@ def attention_like(tokens: int) -> Tensor:
     return (3 * torch.randn(tokens, generator=generator)).softmax(0)
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_at_196_tokens_it_is_torch_multinomial(road: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_at_196_tokens_it_is_torch_multinomial(backend: str) -> None:
     weights = attention_like(196)
     torch.manual_seed(3)
     theirs = torch.multinomial(weights.repeat(20000, 1), 40)
-    inclusion, pairs = two_sample_p(draws_of(weights, 40, 8000, 11, road), theirs, 196)
+    inclusion, pairs = two_sample_p(draws_of(weights, 40, 8000, 11, backend), theirs, 196)
     assert min(inclusion, pairs) > LIMIT, (inclusion, pairs)
 
 
 @pytest.mark.parametrize("seed", [11, 2**33 + 5])
 def test_at_196_tokens_the_kernel_draws_what_the_reference_draws(seed: int) -> None:
-    drawn = [draws_of(attention_like(196), 40, 20, seed, road) for road in ("triton", "reference")]
+    drawn = [draws_of(attention_like(196), 40, 20, seed, backend) for backend in ("triton", "reference")]
     # A logarithm may differ in its last bit and swap a near tie.
     assert (drawn[0] == drawn[1]).float().mean() > 0.99
 
@@ -119,7 +119,7 @@ def test_at_196_tokens_a_bias_is_caught() -> None:
 
 
 def test_rows_and_seeds_are_independent() -> None:
-    """Equal scores in all rows: draws of neighbouring rows and of neighbouring seeds coincide as often as chance has it."""
+    """Equal scores in all rows: draws of neighboring rows and of neighboring seeds coincide as often as chance has it."""
     scores = torch.ones(4000, 20, device=DEVICE)
     first, second = (
         kernels.sample_visible(scores, 5, torch.tensor([seed], device=DEVICE)).cpu() for seed in (100, 101)

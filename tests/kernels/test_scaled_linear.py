@@ -23,7 +23,7 @@ def layer(rows: int, inputs: int, outputs: int, precision: str) -> tuple[Tensor,
     x = torch.randn(rows, inputs, device=DEVICE) * torch.logspace(-2, 2, max(rows, 1), device=DEVICE)[:rows, None]
     weight = torch.randn(outputs, inputs, device=DEVICE) * inputs**-0.5
     weight *= torch.logspace(-1, 1, outputs, device=DEVICE)[:, None]
-    values, scales = kernels.quantize_rows(x, precision, road="reference")
+    values, scales = kernels.quantize_rows(x, precision, backend="reference")
     return values, scales, *kernels.quantize_weight(weight, precision), torch.randn(outputs, device=DEVICE)
 
 
@@ -39,8 +39,8 @@ def exact(values: Tensor, scales: Tensor, weight: Tensor, weight_scale: Tensor, 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(37, 50, 41), (70, 300, 136), (0, 32, 8), (1, 768, 16)])
 @pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize(("precision", "road"), READING)
-def test_product_with_scales_bias_activation_and_residual(precision, road, blocks, rows, inputs, outputs) -> None:
+@pytest.mark.parametrize(("precision", "backend"), READING)
+def test_product_with_scales_bias_activation_and_residual(precision, backend, blocks, rows, inputs, outputs) -> None:
     values, scales, weight, weight_scale, bias = layer(rows, inputs, outputs, precision)
     if blocks:
         scales = scales * torch.rand(rows, -(-inputs // 128), device=DEVICE) + scales
@@ -56,26 +56,26 @@ def test_product_with_scales_bias_activation_and_residual(precision, road, block
         activation="quick_gelu",
         residual=residual,
         dtype=torch.float32,
-        backend=road,
+        backend=backend,
     )
     # On a GPU the sums of fp8 keep some 14 bits.
-    limit = 1e-5 if precision == "int8" or road == "reference" else 2**-10
+    limit = 1e-5 if precision == "int8" or backend == "reference" else 2**-10
     sums = truth.abs().amax(1, keepdim=True) if rows else truth
     assert ours.shape == truth.shape and ((ours.double() - truth).abs() <= limit * (sums + 1)).all()
 
 
-@pytest.mark.parametrize(("precision", "road"), CASES)
+@pytest.mark.parametrize(("precision", "backend"), CASES)
 @pytest.mark.parametrize("outputs", [128, 384])
-def test_results_in_8_bits_are_the_quantizers(outputs: int, precision: str, road: str) -> None:
+def test_results_in_8_bits_are_the_quantizers(outputs: int, precision: str, backend: str) -> None:
     values, scales, weight, weight_scale, bias = layer(70, 96, outputs, precision)
     truth = exact(values, scales, weight, weight_scale, bias)
     truth = (truth * torch.special.ndtr(truth)).float()
-    expected, expected_scales = kernels.quantize_rows(truth.reshape(-1, 128), precision, road="reference")
+    expected, expected_scales = kernels.quantize_rows(truth.reshape(-1, 128), precision, backend="reference")
     ours, blocks = kernels.scaled_linear(
-        values, scales, weight, weight_scale, bias, activation="gelu", dtype=EIGHT[precision], backend=road
+        values, scales, weight, weight_scale, bias, activation="gelu", dtype=EIGHT[precision], backend=backend
     )
     assert ours.dtype == EIGHT[precision] and blocks.shape == (70, outputs // 128)
-    rtol = 1e-5 if precision == "int8" or road == "reference" else 2**-9
+    rtol = 1e-5 if precision == "int8" or backend == "reference" else 2**-9
     torch.testing.assert_close(blocks.flatten(), expected_scales.flatten(), rtol=rtol, atol=0)
     if precision == "int8":
         off = (ours.flatten().int() - expected.flatten().int()).abs()
@@ -87,31 +87,31 @@ def test_results_in_8_bits_are_the_quantizers(outputs: int, precision: str, road
     assert ((back.flatten(1) - truth).abs() <= step.expand(-1, -1, 128).flatten(1) + relative * truth.abs()).all()
 
 
-@pytest.mark.parametrize(("precision", "road"), READING)
-def test_it_agrees_with_quantized_linear(precision: str, road: str) -> None:
+@pytest.mark.parametrize(("precision", "backend"), READING)
+def test_it_agrees_with_quantized_linear(precision: str, backend: str) -> None:
     values, scales, weight, weight_scale, bias = layer(37, 96, 48, precision)
     x = values.float() * scales
-    expected = kernels.quantized_linear(x, weight, weight_scale, bias, road="reference")
-    again, rows = kernels.quantize_rows(x, precision, road="reference")
-    ours = kernels.scaled_linear(again, rows, weight, weight_scale, bias, dtype=torch.float32, backend=road)
+    expected = kernels.quantized_linear(x, weight, weight_scale, bias, backend="reference")
+    again, rows = kernels.quantize_rows(x, precision, backend="reference")
+    ours = kernels.scaled_linear(again, rows, weight, weight_scale, bias, dtype=torch.float32, backend=backend)
     scale = expected.abs().amax(1, keepdim=True)
     assert ((ours - expected).abs() <= (1e-5 if precision == "int8" else 2**-10) * scale).all()
 
 
-@pytest.mark.parametrize(("precision", "road"), CASES)
-def test_two_layers_hand_8_bits_on(precision: str, road: str) -> None:
+@pytest.mark.parametrize(("precision", "backend"), CASES)
+def test_two_layers_hand_8_bits_on(precision: str, backend: str) -> None:
     """The result of one is the operand of the next; a row that is not finite stays so, and alone."""
     values, scales, weight, weight_scale, bias = layer(20, 64, 256, precision)
     scales[3] = float("nan")
     _, _, second, second_scale, end = layer(1, 256, 24, precision)
     hidden = kernels.scaled_linear(
-        values, scales, weight, weight_scale, bias, activation="quick_gelu", dtype=EIGHT[precision], backend=road
+        values, scales, weight, weight_scale, bias, activation="quick_gelu", dtype=EIGHT[precision], backend=backend
     )
-    out = kernels.scaled_linear(*hidden, second, second_scale, end, dtype=torch.float32, backend=road)
+    out = kernels.scaled_linear(*hidden, second, second_scale, end, dtype=torch.float32, backend=backend)
     truth = exact(*hidden, second, second_scale, end)
     good = torch.arange(20, device=DEVICE) != 3
     assert out[good].isfinite().all() and not out[3].isfinite().any()
-    limit = 1e-5 if precision == "int8" or road == "reference" else 2**-10
+    limit = 1e-5 if precision == "int8" or backend == "reference" else 2**-10
     assert ((out.double() - truth).abs()[good] <= limit * (truth[good].abs().amax(1, keepdim=True) + 1)).all()
 
 

@@ -9,13 +9,13 @@ def assert_as_good_as_reference(
 ) -> None:
     """The limit is relative to plain PyTorch in the same dtype: the kernel's error against float64 may be at most twice the
     reference's own error, plus a floor of four units in the last place of the dtype at the size of the result. The reference
-    itself may be off by 64 units: what both roads share, constants above all, must be right too.
+    itself may be off by 64 units: what both backends share, constants above all, must be right too.
     """
     assert ours.shape == truth.shape and not ours.isnan().any()
     if truth.numel() == 0:
         return
     scale = truth.abs().max().item()
-    # A few units: sums over a row are ordered differently on the two roads.
+    # A few units: sums over a row are ordered differently on the two backends.
     floor = 4 * torch.finfo(reference.dtype).eps * max(scale, 1e-3)
     error = (ours.double() - truth).abs().max().item()
     own = (reference.double() - truth).abs().max().item()

@@ -71,9 +71,9 @@ def test_position_table(case: Case) -> None:
         assert relative(case.objective.classifier.position, case.table[0]) < 1e-6
 
 
-@pytest.mark.parametrize("road", ["reference", "triton"])
-def test_features_and_logits(case: Case, road: str) -> None:
-    with torch.no_grad(), kernels.force_road(road):
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_features_and_logits(case: Case, backend: str) -> None:
+    with torch.no_grad(), kernels.force_backend(backend):
         features = case.objective.classifier.pooled(case.tensors["in.video"])
         logits = case.objective.logits(case.tensors["in.video"])
     assert relative(features, case.tensors["out.features"]) < LIMIT

@@ -68,7 +68,7 @@ def test_work_of_a_clip_is_the_known_one() -> None:
 
 
 def test_a_table_for_more_frames_and_pixels() -> None:
-    """Time is linear with half-pixel centres; space is PyTorch's bicubic (a = -0.75), which bends ramps by 0.05."""
+    """Time is linear with half-pixel centers; space is PyTorch's bicubic (a = -0.75), which bends ramps by 0.05."""
     x = torch.arange(14.0)
     table = torch.stack([x.repeat(14), x.repeat_interleave(14)], 1).repeat(2, 1)
     table[196:] += 100
@@ -114,14 +114,14 @@ def test_uniform_masks() -> None:
 
 
 @pytest.mark.parametrize("kind", ["semantic", "random", "tube"])
-@pytest.mark.parametrize("num_taps", [1, 3])
-def test_lean_teacher_equals_the_full_one_where_it_looks(kind: str, num_taps: int) -> None:
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_lean_teacher_equals_the_full_one_where_it_looks(kind: str, num_layers: int) -> None:
     torch.manual_seed(0)
-    teacher = ClipTeacher(TEACHER, num_taps)
+    teacher = ClipTeacher(TEACHER, num_layers)
     video = torch.randint(256, (2, 4, 32, 32, 3), dtype=torch.uint8)
     out = teacher(video, MaskConfig(kind=kind, ratio=0.5), torch.tensor([1]))
     full, _ = teacher.features(video)
-    picked = full.gather(2, out.visible.long()[None, :, :, None].expand(num_taps, -1, -1, 16))
+    picked = full.gather(2, out.visible.long()[None, :, :, None].expand(num_layers, -1, -1, 16))
     torch.testing.assert_close(out.targets, picked, rtol=1e-4, atol=1e-5)
 
 
@@ -396,10 +396,10 @@ def test_tensors_without_a_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_limits_of_a_mask_are_those_of_its_kernels() -> None:
-    from kernels.semantic_mask import MOST_SCORES, MOST_TOKENS
+    from kernels.semantic_mask import MAX_SCORES, MAX_TOKENS
     from umt_fast.config import core
 
-    assert (core.MOST_TOKENS, core.MOST_SCORES) == (MOST_TOKENS, MOST_SCORES)
+    assert (core.MAX_TOKENS, core.MAX_SCORES) == (MAX_TOKENS, MAX_SCORES)
     for side, kind in ((32, "semantic"), (22, "random"), (64, "tube")):
         student, teacher = VitConfig(image_size=16 * side), TeacherConfig(image_size=16 * side)
         Stage1Config(student=student, teacher=teacher, mask=MaskConfig(kind=kind))

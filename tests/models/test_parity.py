@@ -18,7 +18,7 @@ from umt_fast.models.weights import fit
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 CASES = parity_files("stage1") + parity_files("tubelet2")
-ROADS = ["reference", "triton"]
+BACKENDS = ["reference", "triton"]
 LIMIT = 1e-4
 
 
@@ -64,17 +64,17 @@ class Case:
         self.rectangular = (per_frame.sum(-1) == per_frame.sum(-1)[0, 0]).all().item()
 
     def lean_targets(self) -> torch.Tensor:
-        """The training road's targets at the file's mask instead of a drawn one."""
+        """The training backend's targets at the file's mask instead of a drawn one."""
         teacher = self.objective.teacher
         with torch.no_grad():
-            x, taps = teacher.embed(self.video), []
+            x, features = teacher.embed(self.video), []
             for depth, block in enumerate(teacher.blocks[:-1]):
                 x = block(x)
-                if depth >= len(teacher.blocks) - teacher.num_taps:
-                    taps.append(x)
+                if depth >= len(teacher.blocks) - teacher.num_layers:
+                    features.append(x)
             y = teacher.blocks[-1].ln_1(x)
             k, v = teacher.blocks[-1].attn.project(y, slice(1, 3))
-            return teacher.targets_at(self.visible, x, y, k, v, taps, rectangular=self.rectangular)
+            return teacher.targets_at(self.visible, x, y, k, v, features, rectangular=self.rectangular)
 
     def unit(self, x: torch.Tensor) -> torch.Tensor:
         return x / x.norm(dim=-1, keepdim=True) if self.normalize == "l2" else x
@@ -90,9 +90,9 @@ def test_every_kind_of_case_is_found() -> None:
     assert names == {"stage1", "tubelet2"}
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_teacher(case: Case, road: str) -> None:
-    with kernels.force_road(road):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_teacher(case: Case, backend: str) -> None:
+    with kernels.force_backend(backend):
         features, attention = case.objective.teacher.features(case.video)
         targets = case.lean_targets()
     assert relative(case.unit(features), case.tensors["out.teacher_features"]) < LIMIT
@@ -100,11 +100,11 @@ def test_teacher(case: Case, road: str) -> None:
     assert relative(case.unit(targets), case.tensors["out.targets"]) < LIMIT
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_student_loss_and_every_gradient(case: Case, road: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_student_loss_and_every_gradient(case: Case, backend: str) -> None:
     student = case.objective.student
     student.zero_grad()
-    with kernels.force_road(road):
+    with kernels.force_backend(backend):
         heads = student(case.video, case.visible)
         loss = kernels.align_loss(
             heads, case.lean_targets(), student.norm_weight, student.norm_bias, normalize=case.normalize, loss=case.loss

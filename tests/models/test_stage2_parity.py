@@ -84,8 +84,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(params=["reference", "triton"])
-def road(request: pytest.FixtureRequest):
-    with kernels.force_road(request.param):
+def backend(request: pytest.FixtureRequest):
+    with kernels.force_backend(request.param):
         yield request.param
 
 
@@ -94,7 +94,7 @@ def test_a_case_is_found() -> None:
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
-def test_embeddings(case: Case, road: str, kind: str) -> None:
+def test_embeddings(case: Case, backend: str, kind: str) -> None:
     batch, theirs = case.batch(kind), case.tensors
     tokens, heads = case.model.vision_encoder.embed(batch["video"], batch["visible"], heads=True)
     tower = case.model.vision_encoder
@@ -106,7 +106,7 @@ def test_embeddings(case: Case, road: str, kind: str) -> None:
     assert relative(text[batch["mask"]], theirs["out.text_embeds"][batch["mask"]]) < LIMIT
 
 
-def test_evaluation_pools_each_frame(case: Case, road: str) -> None:
+def test_evaluation_pools_each_frame(case: Case, backend: str) -> None:
     batch, theirs, model = case.batch("video"), case.tensors, case.model
     tokens, _ = model.vision_encoder.embed(batch["video"])
     pooled = model.vision_encoder.pool(tokens, frames=batch["video"].shape[2])
@@ -118,7 +118,7 @@ def test_evaluation_pools_each_frame(case: Case, road: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["video", "image"])
-def test_losses_and_word_logits(case: Case, road: str, kind: str) -> None:
+def test_losses_and_word_logits(case: Case, backend: str, kind: str) -> None:
     batch, theirs, model = case.batch(kind), case.tensors, case.model
     found = stage2_losses(model, Stage2Losses(), **batch)
     for name in ("vtc", "vtm", "mlm"):
@@ -132,7 +132,7 @@ def test_losses_and_word_logits(case: Case, road: str, kind: str) -> None:
     assert relative(logits[batch["mask"]], theirs[f"out.{kind}_mlm_logits"][batch["mask"]]) < LIMIT
 
 
-def test_every_gradient_of_the_four_losses(case: Case, road: str) -> None:
+def test_every_gradient_of_the_four_losses(case: Case, backend: str) -> None:
     model, theirs = case.model, case.tensors
     model.zero_grad()
     found = stage2_losses(
@@ -156,7 +156,7 @@ def test_every_gradient_of_the_four_losses(case: Case, road: str) -> None:
 
 
 @pytest.mark.parametrize("pools", ["every frame, nothing hidden", "every frame, tubes"])
-def test_contrastive_loss_of_the_official_step_that_pools_frames(case: Case, road: str, pools: str) -> None:
+def test_contrastive_loss_of_the_official_step_that_pools_frames(case: Case, backend: str, pools: str) -> None:
     """Without alignment the official step hides nothing and compares captions with every frame; with tubes as well."""
     key = "unaligned" if "nothing" in pools else "tube"
     if f"out.{key}_loss_vtc" not in case.tensors:

@@ -13,7 +13,7 @@ from torch import Tensor
 import kernels
 from tests.parity_files import parity_files
 from umt_fast.config import ConfigError, OptimConfig, TextConfig, VitConfig
-from umt_fast.config.core import MOST_SCORES
+from umt_fast.config.core import MAX_SCORES
 from umt_fast.engine.optim import build_optimizer, parameter_groups
 from umt_fast.engine.schedule import warmup_cosine
 from umt_fast.engine.sharding import load_states
@@ -144,16 +144,16 @@ def test_a_batch_of_one_sample_still_draws() -> None:
         assert counts[row] == 0 and min(counts[:row] + counts[row + 1 :]) > 80
 
 
-@pytest.mark.parametrize("road", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("path", parity_files("alignment"), ids=name)
-def test_alignment_by_every_normalisation_and_distance(path: Path, road: str) -> None:
+def test_alignment_by_every_normalisation_and_distance(path: Path, backend: str) -> None:
     tensors, _ = read(path)
     compared = 0
     for key, value in tensors.items():
         if key.startswith("out."):
             _, normalize, loss = key.split(".")
             heads = tensors["in.heads"].clone().requires_grad_()
-            with kernels.force_road(road):
+            with kernels.force_backend(backend):
                 found = kernels.align_loss(
                     heads,
                     tensors["in.targets"],
@@ -294,7 +294,7 @@ def test_masks_hide_as_many_as_officially(path: Path) -> None:
         assert seen["tube"] == grid.size - row[column["tube: masked in all"]]
         assert num_visible(grid.per_frame, ratio) == grid.per_frame - row[column["tube: masked per frame"]]
         for kind, drawn in (("random", grid.size), ("tube", grid.per_frame)):
-            if drawn > MOST_SCORES:
+            if drawn > MAX_SCORES:
                 with pytest.raises(ValueError, match=f"{drawn} tokens"):
                     draw_uniform(kind, 2, grid, ratio, torch.tensor([7]))
                 continue

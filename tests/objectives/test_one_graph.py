@@ -90,12 +90,12 @@ def test_norms_of_the_teacher_are_one_kernel_each_on_a_gpu(hopper: None) -> None
         batch, seed = clips(), torch.empty(1, dtype=torch.int64)
         waits.names.clear()
         teacher(batch["video"], settings.mask, seed)
-    # ln_pre, six of blocks, ln_post of two taps.
+    # ln_pre, six of blocks, ln_post of two layers.
     assert waits.names.count("umt_kernels::gather_norm") == 9 and "aten::native_layer_norm" not in waits.names
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_quantising_is_one_kernel_on_a_gpu(precision: str, hopper: None) -> None:
+def test_quantizing_is_one_kernel_on_a_gpu(precision: str, hopper: None) -> None:
     settings = config(16)
     settings.run.dtype, settings.teacher.depth, settings.teacher.precision = "bf16", 3, precision
     with imagined("cuda") as waits:
@@ -123,7 +123,7 @@ def test_forward_of_stage_2_on_a_gpu_never_waits(uta: float, hopper: None) -> No
 
 def test_backward_and_update_never_wait() -> None:
     """On imagined CPU tensors: the backward pass of imagined GPU tensors needs a real GPU."""
-    with kernels.force_road("triton"), imagined("cpu") as waits:
+    with kernels.force_backend("triton"), imagined("cpu") as waits:
         objective = UnmaskedAlignment(config(16)).train()
         optimizer = build_optimizer(objective.trainable, config(16).optim, lr=1e-3)
         loss = objective(clips(), torch.empty(1, dtype=torch.int64))["loss"]
@@ -222,7 +222,7 @@ STEPS = {precision: functools.partial(stage1, precision) for precision in ("nati
 
 @pytest.mark.parametrize("make", STEPS.values(), ids=STEPS)
 def test_the_objective_is_one_graph_on_a_gpu(make: Callable, hopper: None) -> None:
-    """The roads that only CUDA tensors in bf16 take; the tracer needs no GPU."""
+    """The backends that only CUDA tensors in bf16 take; the tracer needs no GPU."""
     torch.compiler.reset()
     with FakeTensorMode():
         with torch.device("cuda"):
@@ -237,7 +237,7 @@ def test_the_objective_is_one_graph_on_a_gpu(make: Callable, hopper: None) -> No
         loss = torch.compile(objective.train(), fullgraph=True, dynamic=False, backend=keep)(batch, seed)["loss"]
     assert loss.device.type == "cuda" and loss.dtype == torch.float32
     targets = [str(node.target) for node in graphs[0].graph.nodes]
-    assert any("umt_kernels" in target for target in targets), "the Triton road"
+    assert any("umt_kernels" in target for target in targets), "the Triton backend"
     assert not any("quantize" in target for target in targets), "what a compiler fuses"
     if "image_video" in batch:
         assert any("varlen" in target for target in targets), "packed attention"

@@ -48,8 +48,8 @@ def test_without_alignment_every_token_is_seen_and_every_frame_pooled(packed: bo
     if packed:
         return
     model = module.model
-    taps = model.vision_encoder.encoder(clips.video, None, 1)
-    tokens = model.vision_encoder.encoder.norm(taps[-1])
+    features = model.vision_encoder.encoder(clips.video, None, 1)
+    tokens = model.vision_encoder.encoder.norm(features[-1])
     frames = torch.stack([model.vision_encoder.pool_norm(tokens[:, 16 * t : 16 * t + 16].mean(1)) for t in range(2)], 1)
     frames = F.normalize(model.vision_proj(frames), dim=-1)
     text = F.normalize(model.text_proj(model.text_encoder.encode(clips.ids, clips.mask)[:, 0]), dim=-1)
@@ -119,7 +119,7 @@ def test_the_temperature_is_bounded_within_a_compiled_step() -> None:
 
 
 def test_stage_2_aligns_as_align_says() -> None:
-    """mse over unit vectors of D channels is the default loss / D; unnormalised ones are another number."""
+    """mse over unit vectors of D channels is the default loss / D; unnormalized ones are another number."""
     default, mse, raw = (
         objective(small(align=AlignConfig(num_layers=2, **options)))
         for options in ({}, {"loss": "mse"}, {"normalize": "none", "loss": "smooth_l1"})
@@ -165,7 +165,7 @@ def count_of(module: torch.nn.Module, batch: dict[str, Tensor]) -> float:
     import kernels
 
     # The fused attention of a CPU is no product that torch counts; its definition is two.
-    with kernels.force_road("reference"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with kernels.force_backend("reference"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module(batch, torch.tensor([5]))["loss"].backward()
     return counter.get_total_flops()
 

@@ -1,4 +1,4 @@
-"""The fast road of stage 1 against the plain one: same weights, same mask, same loss and gradients."""
+"""The fast implementation of stage 1 against the plain one: same weights, same mask, same loss and gradients."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def small(teacher_pixels: int, teacher_patch: int) -> Stage1Config:
 
 
 @pytest.mark.parametrize(("teacher_pixels", "teacher_patch"), [(64, 16), (56, 14)])
-def test_roads_agree(teacher_pixels: int, teacher_patch: int) -> None:
+def test_implementations_agree(teacher_pixels: int, teacher_patch: int) -> None:
     torch.manual_seed(0)
     config = small(teacher_pixels, teacher_patch)
     fast, plain = UnmaskedAlignment(config), PlainStage1(config)
@@ -62,7 +62,7 @@ def test_plain_mask_keeps_the_official_number_per_frame() -> None:
 
 
 def test_plain_teacher_heeds_a_cpus_autocast() -> None:
-    # Of an even number of heads: nn.MultiheadAttention's own road, which does not, takes no other.
+    # Of an even number of heads: nn.MultiheadAttention's own implementation, which does not, takes no other.
     config = TeacherConfig(width=64, depth=2, num_heads=4, image_size=64, output_dim=32, weights="untrained")
     teacher = PlainTeacher(config, 2, "l2").requires_grad_(False).eval()
     found = []
@@ -74,9 +74,11 @@ def test_plain_teacher_heeds_a_cpus_autocast() -> None:
     assert found == 2 * [torch.bfloat16]
 
 
-@pytest.mark.parametrize("road", ["fast", "plain"])
-def test_bench_reports_what_it_measured(road: str) -> None:
-    case = Case(model="tiny", batch_size=2, device=torch.device("cpu"), dtype="fp32", road=road, steps=2)
+@pytest.mark.parametrize("implementation", ["fast", "plain"])
+def test_bench_reports_what_it_measured(implementation: str) -> None:
+    case = Case(
+        model="tiny", batch_size=2, device=torch.device("cpu"), dtype="fp32", implementation=implementation, steps=2
+    )
     result = stage1.measure(case)
     assert result["clips_per_s"] > 0 and result["matmul_tflops"] > 0 and result["peak_memory_gib"] > 0
     assert sum(result["ms_per_part"].values()) > 0

@@ -1,10 +1,10 @@
-"""The fast road of stage 2 against the plain one: same weights, masks, words and negatives, same losses and gradients."""
+"""Stage 2, fast against plain: same weights, masks, words and negatives, same losses and gradients."""
 
 import pytest
 import torch
 
 from umt_fast.bench import stage2
-from umt_fast.bench.measure import Case, normalised
+from umt_fast.bench.measure import Case, normalized
 from umt_fast.config import ConfigError, Stage2Config
 from umt_fast.reference.stage2 import PlainStage2, Words
 from umt_fast.tasks.video_text import VideoTextPretraining
@@ -17,7 +17,7 @@ def small() -> Stage2Config:
 
 
 @pytest.mark.parametrize("media", ["video", "image"])
-def test_roads_agree(media: str) -> None:
+def test_implementations_agree(media: str) -> None:
     torch.manual_seed(0)
     config, batch = small(), 3
     fast = VideoTextPretraining(config, mask_id=stage2.MASK_ID, special=stage2.SPECIAL)
@@ -34,11 +34,11 @@ def test_roads_agree(media: str) -> None:
     ours = fast.losses([pairs._replace(negatives=negatives)])
     ours["loss"].backward()
 
-    features, attention = plain.teacher(normalised(video))
+    features, attention = plain.teacher(normalized(video))
     hidden = torch.ones(batch, frames * 16, dtype=torch.bool).scatter_(1, pairs.visible.long(), False)
     assert (~hidden).sum() == (~plain.draw_mask(attention, batch)).sum()
     words = Words(pairs.ids, pairs.mask, pairs.masked_ids, pairs.labels)
-    theirs = plain.losses(normalised(video), features, hidden, words, captions["sample"], negatives)
+    theirs = plain.losses(normalized(video), features, hidden, words, captions["sample"], negatives)
     sum(theirs.values()).backward()
 
     assert theirs.keys() == {"vtc", "vtm", "mlm", "uta"} == ours.keys() - {"loss"}
@@ -69,9 +69,11 @@ def test_plain_words_are_hidden_by_the_official_shares() -> None:
 
 
 @pytest.mark.parametrize("media", ["video", "image"])
-@pytest.mark.parametrize("road", ["fast", "plain"])
-def test_bench_reports_what_it_measured(road: str, media: str) -> None:
-    case = Case(model="tiny", batch_size=2, device=torch.device("cpu"), dtype="fp32", road=road, steps=2)
+@pytest.mark.parametrize("implementation", ["fast", "plain"])
+def test_bench_reports_what_it_measured(implementation: str, media: str) -> None:
+    case = Case(
+        model="tiny", batch_size=2, device=torch.device("cpu"), dtype="fp32", implementation=implementation, steps=2
+    )
     result = stage2.measure(case, media)
     assert result["bench"] == "stage2" and result["media"] == media and result["peak_memory_gib"] > 0
     assert sum(result["ms_per_part"].values()) > 0

@@ -18,13 +18,13 @@ def test_every_part_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         config.run.max_steps = 2
         return config
 
-    monkeypatch.setattr(quickstart, "WORLD", {"train": 48, "test": 24, "labelled": 24})
+    monkeypatch.setattr(quickstart, "WORLD", {"train": 48, "test": 24, "labeled": 24})
     monkeypatch.setattr(quickstart, "CLIP_STEPS", 3)
     monkeypatch.setattr(recipe, "load", shortened)
     report = quickstart.run(tmp_path, stage2=True)
     results = json.loads((tmp_path / "results.json").read_text())
 
-    assert results["labelled clips"]["good"] == 24 and results["captioned clips"]["good"] == 48
+    assert results["labeled clips"]["good"] == 24 and results["captioned clips"]["good"] == 48
     for scores in (results["comparison"]["motion"], results["comparison"]["scene"]):
         assert set(scores) == {"pretrained", "scratch", "teacher"} and all(0 <= score <= 1 for score in scores.values())
     assert results["foreground"]["ratio"] > 0

@@ -20,11 +20,11 @@ def test_labels_are_true() -> None:
         assert tuple(np.sign(way)) == world.DIRECTIONS[scene.thing.direction]
         assert scene.motion_label == list(world.DIRECTIONS).index(scene.thing.direction)
         assert scene.thing.direction in scene.caption and scene.thing.direction not in scene.still_caption
-        assert scene.pattern in scene.still_caption and scene.thing.colour in scene.still_caption
+        assert scene.pattern in scene.still_caption and scene.thing.color in scene.still_caption
 
 
 def test_the_patterned_thing_is_the_one_with_a_pattern() -> None:
-    """Neighbouring rows or columns differ inside it; plain things are flat but for noise."""
+    """Neighboring rows or columns differ inside it; plain things are flat but for noise."""
     for number in range(20):
         scene = world.draw_scene(4, number)
         picture = world.render(scene)[8].astype(float).mean(2)
@@ -51,7 +51,7 @@ def test_frames_out_of_order_tell_the_axis_and_not_the_sign() -> None:
     def frame_of(scene: world.Scene, frame: int) -> list[float]:
         rows = []
         for thing in (scene.thing, *scene.plain):
-            x, y = thing.centre(frame)
+            x, y = thing.center(frame)
             rows += [x, y, x * x, y * y, x * y, x**3, y**3, thing.radius]
         return rows
 
@@ -64,12 +64,12 @@ def test_frames_out_of_order_tell_the_axis_and_not_the_sign() -> None:
 
 
 def test_build_writes_a_readable_world_once(tmp_path: Path) -> None:
-    numbers = {"seed": 3, "train": 6, "test": 2, "labelled": 4, "workers": 1}
+    numbers = {"seed": 3, "train": 6, "test": 2, "labeled": 4, "workers": 1}
     world.build(tmp_path, **numbers)
     clips = read_list(tmp_path / "train_motion.csv", DataConfig())
     scenes = world.read_scenes(tmp_path, "train")
     assert [clip.label for clip in clips] == [scene.motion_label for scene in scenes]
-    assert len(read_list(tmp_path / "labelled_scene.csv", DataConfig())) == 4
+    assert len(read_list(tmp_path / "labeled_scene.csv", DataConfig())) == 4
     frames = decode_frames(clips[0].path, lambda count: np.arange(count))
     assert frames.shape == (world.FRAMES, world.SIZE, world.SIZE, 3)
     # Compression changes pixels, not the picture.
@@ -80,7 +80,7 @@ def test_build_writes_a_readable_world_once(tmp_path: Path) -> None:
 
 
 def test_a_caption_of_the_test_split_has_one_right_clip(tmp_path: Path) -> None:
-    numbers = {"seed": 3, "train": 1, "test": 60, "labelled": 1, "workers": 1}
+    numbers = {"seed": 3, "train": 1, "test": 60, "labeled": 1, "workers": 1}
     world.build(tmp_path, **numbers)
     scenes = world.read_scenes(tmp_path, "test")
     entries = json.loads((tmp_path / "test_captions.json").read_text())

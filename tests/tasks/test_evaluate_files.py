@@ -26,7 +26,7 @@ def train(out: Path, base: list[str], steps: int, *more: object) -> Path:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = sample_world.build(tmp_path_factory.mktemp("world"), seed=0, train=6, test=5, labelled=1, workers=1)
+    folder = sample_world.build(tmp_path_factory.mktemp("world"), seed=0, train=6, test=5, labeled=1, workers=1)
     write_vocabulary(folder / "words", folder / "train_captions.json")
     return folder
 

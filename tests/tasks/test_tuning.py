@@ -49,7 +49,7 @@ def without_attention(names: list[str]) -> set[str]:
 @pytest.fixture
 def every_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that computes in all of them."""
-    monkeypatch.setattr("kernels.quantized_road", lambda precision, device: "any")
+    monkeypatch.setattr("kernels.quantized_backend", lambda precision, device: "any")
 
 
 def test_what_may_be_chosen(every_precision: None) -> None:
@@ -78,7 +78,7 @@ def test_a_precision_the_device_has_not_is_no_candidate(monkeypatch: pytest.Monk
             raise ValueError("needs Hopper")
         return "any"
 
-    monkeypatch.setattr("kernels.quantized_road", refuse)
+    monkeypatch.setattr("kernels.quantized_backend", refuse)
     config = tiny.tiny()
     config.run.tune_axes = ("precision",)
     assert labels(config, Ranks(0, 1, GPU)) == ["eager", "eager, teacher int8"]

@@ -53,7 +53,7 @@ def test_a_step_never_waits(kind: str) -> None:
         assert values["loss"].device.type == "cuda" and waits.count > 100
     assert waits.found == []
     # On imagined CPU tensors: the backward pass of imagined GPU tensors needs a real GPU.
-    with kernels.force_road("triton"), imagined("cpu") as waits:
+    with kernels.force_backend("triton"), imagined("cpu") as waits:
         objective = objective_of(kind)
         optimizer = build_optimizer(objective.trainable, OptimConfig(), lr=1e-3)
         loss = objective(batch_of(kind), torch.empty(1, dtype=torch.int64))["loss"]

@@ -1,1 +1,1 @@
-"""Timed training steps, each beside the plain road it is meant to beat."""
+"""Timed training steps, each beside the plain implementation it is meant to beat."""

@@ -60,24 +60,24 @@ class Case:
     batch_size: int
     device: torch.device
     dtype: str
-    road: str
+    implementation: str
     steps: int
     compiled: bool = False
     precision: TeacherPrecision = "native"
 
     @functools.cached_property
     def computed_in(self) -> str:
-        """What the step really computes in, on every road: nobody is measured emulating a dtype."""
+        """What the step really computes in, on every implementation: nobody is measured emulating a dtype."""
         return usable_dtype(self.dtype, self.device)
 
     def measure(self, bench: str, make: Callable[[], Steps], flops: float) -> dict[str, object]:
         """Times `steps` steps after two warm-up steps; every figure of the JSON line, by name.
 
-        make builds the road; flops: what a step of the fast road needs. They are what both roads are credited with: the
-        plain road's wasted operations are not. The matmul rate is measured after each step: a shared machine's changes.
+        make builds the implementation. flops: what a step of the fast one needs; both are credited with these, so that wasted
+        operations do not count. The matmul rate is measured after each step: a shared machine's changes.
         """
         computed = self.computed_in
-        if self.road == "fast" and self.device.type == "cpu":
+        if self.implementation == "fast" and self.device.type == "cpu":
             keep_freed_memory()  # as every run does
         torch.manual_seed(0)
         step, timed = make()
@@ -99,7 +99,7 @@ class Case:
         return {
             "bench": bench,
             "model": self.model,
-            "road": self.road,
+            "implementation": self.implementation,
             "compiled": self.compiled,
             "device": torch.cuda.get_device_name(self.device) if gpu else platform.processor() or "cpu",
             "threads": torch.get_num_threads(),
@@ -132,8 +132,8 @@ def checked_case(*, device: str, compiled: bool = False, **values: object) -> Ca
         raise ConfigError(f"batch_size is {case.batch_size} and steps is {case.steps}; both must be at least 1")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no GPU; use --device cpu")
-    if compiled and case.road == "plain":
-        raise ConfigError("compile is for the fast road; the plain road is the official eager step")
+    if compiled and case.implementation == "plain":
+        raise ConfigError("compile is for the fast implementation; the plain implementation is the official eager step")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     return Case(device=torch.device(name), compiled=compiled, **values)
 
@@ -149,7 +149,7 @@ def random_video(batch_size: int, frames: int, side: int, device: torch.device) 
     return torch.randint(256, (batch_size, frames, side, side, 3), dtype=torch.uint8, generator=generator).to(device)
 
 
-def normalised(video: Tensor) -> Tensor:
+def normalized(video: Tensor) -> Tensor:
     """uint8 (B, T, H, W, 3) -> fp32 (B, 3, T, H, W), as the official loader delivers clips."""
     mean, std = (torch.tensor(values, device=video.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((video / 255 - mean) / std).permute(0, 4, 1, 2, 3).contiguous()

@@ -1,8 +1,8 @@
 """`bench stage1 --profile True`: what each part of a step costs beside what it could cost at best.
 
-A part's floor is the larger of its FLOPs over the matmul rate and its bytes over the copy rate, both measured in the same
+A part's bound is the larger of its FLOPs over the matmul rate and its bytes over the copy rate, both measured in the same
 run. FLOPs and bytes are counted from shapes: matrix products, and what these and the passes between them read and write
-when every elementwise operation is fused into a neighbour. The parts are timed eagerly within whole steps, the device
+when every elementwise operation is fused into a neighbor. The parts are timed eagerly within whole steps, the device
 waited for at each boundary.
 
 Legend: B clips, T frames, L patches a frame, N = T * L, n visible tokens a clip, C width, K aligned layers, D output width.
@@ -179,15 +179,15 @@ def profile(config: Stage1Config, device: torch.device, steps: int) -> dict[str,
     parts = []
     for name, taken in clock.milliseconds().items():
         cost = cost_of[name]
-        floor = 1e3 * max(cost.flops / rates["matmul"], cost.bytes / rates["copy"])
+        bound = 1e3 * max(cost.flops / rates["matmul"], cost.bytes / rates["copy"])
         parts.append(
             {
                 "part": name,
                 "ms": taken,
                 "gflop": round(cost.flops / 1e9, 3),
                 "mb": round(cost.bytes / 1e6, 3),
-                "floor_ms": round(floor, 3),
-                "share_of_floor": round(floor / taken, 3),
+                "bound_ms": round(bound, 3),
+                "share_of_bound": round(bound / taken, 3),
             }
         )
     state = [value for entry in optimizer.state.values() for value in entry.values()]
@@ -209,12 +209,12 @@ def profile(config: Stage1Config, device: torch.device, steps: int) -> dict[str,
 def table(found: dict[str, object]) -> str:
     """The profile for people: a line for each part, their sum, the rates and the memory."""
     parts = found["parts"]
-    lines = ["| part | ms | GFLOP | MB | floor ms | share of floor |", "| --- | --- | --- | --- | --- | --- |"]
-    total = {key: sum(row[key] for row in parts) for key in ("ms", "gflop", "mb", "floor_ms")}
-    for row in [*parts, {"part": "sum", **total, "share_of_floor": total["floor_ms"] / total["ms"]}]:
+    lines = ["| part | ms | GFLOP | MB | bound ms | share of bound |", "| --- | --- | --- | --- | --- | --- |"]
+    total = {key: sum(row[key] for row in parts) for key in ("ms", "gflop", "mb", "bound_ms")}
+    for row in [*parts, {"part": "sum", **total, "share_of_bound": total["bound_ms"] / total["ms"]}]:
         lines.append(
-            f"| {row['part']} | {row['ms']:.1f} | {row['gflop']:.1f} | {row['mb']:.1f} | {row['floor_ms']:.1f} | "
-            f"{100 * row['share_of_floor']:.0f}% |"
+            f"| {row['part']} | {row['ms']:.1f} | {row['gflop']:.1f} | {row['mb']:.1f} | {row['bound_ms']:.1f} | "
+            f"{100 * row['share_of_bound']:.0f}% |"
         )
     memory = ", ".join(f"{name} {value:.2f}" for name, value in found["memory_gib"].items())
     lines.append(

@@ -1,8 +1,8 @@
 """`bench stage1`: times a whole pre-training step on random clips and prints one JSON line.
 
-The fast road is the objective that `train` runs; the plain road is `reference/stage1.py`. A step is teacher, mask, student,
-loss, backward and optimizer; the video is on the device when the clock starts (uint8 for the fast road, normalised fp32
-for the plain one, as each trainer delivers it).
+The fast implementation is the objective that `train` runs; the plain one is `reference/stage1.py`.
+A step is teacher, mask, student, loss, backward and optimizer. The video is on the device when the clock starts, as each
+trainer delivers it: uint8 for the fast implementation, normalized fp32 for the plain one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from umt_fast.bench.measure import (
     Steps,
     autocast,
     checked_case,
-    normalised,
+    normalized,
     random_video,
 )
 from umt_fast.config import AlignConfig, ConfigError, RunConfig, Stage1Config, TeacherPrecision
@@ -83,7 +83,7 @@ def fast_steps(config: Stage1Config, video: Tensor, device: torch.device, compil
 def plain_steps(config: Stage1Config, video: Tensor, device: torch.device) -> Steps:
     """The official step: see reference/stage1.py."""
     torch.backends.cudnn.benchmark = True  # as the official script sets it
-    pixels = normalised(video)
+    pixels = normalized(video)
     objective = PlainStage1(config).to(device).train()
     fill_at_random(objective.teacher)
     parameters = list(objective.student.parameters())
@@ -129,11 +129,13 @@ def measure(case: Case) -> dict[str, object]:
     """Every figure of the JSON line, by name; see Case.measure."""
     config = stage1_config(case.model, case.batch_size, case.computed_in, case.precision)
     video = random_video(case.batch_size, config.student.num_frames, config.student.image_size, case.device)
-    roads = {
+    implementations = {
         "fast": lambda: fast_steps(config, video, case.device, case.compiled),
         "plain": lambda: plain_steps(config, video, case.device),
     }
-    return case.measure("stage1", roads[case.road], UnmaskedAlignment.flops_of(config) * case.batch_size)
+    return case.measure(
+        "stage1", implementations[case.implementation], UnmaskedAlignment.flops_of(config) * case.batch_size
+    )
 
 
 def main(
@@ -141,7 +143,7 @@ def main(
     batch_size: int = 4,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["bf16", "fp32"] = "bf16",
-    road: Literal["fast", "plain"] = "fast",
+    implementation: Literal["fast", "plain"] = "fast",
     steps: int = 5,
     compile: bool = False,
     precision: TeacherPrecision = "native",
@@ -153,15 +155,17 @@ def main(
         model: Student; the teacher is the official one of that size, untrained.
         batch_size: Clips per step.
         device: Where; auto takes a GPU if there is one.
-        dtype: Compute precision; the fast road computes in fp32 where a CPU has no bf16 instructions (see `computed_in`).
-        road: fast is what `train` runs; plain does what the official step does.
+        dtype: Compute precision; the fast implementation uses fp32 where a CPU has no bf16 instructions (see `computed_in`).
+        implementation: fast is what `train` runs; plain does what the official step does.
         steps: Timed steps, after two that are not.
-        compile: torch.compile the objective (fast road only).
-        precision: As --teacher.precision of a run (fast road only).
-        profile: Time the parts beside their floors instead, as a table on stderr and a JSON line (fast road only).
+        compile: torch.compile the objective (fast implementation only).
+        precision: As --teacher.precision of a run (fast implementation only).
+        profile: Time the parts beside their bounds instead, as a table on stderr and a JSON line (fast implementation only).
     """
-    if road == "plain" and (profile or precision != "native"):
-        raise ConfigError("precision and profile are for the fast road; the plain one is the official eager step")
+    if implementation == "plain" and (profile or precision != "native"):
+        raise ConfigError(
+            "precision and profile are for the fast implementation; the plain one is the official eager step"
+        )
     if compile and profile:
         raise ConfigError("profile times the parts of an eager step; leave compile out")
     case = checked_case(
@@ -169,7 +173,7 @@ def main(
         batch_size=batch_size,
         device=device,
         dtype=dtype,
-        road=road,
+        implementation=implementation,
         steps=steps,
         compiled=compile,
         precision=precision,

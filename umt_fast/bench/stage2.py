@@ -1,9 +1,9 @@
 """`bench stage2`: times a whole stage-2 step on random captioned clips or images and prints one JSON line.
 
-The fast road is the objective that `train` runs; the plain road is `reference/stage2.py`. A step is teacher, mask, tower,
-text, the four losses, backward and optimizer. Clips and token ids are on the device when the clock starts (uint8 and padded
-to the batch's longest for the fast road; normalised fp32 and padded to the longest allowed for the plain one, as each
-trainer delivers them); the official step also tokenises, which is left out here.
+The fast implementation is the objective that `train` runs; the plain one is `reference/stage2.py`.
+A step is teacher, mask, tower, text, the four losses, backward and optimizer. Clips and token ids are on the device when the
+clock starts, as each trainer delivers them. For the fast implementation they are uint8 and padded to the batch's longest; for
+the plain one, normalized fp32 and padded to the longest allowed. The official step also tokenizes, which is left out here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from umt_fast.bench.measure import (
     Steps,
     autocast,
     checked_case,
-    normalised,
+    normalized,
     random_video,
 )
 from umt_fast.config import AlignConfig, ConfigError, RunConfig, Stage2Config, TextConfig
@@ -105,7 +105,7 @@ def fast_steps(
 
 def plain_steps(config: Stage2Config, video: Tensor, captions: dict[str, Tensor], device: torch.device) -> Steps:
     """The official step: see reference/stage2.py."""
-    pixels = normalised(video)
+    pixels = normalized(video)
     objective = PlainStage2(config, MASK_ID).to(device).train()
     fill_at_random(objective.teacher)
     optimizer = official_optimizer(list(objective.model.parameters()), config.optim)
@@ -143,12 +143,12 @@ def measure(case: Case, media: Media) -> dict[str, object]:
     frames = config.student.num_frames if media == "video" else config.student.tubelet_size
     video = random_video(case.batch_size, frames, config.student.image_size, case.device)
     captions = random_captions(config, case.device)
-    roads = {
+    implementations = {
         "fast": lambda: fast_steps(config, video, captions, case.device, case.compiled),
         "plain": lambda: plain_steps(config, video, captions, case.device),
     }
     flops = VideoTextPretraining.flops_of(config, image=media == "image") * case.batch_size
-    return case.measure("stage2", roads[case.road], flops) | {"media": media}
+    return case.measure("stage2", implementations[case.implementation], flops) | {"media": media}
 
 
 def main(
@@ -156,7 +156,7 @@ def main(
     batch_size: int = 4,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["bf16", "fp32"] = "bf16",
-    road: Literal["fast", "plain"] = "fast",
+    implementation: Literal["fast", "plain"] = "fast",
     steps: int = 5,
     media: Media = "video",
     compile: bool = False,
@@ -167,14 +167,20 @@ def main(
         model: Tower and text of this size; the teacher is the official one, untrained.
         batch_size: Clips, or images, per step.
         device: Where; auto takes a GPU if there is one.
-        dtype: Compute precision; the fast road computes in fp32 where a CPU has no bf16 instructions (see `computed_in`).
-        road: fast is what `train` runs; plain does what the official step does.
+        dtype: Compute precision; the fast implementation uses fp32 where a CPU has no bf16 instructions (see `computed_in`).
+        implementation: fast is what `train` runs; plain does what the official step does.
         steps: Timed steps, after two that are not.
         media: Clips of four frames with 80% of the tokens hidden, or images with 50%.
-        compile: torch.compile the objective (fast road only).
+        compile: torch.compile the objective (fast implementation only).
     """
     case = checked_case(
-        model=model, batch_size=batch_size, device=device, dtype=dtype, road=road, steps=steps, compiled=compile
+        model=model,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        implementation=implementation,
+        steps=steps,
+        compiled=compile,
     )
     if batch_size < 2:
         raise ConfigError("batch_size is 1; a hard negative needs a second pair in the batch")

@@ -69,7 +69,7 @@ def command(
     written as a whole at the end. Under torchrun the ranks share the clips.
 
     Args:
-        source: A video, a folder of videos (with its subfolders) or one that `prepare` wrote, a list of labelled clips, a
+        source: A video, a folder of videos (with its subfolders) or one that `prepare` wrote, a list of labeled clips, a
             manifest, or captions (.json, SQLite or tar files), whose texts are not read.
         weights: A checkpoint, weights, a folder of save_pretrained, or an official file, by path or released name.
         out: The .safetensors file to write; `search --in` reads it.
@@ -78,7 +78,7 @@ def command(
         image_size: With --model: pixels per side, likewise.
         batch_size: Clips per rank and step.
         workers: Decoding processes.
-        separator: Field separator of a list of labelled clips.
+        separator: Field separator of a list of labeled clips.
         root: Folder put before relative paths; empty: the list's own folder.
         frame_pattern: File name of frame i (from 1) in a list of frame folders.
         max_seconds: Only the first so many seconds of a clip are looked at; 0: all of it.

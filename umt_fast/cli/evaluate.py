@@ -42,13 +42,13 @@ def command(
 ) -> None:
     """Judge a model on unseen clips. A checkpoint or converted file of umt_fast says by itself what it holds.
 
-    One view of each clip: the centred square for accuracy, the whole frame for retrieval. Under torchrun the ranks share
+    One view of each clip: the centered square for accuracy, the whole frame for retrieval. Under torchrun the ranks share
     the clips and the first one reports.
 
     Args:
         checkpoint: A classifier (top-1 and top-5), or stage-2 weights (zero-shot retrieval): a run's checkpoint-*, or weights
             alone, ours or official, flat or under `model` or `module`.
-        list_path: Labelled clips, or captions (.json, SQLite or tar files).
+        list_path: Labeled clips, or captions (.json, SQLite or tar files).
         model: What a file is of that does not say it: umt_b16 or umt_l16 (stage 2), umt_b16_ft or umt_l16_ft (classifiers),
             or the recipe it was trained with, as NAME:VARIANT or PAGE.py:VARIANT.
         num_frames: With --model: frames of a clip; 0: as the file's position table or the model says.
@@ -62,7 +62,7 @@ def command(
         max_seconds: Only the first so many seconds of a clip are looked at (DiDeMo 30); 0: all of it.
         memory_gib: Main memory of a rank for kept vision tokens and text outputs; beyond it a file in TMPDIR (retrieval).
         workers: Decoding processes.
-        separator: Field separator of a list of labelled clips.
+        separator: Field separator of a list of labeled clips.
         root: Folder put before relative paths; empty: the list's own folder.
         frame_pattern: File name of frame i (from 1) in a list of frame folders.
         tokenizer: Tokenizer of a stage-2 model, by name or a folder with a vocab.txt; empty: as the run was given it, or the

@@ -16,7 +16,7 @@ CLIP_TEXT_LENGTH = 77
 CLIP_TEXT_WORDS = 49408
 
 # Tokens among which kernels.semantic_mask and kernels.sample_visible draw at most.
-MOST_TOKENS, MOST_SCORES = 1024, 4096
+MAX_TOKENS, MAX_SCORES = 1024, 4096
 
 
 class ConfigError(ValueError):

@@ -46,7 +46,7 @@ class DataConfig:
     """Augmented crops per decoded clip (repeated augmentation); for the random crops alone."""
     augment: Literal["multi_scale_crop", "random_resized_crop", "center", "whole"] = "multi_scale_crop"
     """`multi_scale_crop` as in stage 1, `random_resized_crop` (50 to 100% of the area) as in stage 2; `center`: the largest
-    centred square, `whole`: the frame pressed into a square, as retrieval is judged officially. Frames are resized bilinearly
+    centered square, `whole`: the frame pressed into a square, as retrieval is judged officially. Frames are resized bilinearly
     as Pillow does; for `random_resized_crop` and `whole` bicubically without antialiasing, as the official stage 2 does."""
     flip: bool | None = None
     """Mirror each crop with probability one half; None: yes for the random crops, no for `center` and `whole`."""

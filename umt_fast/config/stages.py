@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from umt_fast.config.core import MOST_SCORES, MOST_TOKENS, check_numbers, require
+from umt_fast.config.core import MAX_SCORES, MAX_TOKENS, check_numbers, require
 from umt_fast.config.models import AlignConfig, MaskConfig, Stage2Losses, TeacherConfig, TextConfig, VitConfig
 from umt_fast.config.run import DataConfig, OptimConfig, RunConfig
 
@@ -40,7 +40,7 @@ def _check_mask(name: str, mask: MaskConfig, student: VitConfig, frames: int) ->
     """
     frame = (student.image_size // student.patch_size) ** 2
     clip = frame * (frames // student.tubelet_size)
-    drawn = {"semantic": (frame, MOST_TOKENS), "random": (clip, MOST_SCORES), "tube": (frame, MOST_SCORES)}
+    drawn = {"semantic": (frame, MAX_TOKENS), "random": (clip, MAX_SCORES), "tube": (frame, MAX_SCORES)}
     tokens, most = drawn[mask.kind]
     where = "a clip" if mask.kind == "random" else "a frame"
     others = " or ".join(repr(kind) for kind, (count, limit) in drawn.items() if count <= limit)

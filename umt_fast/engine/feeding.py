@@ -61,7 +61,7 @@ class CudaLane:
 
 
 def pinned_bytes(count: int) -> Tensor:
-    """Uninitialised host memory that a GPU can read by itself."""
+    """Uninitialized host memory that a GPU can read by itself."""
     return torch.empty(count, dtype=torch.uint8, pin_memory=True)
 
 

@@ -56,7 +56,7 @@ class NonFiniteError(RuntimeError):
 
 
 def step_seed(*numbers: int) -> int:
-    """A 63-bit seed from small numbers (splitmix64 over each in turn); neighbours give unrelated seeds."""
+    """A 63-bit seed from small numbers (splitmix64 over each in turn); neighbors give unrelated seeds."""
     state = 0
     for number in numbers:
         state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import TextConfig
-from umt_fast.models.text import Embeddings, TextLayer, WordHead, initialise_text
+from umt_fast.models.text import Embeddings, TextLayer, WordHead, initialize_text
 
 KeysValues = tuple[Tensor, Tensor]
 # What the self-attention of each layer keeps of earlier positions: keys and values, (B, K or 1, p, H, W / H) each.
@@ -83,7 +83,7 @@ class AnswerDecoder(nn.Module):
         self.config = config
         self.bert = _DecoderBert(config)
         self.cls = WordHead(config, self.bert.embeddings.word_embeddings)
-        initialise_text(self, config)
+        initialize_text(self, config)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -40,5 +40,5 @@ class Classifier(VisionTransformer):
         return self.fc_norm(tokens.mean(1))
 
     def forward(self, video: Tensor) -> Tensor:
-        """Video uint8 (B, T, H, W, 3) or normalised (B, 3, T, H, W) -> logits (B, num_classes)."""
+        """Video uint8 (B, T, H, W, 3) or normalized (B, 3, T, H, W) -> logits (B, num_classes)."""
         return self.head(self.pooled(video))

@@ -11,7 +11,7 @@ from torch import nn
 
 from umt_fast.config import TextConfig, VitConfig
 from umt_fast.models.answer_decoder import AnswerDecoder
-from umt_fast.models.text import Bert, initialise_text
+from umt_fast.models.text import Bert, initialize_text
 from umt_fast.models.video_text import Matching, VisionTower
 
 
@@ -20,7 +20,7 @@ class RetrievalModel(Matching):
 
     def __init__(self, vit: VitConfig, text: TextConfig, *, embed_dim: int, temperature: float = 0.07) -> None:
         encoder = Bert(text, vit.width)
-        initialise_text(encoder, text)
+        initialize_text(encoder, text)
         super().__init__(VisionTower(vit, 0, 0), encoder, embed_dim=embed_dim, temperature=temperature)
 
 
@@ -31,7 +31,7 @@ class QuestionModel(nn.Module):
         super().__init__()
         self.vision_encoder = VisionTower(vit, 0, 0, pools=False)
         self.text_encoder = Bert(text, vit.width)
-        initialise_text(self.text_encoder, text)
+        initialize_text(self.text_encoder, text)
         self.text_decoder = AnswerDecoder(text)
 
     @property

@@ -53,15 +53,15 @@ class Student(nn.Module):
 
     def forward(self, video: Tensor, visible: Tensor) -> Tensor:
         """(K, B, n, D) outputs of the heads before their LayerNorm; see VisionTransformer.forward for the arguments."""
-        taps = self.encoder(video, visible, len(self.clip_decoder))
+        features = self.encoder(video, visible, len(self.clip_decoder))
         position = self.position[visible]
-        return self.heads(taps, position, self.encoder.norm)
+        return self.heads(features, position, self.encoder.norm)
 
-    def heads(self, taps: Sequence[Tensor], position: Tensor, norm: nn.Module | None = None) -> Tensor:
+    def heads(self, features: Sequence[Tensor], position: Tensor, norm: nn.Module | None = None) -> Tensor:
         """Taps (..., C), through `norm` if it is given, with their positions -> (K, ..., D)."""
         outputs = []
-        for head, tap in zip(self.clip_decoder, taps, strict=True):
-            tap = tap if norm is None else norm(tap)
-            outputs.append(head.head((tap + position).flatten(0, -2)))
+        for head, feature in zip(self.clip_decoder, features, strict=True):
+            feature = feature if norm is None else norm(feature)
+            outputs.append(head.head((feature + position).flatten(0, -2)))
         # Of matrices, a compiler lets the products write their rows of the result, and copies none.
         return torch.cat(outputs).view(len(outputs), *position.shape[:-1], -1)

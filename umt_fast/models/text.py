@@ -150,7 +150,7 @@ class _Layers(nn.Module):
 
 
 class Bert(nn.Module):
-    """BERT without any head: text layers and fusion layers. Whoever builds one initialises it, see initialise_text.
+    """BERT without any head: text layers and fusion layers. Whoever builds one initializes it, see initialize_text.
 
     Fine-tuned models hold it as `text_encoder`, stage 2 as `text_encoder.bert`.
     """
@@ -251,7 +251,7 @@ class TextEncoder(nn.Module):
         self.config = config
         self.bert = Bert(config, vision_width)
         self.cls = WordHead(config, self.bert.embeddings.word_embeddings)
-        initialise_text(self, config)
+        initialize_text(self, config)
 
     @property
     def text_layers(self) -> nn.ModuleList:
@@ -288,12 +288,12 @@ class TextEncoder(nn.Module):
         return self.bert.fuse_for_losses(x, mask, clips, negatives)
 
 
-def initialise_text(module: nn.Module, config: TextConfig) -> None:
+def initialize_text(module: nn.Module, config: TextConfig) -> None:
     """BERT's initial values in every part of a module: normal weights and embeddings, zero biases."""
-    module.apply(functools.partial(_initialise, std=config.init_std))
+    module.apply(functools.partial(_initialize, std=config.init_std))
 
 
-def _initialise(module: nn.Module, std: float) -> None:
+def _initialize(module: nn.Module, std: float) -> None:
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):

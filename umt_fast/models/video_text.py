@@ -42,8 +42,8 @@ class VisionTower(Student):
             frames = video.shape[1] if video.dtype == torch.uint8 else video.shape[2]
             tokens = frames // encoder.config.tubelet_size * encoder.grid.per_frame
             visible = encoder.every[:tokens].expand(video.shape[0], -1)
-        taps = encoder(video, visible, len(self.clip_decoder) if heads else 1)
-        normed = [encoder.norm(tap) for tap in taps]
+        features = encoder(video, visible, len(self.clip_decoder) if heads else 1)
+        normed = [encoder.norm(feature) for feature in features]
         if not heads:
             return normed[-1], None
         position = self.position[visible]
@@ -53,8 +53,8 @@ class VisionTower(Student):
         self, batches: Sequence[tuple[Tensor, Tensor]], *, heads: bool = False
     ) -> list[tuple[Tensor, Tensor | None]]:
         """What embed gives for each batch (video, visible), all through the tower at once: clips and images packed."""
-        taps, packing = self.encoder.packed(batches, len(self.clip_decoder) if heads else 1)
-        normed = [self.encoder.norm(tap) for tap in taps]
+        features, packing = self.encoder.packed(batches, len(self.clip_decoder) if heads else 1)
+        normed = [self.encoder.norm(feature) for feature in features]
         tokens = packing.split(normed[-1])
         if not heads:
             return [(part, None) for part in tokens]

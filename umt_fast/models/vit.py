@@ -23,7 +23,7 @@ from umt_fast.models.attention import Attends
 def sinusoid_table(positions: int, width: int) -> Tensor:
     """(positions, width) fp32: sin(n / 10000^(2*floor(j/2)/C)) on even channels j, cos on odd ones.
 
-    One table over the flat index n of the whole clip, not factorised over space and time; computed in float64.
+    One table over the flat index n of the whole clip, not factorized over space and time; computed in float64.
     """
     channel = torch.arange(width)
     rate = 10000.0 ** (2 * (channel // 2).double() / width)
@@ -34,7 +34,7 @@ def sinusoid_table(positions: int, width: int) -> Tensor:
 def resized_table(table: Tensor, old: TokenGrid, new: TokenGrid) -> Tensor:
     """A position table (old.size, C) for another grid (new.size, C): bicubic within a frame, linear over time.
 
-    The official rule for more frames or pixels than pre-training had (half-pixel centres, no antialiasing).
+    The official rule for more frames or pixels than pre-training had (half-pixel centers, no antialiasing).
     """
     if old == new:
         return table
@@ -107,7 +107,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, config.width, patch, patch)
 
     def forward(self, video: Tensor, visible: Tensor) -> Tensor:
-        """Video uint8 (B, T, H, W, 3) or normalised (B, 3, T, H, W), visible (B, n) -> (B, n, C)."""
+        """Video uint8 (B, T, H, W, 3) or normalized (B, 3, T, H, W), visible (B, n) -> (B, n, C)."""
         weight = self.proj.weight
         autocast = torch.is_autocast_enabled(video.device.type)
         dtype = torch.get_autocast_dtype(video.device.type) if autocast else weight.dtype
@@ -212,7 +212,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """A pre-LN ViT over the visible tokens of a clip, without class token (paper section 4.1).
 
-    The final `norm` is held but applied by the caller: pre-training norms each of K taps, the classifier replaces it.
+    The final `norm` is held but applied by the caller: pre-training norms K intermediate features, the classifier replaces it.
     """
 
     def __init__(self, config: VitConfig, *, with_norm: bool = True) -> None:
@@ -230,7 +230,7 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6) if with_norm else None
         self.register_buffer("position", position_table(config), persistent=False)
         self.register_buffer("every", torch.arange(self.grid.size, dtype=torch.int32), persistent=False)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     @property
     def shard_units(self) -> list[nn.Module]:
@@ -245,10 +245,10 @@ class VisionTransformer(nn.Module):
         """Indices (B, N) of an unmasked clip."""
         return self.every.expand(batch, -1)
 
-    def forward(self, video: Tensor, visible: Tensor | None = None, num_taps: int = 1) -> list[Tensor]:
-        """The outputs of the last `num_taps` blocks, shallowest first, each (B, n, C), before the final norm.
+    def forward(self, video: Tensor, visible: Tensor | None = None, num_layers: int = 1) -> list[Tensor]:
+        """The outputs of the last `num_layers` blocks, shallowest first, each (B, n, C), before the final norm.
 
-        video: uint8 (B, T, H, W, 3) or normalised floating (B, 3, T, H, W). visible: int32 (B, n) ascending flat
+        video: uint8 (B, T, H, W, 3) or normalized floating (B, 3, T, H, W). visible: int32 (B, n) ascending flat
         indices, or None for all N. With spatial attention every frame must have the same number of visible tokens.
         """
         visible = self.all_visible(video.shape[0]) if visible is None else visible
@@ -258,36 +258,36 @@ class VisionTransformer(nn.Module):
             # Counted in the video: an image has fewer frames than the clips that the tower is made for.
             frames = video.shape[1] if video.dtype == torch.uint8 else video.shape[2]
             x = x.reshape(batch * (frames // self.config.tubelet_size), -1, x.shape[-1])
-        return [tap.reshape(batch, -1, tap.shape[-1]) for tap in self._blocks(x, num_taps)]
+        return [feature.reshape(batch, -1, feature.shape[-1]) for feature in self._blocks(x, num_layers)]
 
-    def packed(self, batches: Sequence[tuple[Tensor, Tensor]], num_taps: int = 1) -> tuple[list[Tensor], Packing]:
+    def packed(self, batches: Sequence[tuple[Tensor, Tensor]], num_layers: int = 1) -> tuple[list[Tensor], Packing]:
         """As forward for several batches (video, visible) of different lengths at once, joint attention only.
 
-        Returns the taps, each (total, C), and where in them each batch lies.
+        Returns the intermediate features, each (total, C), and where in them each batch lies.
         """
         tokens = [self._tokens(video, visible) for video, visible in batches]
         packing = Packing.of(tokens)
-        return self._blocks(torch.cat([x.flatten(0, 1) for x in tokens]), num_taps, packing), packing
+        return self._blocks(torch.cat([x.flatten(0, 1) for x in tokens]), num_layers, packing), packing
 
     def _tokens(self, video: Tensor, visible: Tensor) -> Tensor:
         # The fp32 table keeps the residual stream fp32 under autocast.
         return self.patch_embed(video, visible) + self.position[visible]
 
-    def _blocks(self, x: Tensor, num_taps: int, packing: Packing | None = None) -> list[Tensor]:
-        taps = []
+    def _blocks(self, x: Tensor, num_layers: int, packing: Packing | None = None) -> list[Tensor]:
+        features = []
         for depth, block in enumerate(self.blocks):
             factors = block.draw(x, packing)
             if depth < self.config.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, packing, factors, use_reentrant=False)
             else:
                 x = block(x, packing, factors)
-            if depth >= len(self.blocks) - num_taps:
-                taps.append(x)
-        return taps
+            if depth >= len(self.blocks) - num_layers:
+                features.append(x)
+        return features
 
 
-def _initialise(module: nn.Module) -> None:
-    """Official initialisation: xavier-uniform Linear weights, zero biases; the Conv3d keeps PyTorch's default."""
+def _initialize(module: nn.Module) -> None:
+    """Official initialization: xavier-uniform Linear weights, zero biases; the Conv3d keeps PyTorch's default."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -1,8 +1,8 @@
-"""The plain road of stage 1: what the official step computes, in straightforward PyTorch (stage 2: plain_stage2.py).
+"""The plain implementation of stage 1: what the official step computes, in straightforward PyTorch.
 
 It is the baseline of `bench stage1` and a second opinion in the tests: the same parameters under the same names give
-the same loss and gradients as the fast road when both are given the same mask. It embeds all tokens and throws most
-away, materialises every attention map, projects every teacher token, draws all L indices of a frame's multinomial,
+the same loss and gradients as the fast implementation when both are given the same mask. It embeds all tokens and throws most
+away, materializes every attention map, projects every teacher token, draws all L indices of a frame's multinomial,
 builds the mask on the host, and reads the loss every step, because the official step does so.
 
 Legend: B clips, T frames, L tokens per frame, N = T * L, n visible, C width, K aligned layers, D teacher output width.
@@ -110,23 +110,23 @@ class Encoder(nn.Module):
         rates = torch.linspace(0, config.drop_path, config.depth).tolist()
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        self.first_tap = config.depth - num_layers
+        self.first_layer = config.depth - num_layers
         self.position = sinusoid_table(positions, config.width)  # stays on the host, as in the official code
 
     def forward(self, video: Tensor, mask: Tensor) -> Tensor:
         x = self.patch_embed(video)
         x = x + self.position[:, : x.shape[1]].type_as(x).to(x.device)  # an image has the first frame's positions
         x = x[~mask].reshape(x.shape[0], -1, x.shape[-1])
-        taps = []
+        features = []
         for depth, block in enumerate(self.blocks):
             x = block(x)
-            if depth >= self.first_tap:
-                taps.append(x)
-        return self.norm(torch.stack(taps))
+            if depth >= self.first_layer:
+                features.append(x)
+        return self.norm(torch.stack(features))
 
 
 class Decoder(nn.Module):
-    """One alignment head: Linear, LayerNorm, optional L2 normalisation."""
+    """One alignment head: Linear, LayerNorm, optional L2 normalization."""
 
     def __init__(self, width: int, output_dim: int, normalize: str, eps: float = 1e-6) -> None:
         super().__init__()
@@ -152,16 +152,16 @@ class PlainStudent(nn.Module):
         self.position = sinusoid_table(grid.size, vit.width)
 
     def forward(self, video: Tensor, mask: Tensor) -> Tensor:
-        taps = self.encoder(video, mask)
-        return self.decode(taps, mask)
+        features = self.encoder(video, mask)
+        return self.decode(features, mask)
 
-    def decode(self, taps: Tensor, mask: Tensor) -> Tensor:
-        """The alignment heads: normed taps (K, B, n, C) -> (K, B, n, D)."""
-        layers, batch, _, width = taps.shape
-        table = self.position[:, : mask.shape[1]].repeat(batch, 1, 1).type_as(taps).to(taps.device)
-        position = table[~mask].view(batch, -1, width).unsqueeze(0).repeat(layers, 1, 1, 1)
-        taps = taps + position
-        return torch.stack([decoder(tap) for decoder, tap in zip(self.clip_decoder, taps, strict=True)])
+    def decode(self, features: Tensor, mask: Tensor) -> Tensor:
+        """The alignment heads: normed features (K, B, n, C) -> (K, B, n, D)."""
+        count, batch, _, width = features.shape
+        table = self.position[:, : mask.shape[1]].repeat(batch, 1, 1).type_as(features).to(features.device)
+        position = table[~mask].view(batch, -1, width).unsqueeze(0).repeat(count, 1, 1, 1)
+        features = features + position
+        return torch.stack([decoder(each) for decoder, each in zip(self.clip_decoder, features, strict=True)])
 
 
 class LayerNorm32(nn.LayerNorm):
@@ -187,8 +187,8 @@ class TeacherMlp(nn.Module):
 class TeacherBlock(nn.Module):
     """A CLIP block on (L + 1, B*T, C); returns the attention map averaged over heads, (B*T, L + 1, L + 1), when asked.
 
-    Tokens come first, as nn.MultiheadAttention takes them by default. Told batch_first, it would leave F's road for one of
-    its own, which does not heed a CPU's autocast: the whole tower would compute in fp32.
+    Tokens come first, as nn.MultiheadAttention takes them by default. Told batch_first, it computes by itself, which does
+    not heed a CPU's autocast: the whole tower would compute in fp32.
     """
 
     def __init__(self, width: int, num_heads: int) -> None:
@@ -235,16 +235,16 @@ class PlainTeacher(nn.Module):
         x = self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding.to(x.dtype))
         x = x.transpose(0, 1)
         blocks = self.transformer["resblocks"]
-        taps = []
+        features = []
         for depth, block in enumerate(blocks):
             x, weights = block(x, depth == len(blocks) - 1)
             if depth >= len(blocks) - self.num_layers:
-                taps.append(x)
-        taps = self.ln_post(torch.stack(taps)[:, 1:])  # (K, L, B*T, C)
-        features = taps.unflatten(2, (batch, frames)).permute(0, 2, 3, 1, 4).flatten(2, 3) @ self.proj
+                features.append(x)
+        normed = self.ln_post(torch.stack(features)[:, 1:])  # (K, L, B*T, C)
+        projected = normed.unflatten(2, (batch, frames)).permute(0, 2, 3, 1, 4).flatten(2, 3) @ self.proj
         if self.normalize == "l2":
-            features = features / features.norm(dim=-1, keepdim=True)
-        return features, weights[:, 0, 1:]
+            projected = projected / projected.norm(dim=-1, keepdim=True)
+        return projected, weights[:, 0, 1:]
 
 
 def official_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -310,7 +310,7 @@ class PlainStage1(nn.Module):
         return (F.mse_loss if self.config.align.loss == "mse" else F.smooth_l1_loss)(outputs, targets)
 
     def forward(self, video: Tensor) -> Tensor:
-        """Normalised fp32 video (B, 3, T, H, W) -> scalar loss."""
+        """Normalized fp32 video (B, 3, T, H, W) -> scalar loss."""
         features, attention = self.teacher(video)
         mask = draw_mask(attention, video.shape[0], self.config.mask.ratio).to(video.device, non_blocking=True)
         return self.loss(video, features, mask)

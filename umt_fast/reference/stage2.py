@@ -1,8 +1,8 @@
-"""The plain road of stage 2: what the official step computes, in straightforward PyTorch.
+"""The plain implementation of stage 2: what the official step computes, in straightforward PyTorch.
 
 It is the baseline of `bench stage2` and a second opinion in the tests: the same parameters under the same names give
-the same four losses and gradients as the fast road when both are given the same masks, hidden words and negatives. On top
-of what plain.py does, it runs the text layers a second time over masked text, the fusion layers over three copies of the
+the same four losses and gradients as the fast implementation when both are given the same masks, hidden words and negatives.
+On top of what stage1.py does, it runs the text layers a second time over masked text, the fusion layers over three copies of the
 batch and once more for masked text, projects each clip's keys and values anew for every copy, computes vocabulary logits
 at all positions of texts padded to their longest allowed length, recomputes the text activations in the backward pass,
 draws hidden words on the host, and reads each loss every step, because the official step does so.
@@ -182,9 +182,9 @@ class PlainTower(PlainStudent):
 
     def forward(self, video: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, T, H, W), mask (B, N) true: hidden -> tokens (B, n, C), pooled (B, 1, C), heads (K, B, n, D)."""
-        taps = self.encoder(video, mask)
-        tokens = taps[-1]
-        return tokens, self.pool_norm(tokens.mean(1, keepdim=True)), self.decode(taps, mask)
+        features = self.encoder(video, mask)
+        tokens = features[-1]
+        return tokens, self.pool_norm(tokens.mean(1, keepdim=True)), self.decode(features, mask)
 
 
 class PlainVideoText(nn.Module):

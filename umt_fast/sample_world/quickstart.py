@@ -55,7 +55,7 @@ from umt_fast.workers import worker_pool
 
 log = logging.getLogger("umt_fast")
 
-WORLD = {"train": 2400, "test": 480, "labelled": 480}
+WORLD = {"train": 2400, "test": 480, "labeled": 480}
 CLIP_STEPS, CLIP_BATCH = 900, 24
 
 
@@ -128,8 +128,8 @@ def tune(out: Path, label: str, start: str, teacher: TeacherConfig, pretrained: 
     config: FinetuneConfig = recipe.load(f"quickstart:{label}")
     config.run.seed = seed
     config.run.out = str(out / f"{label}_{start}")
-    config.data.train = str(out / "world" / f"labelled_{label}.csv")
-    config.data.prepared = (str(out / "prepared" / "labelled_motion"),)  # the same clips, whatever their labels
+    config.data.train = str(out / "world" / f"labeled_{label}.csv")
+    config.data.prepared = (str(out / "prepared" / "labeled_motion"),)  # the same clips, whatever their labels
     config.init = pretrained
     torch.manual_seed(seed)
     objective = FrameSupervised(config, teacher) if start == "teacher" else Supervised(config)
@@ -280,7 +280,7 @@ def run(out: str | Path, seed: int = 0, stage2: bool = False) -> Path:
     results, config = Results(out, seed), stage1_config(out, seed)
     world = out / "world"
     results.part("world", lambda: {"folder": str(sample_world.build(world, seed=seed, **WORLD))})
-    results.part("labelled clips", lambda: pack(out, "labelled_motion.csv", config.data))
+    results.part("labeled clips", lambda: pack(out, "labeled_motion.csv", config.data))
     weights = Path(config.teacher.weights)
     if not torch.cuda.is_available():
         # Models this small gain nothing from a second core; the comparison uses it.

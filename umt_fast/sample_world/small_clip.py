@@ -44,7 +44,7 @@ def build_clip(teacher: TeacherConfig) -> open_clip.CLIP:
 
 
 def pixels(frames: np.ndarray) -> Tensor:
-    """uint8 (B, S, S, 3) -> normalised (B, 3, S, S); ImageNet statistics, which is what UMT feeds CLIP."""
+    """uint8 (B, S, S, 3) -> normalized (B, 3, S, S); ImageNet statistics, which is what UMT feeds CLIP."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return ((torch.from_numpy(frames) / 255 - mean) / std).permute(0, 3, 1, 2)
 

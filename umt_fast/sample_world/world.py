@@ -1,7 +1,7 @@
 """The sample world: small H.264 videos whose labels are known, rendered from a seed in seconds.
 
 A thing with a fine pattern (stripes, bars, checks, dots) moves in a straight line over a textured background, among plain
-things of the same shapes and colours that move in other directions. What a single frame shows, the colour and pattern of
+things of the same shapes and colors that move in other directions. What a single frame shows, the color and pattern of
 the patterned thing, is the scene, and the captions of single frames name it. What no single frame shows is the motion: the
 direction in which the patterned thing goes.
 
@@ -21,7 +21,7 @@ from umt_fast.workers import worker_pool
 
 SIZE = 48
 FRAMES = 16
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
     "blue": (50, 80, 230),
@@ -45,7 +45,7 @@ class Thing:
     """A shape on a straight path, half way along it at (x, y) in mid-clip."""
 
     shape: str
-    colour: str
+    color: str
     direction: str
     speed: float
     """Pixels per frame."""
@@ -53,7 +53,7 @@ class Thing:
     y: float
     radius: float
 
-    def centre(self, frame: int) -> tuple[float, float]:
+    def center(self, frame: int) -> tuple[float, float]:
         """Pixel coordinates (x, y) of the thing in a frame."""
         way = self.speed * (frame - (FRAMES - 1) / 2)
         dx, dy = DIRECTIONS[self.direction]
@@ -61,7 +61,7 @@ class Thing:
 
     def covers(self, frame: int) -> np.ndarray:
         """(SIZE, SIZE) bool: its pixels in a frame."""
-        x, y = _coordinates(self.centre(frame))
+        x, y = _coordinates(self.center(frame))
         if self.shape == "circle":
             return x**2 + y**2 < self.radius**2
         if self.shape == "square":
@@ -82,8 +82,8 @@ class Scene:
 
     @property
     def scene_label(self) -> int:
-        """Pattern and colour together: what a single frame tells."""
-        return PATTERNS.index(self.pattern) * len(COLOURS) + list(COLOURS).index(self.thing.colour)
+        """Pattern and color together: what a single frame tells."""
+        return PATTERNS.index(self.pattern) * len(COLORS) + list(COLORS).index(self.thing.color)
 
     @property
     def motion_label(self) -> int:
@@ -93,15 +93,15 @@ class Scene:
     @property
     def still_caption(self) -> str:
         """What a single frame shows, in words: the thing that matters, and not where it is or goes."""
-        return f"a {self.thing.colour} {self.pattern} thing"
+        return f"a {self.thing.color} {self.pattern} thing"
 
     @property
     def caption(self) -> str:
         """The whole clip in words."""
-        return f"a {self.thing.colour} {self.pattern} thing moves {self.thing.direction} over {self.background}"
+        return f"a {self.thing.color} {self.pattern} thing moves {self.thing.direction} over {self.background}"
 
 
-NUM_SCENES = len(PATTERNS) * len(COLOURS)
+NUM_SCENES = len(PATTERNS) * len(COLORS)
 NUM_MOTIONS = len(DIRECTIONS)
 
 
@@ -109,7 +109,7 @@ def _draw_thing(rng: np.random.Generator, radius: tuple[float, float], spread: f
     middle = rng.uniform(SIZE / 2 - spread, SIZE / 2 + spread, 2)
     return Thing(
         shape=str(rng.choice(SHAPES)),
-        colour=str(rng.choice(list(COLOURS))),
+        color=str(rng.choice(list(COLORS))),
         direction=str(rng.choice(list(DIRECTIONS))),
         speed=float(rng.uniform(*SPEED)),
         x=float(middle[0]),
@@ -130,10 +130,10 @@ def draw_scene(seed: int, number: int) -> Scene:
     )
 
 
-def _coordinates(centre: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
-    """(x, y) of every pixel relative to a centre, each (SIZE, SIZE)."""
+def _coordinates(center: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) of every pixel relative to a center, each (SIZE, SIZE)."""
     y, x = np.mgrid[:SIZE, :SIZE].astype(float)
-    return x - centre[0], y - centre[1]
+    return x - center[0], y - center[1]
 
 
 def foreground(scene: Scene, frame: int) -> np.ndarray:
@@ -143,7 +143,7 @@ def foreground(scene: Scene, frame: int) -> np.ndarray:
 
 def _pattern(scene: Scene, frame: int, phase: np.ndarray) -> np.ndarray:
     """(SIZE, SIZE) bool: where the pattern, which moves with its thing, is bright."""
-    x, y = _coordinates(scene.thing.centre(frame))
+    x, y = _coordinates(scene.thing.center(frame))
     x, y = (x + phase[0]) / PERIOD % 1, (y + phase[1]) / PERIOD % 1
     if scene.pattern == "striped":
         return y < 0.5
@@ -177,15 +177,15 @@ def render(scene: Scene) -> np.ndarray:
     """uint8 (FRAMES, SIZE, SIZE, 3)."""
     rng = np.random.default_rng(scene.seed)
     background = _background(scene, rng)
-    bright = np.clip(np.array(COLOURS[scene.thing.colour]) + rng.uniform(-20, 20, 3), 0, 255)
+    bright = np.clip(np.array(COLORS[scene.thing.color]) + rng.uniform(-20, 20, 3), 0, 255)
     phase = rng.uniform(0, PERIOD, 2)
     # As bright on average as a pattern of bright and dark halves: only the pattern tells the things apart.
-    plain = [np.clip(np.array(COLOURS[t.colour]) * 0.65 + rng.uniform(-30, 30), 0, 255) for t in scene.plain]
+    plain = [np.clip(np.array(COLORS[t.color]) * 0.65 + rng.uniform(-30, 30), 0, 255) for t in scene.plain]
     frames = []
     for number in range(FRAMES):
         picture = background
-        for thing, colour in zip(scene.plain, plain, strict=True):
-            picture = np.where(thing.covers(number)[..., None], colour, picture)
+        for thing, color in zip(scene.plain, plain, strict=True):
+            picture = np.where(thing.covers(number)[..., None], color, picture)
         painted = np.where(_pattern(scene, number, phase)[..., None], bright, 0.3 * bright)
         frames.append(np.where(foreground(scene, number)[..., None], painted, picture))
     noise = rng.normal(0, 4, (FRAMES, SIZE, SIZE, 3))
@@ -205,17 +205,17 @@ def _write(work: tuple[Scene, str]) -> None:
         container.mux(stream.encode())
 
 
-def build(folder: str | Path, *, seed: int, train: int, test: int, labelled: int, workers: int = 2) -> Path:
+def build(folder: str | Path, *, seed: int, train: int, test: int, labeled: int, workers: int = 2) -> Path:
     """Renders a world: `train` and `test` videos with lists beside them.
 
     Writes train/*.mp4 and test/*.mp4; for both splits <split>_scene.csv, <split>_motion.csv (path,label),
     <split>_captions.json ({"video", "caption"}; of test videos the first with each caption, so that every caption has one
-    right answer) and <split>.json (the scenes); and labelled_scene.csv, labelled_motion.csv with the first `labelled`
+    right answer) and <split>.json (the scenes); and labeled_scene.csv, labeled_motion.csv with the first `labeled`
     training videos. A folder rendered before with the same numbers is left as it is.
     """
     folder = Path(folder)
     marker = folder / "world.json"
-    numbers = {"version": 3, "seed": seed, "train": train, "test": test, "labelled": labelled}
+    numbers = {"version": 3, "seed": seed, "train": train, "test": test, "labeled": labeled}
     if marker.exists() and json.loads(marker.read_text()) == numbers:
         return folder
     splits = {"train": range(train), "test": range(train, train + test)}
@@ -229,7 +229,7 @@ def build(folder: str | Path, *, seed: int, train: int, test: int, labelled: int
             lines = [f"{n},{getattr(s, f'{label}_label')}\n" for n, s in zip(names, scenes, strict=True)]
             (folder / f"{split}_{label}.csv").write_text("".join(lines))
             if split == "train":
-                (folder / f"labelled_{label}.csv").write_text("".join(lines[:labelled]))
+                (folder / f"labeled_{label}.csv").write_text("".join(lines[:labeled]))
         captions = [{"video": n, "caption": s.caption} for n, s in zip(names, scenes, strict=True)]
         if split == "test":
             first: dict[str, dict[str, str]] = {}

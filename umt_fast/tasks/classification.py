@@ -144,7 +144,7 @@ def accuracy(
     world_size: int = 1,
     found: list[dict[str, Any]] | None = None,
 ) -> Iterator[tuple[str, float]]:
-    """Yields (`top1`, share), (`top5`, share), (`clips`, count) of all ranks together: one centred view of each clip.
+    """Yields (`top1`, share), (`top5`, share), (`clips`, count) of all ranks together: one centered view of each clip.
 
     logits: uint8 video (B, T, S, S, 3) -> (B, classes). A clip that cannot be read raises, it is not left out.
     found: receives the five best classes of each clip with their probabilities, in the list's order.
@@ -239,7 +239,7 @@ class Classification:
         options: EvalOptions,
         ranks: Ranks,
     ) -> dict[str, Any]:
-        """Top-1 and top-5 on labelled clips, one centred view of each."""
+        """Top-1 and top-5 on labeled clips, one centered view of each."""
         retrieval = ("top_k", "joining", "max_length", "memory_gib", "tokenizer")
         options.refuse(retrieval, f"for retrieval, and {source} is a classifier")
         remedy = "this classifier knows no others: give a list of its classes"

@@ -64,7 +64,7 @@ def evaluate_checkpoint(
     """The figures of a model on unseen clips, as its task judges it; over all ranks, the same on each.
 
     Args:
-        list_path: labelled clips for a classifier; a caption list (see data/sources/entries.py) for retrieval.
+        list_path: labeled clips for a classifier; a caption list (see data/sources/entries.py) for retrieval.
         options: None: the defaults.
         model: the description (see models/description.py) of a file that has none; sizes it lacks are read from the tensors.
 

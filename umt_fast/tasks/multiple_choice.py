@@ -39,7 +39,7 @@ def score_options(model: Matching, video: Tensor, ids: Tensor, mask: Tensor) -> 
 
     Args:
         model: in evaluation mode.
-        video: uint8 (B, T, H, W, 3), or normalised (B, 3, T, H, W).
+        video: uint8 (B, T, H, W, 3), or normalized (B, 3, T, H, W).
         ids, mask: int64 (B, O, l), the class token first, and bool (B, O, l), False at padding.
 
     Raises:

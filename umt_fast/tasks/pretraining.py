@@ -56,7 +56,7 @@ class UnmaskedAlignment(nn.Module):
         """One step's loss.
 
         Args:
-            batch: `video` uint8 (B, T, H, W, 3), or ImageNet-normalised (B, 3, T, H, W).
+            batch: `video` uint8 (B, T, H, W, 3), or ImageNet-normalized (B, 3, T, H, W).
             seed: int64 (1,) on the device; decides the mask.
 
         Returns:

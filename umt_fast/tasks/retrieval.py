@@ -91,7 +91,7 @@ class Keeper:
         self.left = limit
 
     def empty(self, *shape: int) -> Tensor:
-        """An uninitialised fp32 tensor. Raises DataError where neither memory nor disk will hold it."""
+        """An uninitialized fp32 tensor. Raises DataError where neither memory nor disk will hold it."""
         size = 4 * math.prod(shape)
         if size <= self.left:
             self.left -= size
@@ -380,9 +380,7 @@ def zero_shot(
     usual = DataConfig()
     for name in ("separator", "frame_pattern"):
         value, default = getattr(data, name), getattr(usual, name)
-        require(
-            value == default, f"--{name} is for lists of labelled clips, and retrieval reads captions; leave it out"
-        )
+        require(value == default, f"--{name} is for lists of labeled clips, and retrieval reads captions; leave it out")
     least, limit, max_length = (
         3 if described["sep_token"] else 2,
         described["text"]["max_positions"],

@@ -49,7 +49,7 @@ def retrieval_losses(
     """The losses of one batch of clips with their texts.
 
     Args:
-        video: uint8 (B, T, H, W, 3), or normalised (B, 3, T, H, W).
+        video: uint8 (B, T, H, W, 3), or normalized (B, 3, T, H, W).
         ids, mask: int64 (B, l) text with the class token first, and bool (B, l), False at padding.
         index: int64 (B,), equal for rows that are right answers of each other (see match_ids).
         seed: int64 (1,), draws the hard negatives unless they are given.

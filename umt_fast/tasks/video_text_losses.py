@@ -174,7 +174,7 @@ def stage2_losses(
     """The losses of one batch of clips (or of images, as clips of one frame).
 
     Args:
-        video: uint8 (B, T, H, W, 3), or normalised (B, 3, T, H, W).
+        video: uint8 (B, T, H, W, 3), or normalized (B, 3, T, H, W).
         visible: int32 (B, n), the tokens the tower sees.
         ids, mask: int64 (B, l) text with the class token first, and bool (B, l), False at padding.
         index: int64 (B,), equal for rows of one sample.
@@ -185,7 +185,7 @@ def stage2_losses(
         rank: this rank's place among the gathered rows.
         capacity: most positions of a batch that masked-language logits are computed for; None: all of them.
         pooled: equal parts of the tokens that are pooled apart; similarities are their mean. 1: all tokens together.
-        align: normalisation and distance of the alignment loss; None: the official ones.
+        align: normalization and distance of the alignment loss; None: the official ones.
 
     The model's temperature is first brought into its bounds, in place.
 

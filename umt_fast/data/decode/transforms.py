@@ -47,7 +47,7 @@ def crop_sizes(width: int, height: int, size: int) -> list[tuple[int, int]]:
 
 
 def crop_offsets(width: int, height: int, crop_width: int, crop_height: int) -> list[tuple[int, int]]:
-    """The 13 (left, top) places of a crop: corners, edge middles, centre, quarter points."""
+    """The 13 (left, top) places of a crop: corners, edge middles, center, quarter points."""
     step_x, step_y = (width - crop_width) // 4, (height - crop_height) // 4
     cells = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]
     return [(x * step_x, y * step_y) for x, y in cells]
@@ -72,7 +72,7 @@ def random_resized_crop(
 ) -> Crop:
     """A window of 50 to 100% of the area, aspect 3/4 to 4/3 (log-uniform), as stage 2 crops, or of other limits.
 
-    Where ten draws do not fit: the largest centred window of an allowed aspect (width over height).
+    Where ten draws do not fit: the largest centered window of an allowed aspect (width over height).
     """
     mirrored = bool(flip and rng.random() < 0.5)
     for _ in range(10):
@@ -93,7 +93,7 @@ def whole(width: int, height: int) -> Crop:
 
 
 def center_crop(width: int, height: int) -> Crop:
-    """The largest centred square: short side to the wanted size, then a centre crop, in one resize."""
+    """The largest centered square: short side to the wanted size, then a center crop, in one resize."""
     side = min(width, height)
     return Crop((width - side) // 2, (height - side) // 2, side, side)
 

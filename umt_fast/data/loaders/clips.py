@@ -252,9 +252,9 @@ class ClipLoader:
 
 
 def open_loader(clips: Sequence[Clip], data: DataConfig, *, device: torch.device, **kind: Any) -> ClipLoader:
-    """A loader of the road that data.reader names; `kind` as ClipLoader takes it.
+    """A loader of the kind that data.reader names; `kind` as ClipLoader takes it.
 
-    Raises DataError: what the list lacks, or a road that is not installed.
+    Raises DataError: what the list lacks, or a reader that is not installed.
     """
     if data.reader != "dali":
         return ClipLoader(clips, data, **kind)

@@ -1,17 +1,17 @@
-"""The DALI road: files are decoded, cropped, resized and mirrored on the GPU (NVDEC, nvJPEG) and never leave it.
+"""The DALI reader: files are decoded, cropped, resized and mirrored on the GPU (NVDEC, nvJPEG) and never leave it.
 
 Stage 2's bicubic crops are cut by DALI and resized there by torch: DALI's cubic filter is another one (Keys' with -1/2).
 
-It gives what `ClipLoader` gives: the same order, frame numbers, crops, stand-ins for bad clips and state, since all of
-these are drawn by the same code; pixels are equal up to the rounding of decoder, colour conversion and resize. Worker
+It gives what `ClipLoader` gives: the same order, frame numbers, crops, replacements for bad clips and state, since all of
+these are drawn by the same code; pixels are equal up to the rounding of decoder, color conversion and resize. Worker
 processes only read bytes, count pictures and draw numbers. Two graphs: whole videos (`decoders.video` picks the frames), and
 pictures (prepared clips and frame folders: `decoders.image`, a sample per frame).
 
 Without a GPU DALI decodes VP8, VP9 and MJPEG only: the tests run both graphs so. GPU decoding itself was never run by the
 authors of this file: no machine with one was at hand.
 
-Where it differs from the CPU road: a damaged video of which fewer frames decode than its container (or manifest) tells is a
-bad clip here, while the CPU road draws from the frames that do; `scan` the list first and both are the same.
+Where it differs from the CPU reader: a damaged video of which fewer frames decode than its container (or manifest) tells is a
+bad clip here, while the CPU reader draws from the frames that do; `scan` the list first and both are the same.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Requester(Dataset):
     def ask(self, place: tuple[int, int], known: dict[int, str]) -> Request | VideoError:
         """`known`: clips that proved unreadable before, with reasons."""
         try:
-            _, request, bad = self.reader.with_stand_ins(*place, lambda chosen: self._one(place, chosen), known)
+            _, request, bad = self.reader.with_replacements(*place, lambda chosen: self._one(place, chosen), known)
         except VideoError as error:
             return error
         request.bad = bad
@@ -387,7 +387,7 @@ class DaliLoader(ClipLoader):
     def _batch(self, video: Tensor, requests: list[Request]) -> _Read:
         repeats = len(requests[0].windows)
         index = torch.tensor([request.index for request in requests])
-        # Here and not by the workers: only now it is known which stand-ins took part.
+        # Here and not by the workers: only now it is known which replacements took part.
         added = self._columns(index) if self._columns else {}
         return _Read(
             video=video,
@@ -398,7 +398,7 @@ class DaliLoader(ClipLoader):
         )
 
     def _alone(self, request: Request) -> tuple[Tensor, Request]:
-        """A clip in a batch of its own; stand-ins until one can be decoded. Raises VideoError."""
+        """A clip in a batch of its own; replacements until one can be decoded. Raises VideoError."""
         while True:
             graph = self._fresh(1)
             try:

@@ -1,4 +1,4 @@
-"""One sample on the CPU road: decode, choose, crop. Everything random follows from (seed, epoch, clip number)."""
+"""One sample on the CPU reader: decode, choose, crop. Everything random follows from (seed, epoch, clip number)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from umt_fast.data.sources.lists import Clip
 from umt_fast.data.sources.prepared import StoredChooser, read_prepared
 from umt_fast.data.sources.tars import extracted
 
-# How many other clips may stand in for an unreadable one before the loader gives up on that place of the batch.
+# How many other clips may replace an unreadable one before the loader gives up on that place of the batch.
 MAX_ATTEMPTS = 20
 
 Read = TypeVar("Read")
@@ -117,19 +117,19 @@ class ClipReader:
         )
 
     def read(self, epoch: int, index: int) -> Sample:
-        """The sample of clip `index` in an epoch, or of the clip that stands in for it (`with_stand_ins`)."""
+        """The sample of clip `index` in an epoch, or of the clip that replaces it (`with_replacements`)."""
 
         def read_one(chosen: int) -> np.ndarray:
             clip, key = self.clips[chosen], (self.seed, epoch, chosen)
             return self.crops(self.frames(clip, key), key)
 
-        chosen, video, bad = self.with_stand_ins(epoch, index, read_one)
+        chosen, video, bad = self.with_replacements(epoch, index, read_one)
         return Sample(video, chosen, self.clips[chosen].label, bad)
 
-    def with_stand_ins(
+    def with_replacements(
         self, epoch: int, index: int, read_one: Callable[[int], Read], known: Mapping[int, str] = MappingProxyType({})
     ) -> tuple[int, Read, dict[int, str]]:
-        """What `read_one` gives for clip `index`, or for the first stand-in that can be read: (its number, that, bad clips).
+        """What `read_one` gives for clip `index`, or for the first replacement that can be read: (its number, that, bad clips).
 
         In training, an unreadable clip is replaced by another one drawn from (seed, epoch, index, attempt). In
         evaluation it raises VideoError: a score over other clips than the list's would be wrong. `known` are clips that

@@ -1,11 +1,11 @@
 """The frozen CLIP visual tower, computing only what pre-training uses.
 
-Legend: R = B * T frames, L patch tokens per frame, m visible tokens per frame, n = T * m per clip, C width, K taps,
+Legend: R = B * T frames, L patch tokens per frame, m visible tokens per frame, n = T * m per clip, C width, K layers,
 D output width. Parameter names are those of OpenAI CLIP's `visual.` part.
 
 What it leaves out of the textbook forward (all of it exact): the last block's attention map except the class token's
 row; that block's queries, output projection and MLP at hidden tokens; ln_post and the projection at hidden tokens of all
-K taps; and every gradient record.
+K intermediate features; and every gradient record.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from umt_fast.models.teachers.quantized import QuantizedLinear
 
 
 class TeacherOutput(NamedTuple):
-    """visible: int32 (B, n) ascending flat indices. targets: (K, B, n, D) projected, not normalised. image: fp32 (B, D),
+    """visible: int32 (B, n) ascending flat indices. targets: (K, B, n, D) projected, not normalized. image: fp32 (B, D),
     CLIP's own unit image embeddings averaged over frames. The last two where they were asked for."""
 
     visible: Tensor
@@ -123,9 +123,9 @@ class Block(nn.Module):
 class ClipTeacher(nn.Module):
     """CLIP's image encoder over the frames of a clip, frozen: parameters take no gradient, forward records none."""
 
-    def __init__(self, config: TeacherConfig, num_taps: int, tubelet_size: int = 1) -> None:
+    def __init__(self, config: TeacherConfig, num_layers: int, tubelet_size: int = 1) -> None:
         super().__init__()
-        self.config, self.num_taps = config, num_taps
+        self.config, self.num_layers = config, num_layers
         patch = (tubelet_size, config.patch_size, config.patch_size)
         self.conv1 = nn.Conv3d(3, config.width, patch, patch, bias=False)
         side = config.image_size // config.patch_size
@@ -207,7 +207,7 @@ class ClipTeacher(nn.Module):
         """Draws the mask and computes the targets at its visible tokens.
 
         Args:
-            video: uint8 (B, T, H, W, 3), or ImageNet-normalised (B, 3, T, H, W); CLIP is fed ImageNet statistics, as in
+            video: uint8 (B, T, H, W, 3), or ImageNet-normalized (B, 3, T, H, W); CLIP is fed ImageNet statistics, as in
                 the official code.
             mask: which tokens stay visible.
             seed: int64 (1,) on the video's device.
@@ -220,11 +220,11 @@ class ClipTeacher(nn.Module):
         frames = x.shape[0] // batch
         side = int(per_frame**0.5)
         last = self.blocks[-1]
-        taps = []
+        features = []
         for depth, block in enumerate(self.blocks[:-1]):
             x = block(x)
-            if depth >= len(self.blocks) - self.num_taps:
-                taps.append(x)
+            if depth >= len(self.blocks) - self.num_layers:
+                features.append(x)
         y = last.ln_1(x)
         k, v = last.attn.project(y, slice(1, 3))
         if mask.kind == "semantic":
@@ -235,7 +235,7 @@ class ClipTeacher(nn.Module):
             visible = draw_uniform(mask.kind, batch, TokenGrid(frames, side, side), mask.ratio, seed)
         targets = None
         if with_targets:
-            targets = self.targets_at(visible, x, y, k, v, taps, rectangular=mask.kind != "random")
+            targets = self.targets_at(visible, x, y, k, v, features, rectangular=mask.kind != "random")
         return TeacherOutput(visible, targets, self._image(x, y, k, v, frames) if with_image else None)
 
     def _image(self, x: Tensor, y: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
@@ -246,7 +246,7 @@ class ClipTeacher(nn.Module):
         return F.normalize(found.float(), dim=-1).view(-1, frames, found.shape[-1]).mean(1)
 
     def targets_at(
-        self, visible: Tensor, x: Tensor, y: Tensor, k: Tensor, v: Tensor, taps: list[Tensor], *, rectangular: bool
+        self, visible: Tensor, x: Tensor, y: Tensor, k: Tensor, v: Tensor, features: list[Tensor], *, rectangular: bool
     ) -> Tensor:
         """Targets (K, B, n, D) at visible (B, n), from the last block's input x, its norm y, its keys and values.
 
@@ -259,33 +259,33 @@ class ClipTeacher(nn.Module):
         if rectangular:
             kept = visible.view(x.shape[0], -1) % per_frame + 1
             (q,) = last.attn.project(kernels.token_gather(y, kept), slice(0, 1))
-            rows = [self._normed(tap, kept) for tap in taps]
+            rows = [self._normed(feature, kept) for feature in features]
             rows.append(self.ln_post(last.finish(kernels.token_gather(x, kept), q, k, v)))
         else:
             (q,) = last.attn.project(y, slice(0, 1))
             # Past one class token per frame, flat indices move on by the frame's number plus one.
             kept = visible + visible // per_frame + 1
-            whole = [*taps, last.finish(x, q, k, v)]
-            rows = [self._normed(tap.view(batch, frames * (per_frame + 1), -1), kept) for tap in whole]
+            whole = [*features, last.finish(x, q, k, v)]
+            rows = [self._normed(feature.view(batch, frames * (per_frame + 1), -1), kept) for feature in whole]
         # Of matrices, a compiler lets the products write their rows of the result, and copies none.
         return torch.cat([row.flatten(0, 1) @ self.proj for row in rows]).view(len(rows), batch, n, -1)
 
-    def _normed(self, tap: Tensor, kept: Tensor) -> Tensor:
-        """ln_post of the kept rows of a tap."""
+    def _normed(self, feature: Tensor, kept: Tensor) -> Tensor:
+        """ln_post of the kept rows of intermediate features."""
         norm = self.ln_post
-        return kernels.gather_norm(tap, kept, norm.weight, norm.bias, eps=norm.eps)
+        return kernels.gather_norm(feature, kept, norm.weight, norm.bias, eps=norm.eps)
 
     @torch.no_grad()
     def features(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Everything, nothing left out: projected taps (K, B, N, D), not normalised, and attention scores (R, L) fp32."""
+        """All tokens: projected intermediate features (K, B, N, D), not normalized, and attention scores (R, L) fp32."""
         batch = video.shape[0]
         x = self.embed(video)
-        taps = []
+        features = []
         for depth, block in enumerate(self.blocks):
             if depth == len(self.blocks) - 1:
                 q, k = block.attn.project(block.ln_1(x), slice(0, 2))
                 scores = kernels.class_attention(q[:, 0], k.transpose(1, 2))
             x = block(x)
-            if depth >= len(self.blocks) - self.num_taps:
-                taps.append(x[:, 1:].reshape(batch, -1, x.shape[-1]))
-        return self.ln_post(torch.stack(taps)) @ self.proj, scores
+            if depth >= len(self.blocks) - self.num_layers:
+                features.append(x[:, 1:].reshape(batch, -1, x.shape[-1]))
+        return self.ln_post(torch.stack(features)) @ self.proj, scores

@@ -12,9 +12,9 @@ from umt_fast.config import ConfigError, TeacherConfig, TeacherPrecision
 
 
 class QuantizedLinear(nn.Module):
-    """Takes the place of a Linear: 8-bit weights, activations quantised row by row (kernels.quantized_linear)."""
+    """Takes the place of a Linear: 8-bit weights, activations quantized row by row (kernels.quantized_linear)."""
 
-    road: Literal["auto", "reference"] = "auto"
+    backend: Literal["auto", "reference"] = "auto"
     """`reference` computes by the definition, slowly: to see what a precision changes where no device has it."""
 
     def __init__(self, weight: Tensor, bias: Tensor, precision: TeacherPrecision) -> None:
@@ -29,13 +29,13 @@ class QuantizedLinear(nn.Module):
         """(..., K) -> (..., N); factor multiplies the product, bias_factor the bias: no pass over the result."""
         scale = self.scale if factor == 1 else self.scale * factor
         bias = self.bias if bias_factor == 1 else self.bias * bias_factor
-        return kernels.quantized_linear(x, self.weight, scale, bias, road=self.road)
+        return kernels.quantized_linear(x, self.weight, scale, bias, backend=self.backend)
 
 
 def require_precision(teacher: TeacherConfig, device: torch.device) -> None:
     """Raises ConfigError where the device cannot compute in teacher.precision."""
     if teacher.precision != "native":
         try:
-            kernels.quantized_road(teacher.precision, device)
+            kernels.quantized_backend(teacher.precision, device)
         except ValueError as error:
             raise ConfigError(f"teacher.precision is {teacher.precision!r}: {error}") from error

@@ -29,7 +29,7 @@ _OPENAI = {"input_resolution", "context_length", "vocab_size"}
 def load_teacher(teacher: ClipTeacher, config: TeacherConfig) -> None:
     """Fills a teacher as its configuration says: `untrained`, `ARCH:TAG` of open_clip, or a local file.
 
-    The weights are then quantised, if config.precision says so.
+    The weights are then quantized, if config.precision says so.
     Raises WeightsError: weights that cannot be fetched or read, or that belong to another tower.
     """
     weights = config.weights
