@@ -61,7 +61,7 @@ def test_profile_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_fidelity_sees_what_eight_bits_lose() -> None:
     try:
-        kernels.quantized_implementation("int8", torch.device("cpu"))
+        kernels.quantized_backend("int8", torch.device("cpu"))
     except ValueError as error:
         pytest.skip(str(error))
     config = stage1_config("tiny", 2, "fp32")

@@ -2,8 +2,8 @@
 
 It is the baseline of `bench stage2` and a second opinion in the tests: the same parameters under the same names give
 the same four losses and gradients as the fast implementation when both are given the same masks, hidden words and negatives.
-On top of what stage1.py does, it runs the text layers a second time over masked text, the fusion layers over three copies of the
-batch and once more for masked text, projects each clip's keys and values anew for every copy, computes vocabulary logits
+On top of what stage1.py does, it runs the text layers a second time over masked text, the fusion layers over three copies of
+the batch and once more for masked text, projects each clip's keys and values anew for every copy, computes vocabulary logits
 at all positions of texts padded to their longest allowed length, recomputes the text activations in the backward pass,
 draws hidden words on the host, and reads each loss every step, because the official step does so.
 
