@@ -77,4 +77,4 @@ def test_fidelity_sees_what_eight_bits_lose() -> None:
 def test_impossible_precision_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "fidelity", "--model", "tiny", "--device", "cpu", "--precision", "fp8"]
     assert main(arguments) == 2
-    assert "teacher.precision is 'fp8': fp8 has no implementation on cpu" in capsys.readouterr().err
+    assert "teacher.precision is 'fp8': fp8 has no backend on cpu" in capsys.readouterr().err
