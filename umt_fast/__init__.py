@@ -24,17 +24,20 @@ if TYPE_CHECKING:
         StudentModel,
         VideoTextModel,
     )
+    from umt_fast.pretrained_questions import Answer, QuestionAnsweringModel
     from umt_fast.zoo import list_models
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "ClassifierModel",
     "ConfigError",
     "DataError",
     "Features",
     "Predictions",
     "PretrainedModel",
+    "QuestionAnsweringModel",
     "StudentModel",
     "VideoTextModel",
     "WeightsError",
@@ -50,6 +53,7 @@ _MODULES = {
     "hub": ("from_pretrained", "load_model", "load_teacher"),
     "models.weights": ("WeightsError",),
     "pretrained": ("ClassifierModel", "Features", "Predictions", "PretrainedModel", "StudentModel", "VideoTextModel"),
+    "pretrained_questions": ("Answer", "QuestionAnsweringModel"),
     "zoo": ("list_models",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -16,6 +16,7 @@ from umt_fast.models.teachers.clip import ClipTeacher
 from umt_fast.models.weights import WeightsError, WeightsFile, kind_of
 from umt_fast.models.weights import load_teacher as fill_teacher
 from umt_fast.pretrained import CONFIG, DTYPES, Dtype, PretrainedModel, build
+from umt_fast.pretrained_questions import QuestionAnsweringModel  # noqa: F401 - the class makes itself known to `build`
 from umt_fast.tasks.evaluate import read_checkpoint
 from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
 
@@ -25,6 +26,7 @@ _OFFICIAL = {"b16": 512, "l16": 768}
 _KINDS = {
     "pretraining": ("stage-1",),
     "video_text": ("stage-2", "downstream"),
+    "question_answering": ("question-answering",),
     "classification": ("classifier",),
 }
 _TEACHER_WEIGHTS = {"clip_b16": "ViT-B-16:openai", "clip_l14": "ViT-L-14:openai"}
@@ -41,11 +43,12 @@ def load_model(
     num_classes: int | None = None,
     tokenizer: str | Path | None = None,
 ) -> PretrainedModel:
-    """A trained model, ready to be used: StudentModel, VideoTextModel or ClassifierModel (umt_fast/pretrained.py).
+    """A trained model, ready to be used: StudentModel, VideoTextModel or ClassifierModel (umt_fast/pretrained.py), or
+    QuestionAnsweringModel (umt_fast/pretrained_questions.py).
 
     Args:
         name: an architecture or a released file of list_models. None: the file says by itself what it is of.
-        weights: a checkpoint, converted or bare weights of ours, an official file of stage 1, stage 2 or a classifier, a folder
+        weights: a checkpoint, converted or bare weights of ours, an official file of stage 1, stage 2 or fine-tuned, a folder
             that save_pretrained wrote, or a released file by name, which is then fetched from Hugging Face. None: the released
             file that `name` is. `untrained`: random weights.
         device: `auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:1`, or a torch.device.
@@ -253,9 +256,10 @@ def _untrained(
     if classifier:
         require(num_classes is not None and num_classes >= 1, f"an untrained {name} needs num_classes, at least 1")
         return described | {"num_classes": num_classes}
-    described |= {"num_layers": 6, "output_dim": width}
+    own = {"num_layers": 6, "output_dim": width, "embed_dim": width}
+    described |= {name: value for name, value in own.items() if name in described}
     if "text" in described:
-        described |= {"embed_dim": width, "text": described["text"] | {"vocab_size": 30522, "max_positions": 512}}
+        described |= {"text": described["text"] | {"vocab_size": 30522, "max_positions": 512}}
     return described
 
 

@@ -40,6 +40,9 @@ _TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "spe
 Dtype = Literal["bf16", "fp32"] | torch.dtype
 DTYPES: dict[Any, str] = {torch.bfloat16: "bf16", torch.float32: "fp32", "bf16": "bf16", "fp32": "fp32"}
 
+_CLASSES: dict[str, type[PretrainedModel]] = {}
+"""The model of each task, which its class statement puts here."""
+
 _CARD = """---
 {{ card_data }}
 ---
@@ -75,6 +78,11 @@ class PretrainedModel(
         self.network, self.description, self.compute, self.words = network, description, compute, words
         self.vit = vit_config(description)
         self.requires_grad_(False).eval()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.task:
+            _CLASSES[cls.task] = cls
 
     @classmethod
     @abstractmethod
@@ -158,6 +166,22 @@ class PretrainedModel(
     def _grid(self, tokens: Tensor) -> Tensor:
         grid = self.tower.grid
         return tokens.float().unflatten(1, (grid.frames, grid.rows, grid.columns))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of a model that reads texts, loaded when it is first needed."""
+        if "_loaded_words" not in self.__dict__:
+            require(
+                bool(self.words),
+                "which tokenizer this model was trained with is not known; give it: tokenizer= (search: --tokenizer)",
+            )
+            found, limit = load_tokenizer(self.words), self.description["text"]["vocab_size"]
+            require(
+                len(found) <= limit,
+                f"the tokenizer {self.words} has {len(found)} words, but the model knows {limit}; give its own",
+            )
+            self.__dict__["_loaded_words"] = found
+        return self.__dict__["_loaded_words"]
 
     # Folders and repositories
 
@@ -392,25 +416,6 @@ class VideoTextModel(PretrainedModel):
         tokens = Tokens(cleaned, self.tokenizer, max_length=described["max_length"], sep=described["sep_token"])
         ids, mask = (part.to(self.device) for part in tokens[torch.arange(len(cleaned))])
         return self.network.text_encoder.encode(ids, mask), mask
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer, loaded when it is first needed."""
-        if "_loaded_words" not in self.__dict__:
-            require(
-                bool(self.words),
-                "which tokenizer this model was trained with is not known; give it: tokenizer= (search: --tokenizer)",
-            )
-            found, limit = load_tokenizer(self.words), self.description["text"]["vocab_size"]
-            require(
-                len(found) <= limit,
-                f"the tokenizer {self.words} has {len(found)} words, but the model knows {limit}; give its own",
-            )
-            self.__dict__["_loaded_words"] = found
-        return self.__dict__["_loaded_words"]
-
-
-_CLASSES: dict[str, type[PretrainedModel]] = {cls.task: cls for cls in (StudentModel, VideoTextModel, ClassifierModel)}
 
 
 def build(

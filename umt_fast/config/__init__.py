@@ -26,6 +26,7 @@ from umt_fast.config.models import (
     TextConfig,
     VitConfig,
 )
+from umt_fast.config.question import QuestionConfig
 from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
 
@@ -43,6 +44,7 @@ __all__ = [
     "MaskConfig",
     "MaskKind",
     "OptimConfig",
+    "QuestionConfig",
     "RunConfig",
     "Stage1Config",
     "Stage2Config",

@@ -1,6 +1,6 @@
 """The kinds of training. Importing this package makes them known; see base.py."""
 
-from umt_fast.tasks import classification, pretraining, video_text
+from umt_fast.tasks import classification, pretraining, question_answering, video_text
 from umt_fast.tasks.base import TASKS, EvalOptions, Loader, Objective, Task, check_used, register, task_named, task_of
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "check_used",
     "classification",
     "pretraining",
+    "question_answering",
     "register",
     "task_named",
     "task_of",
