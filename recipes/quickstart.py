@@ -6,6 +6,7 @@
 | motion     | fine-tuning on motion labels (4 classes), from pre-training or from scratch  |
 | scene      | linear probe on scene labels (24 classes)                                    |
 | stage2     | captions and clips, from the stage-1 weights (only with `--stage2 True`)     |
+| questions  | questions about clips, from the stage-2 weights (see quickstart_questions.sh) |
 
 Expected, on average over three seeds: see the README. Each takes one to five minutes on two cores.
 """
@@ -16,6 +17,7 @@ from umt_fast.config import (
     FinetuneConfig,
     MaskConfig,
     OptimConfig,
+    QuestionConfig,
     RunConfig,
     Stage1Config,
     Stage2Config,
@@ -89,4 +91,18 @@ def stage2() -> Stage2Config:
         embed_dim=64,
         bert="untrained",
         max_length=16,
+    )
+
+
+def questions() -> QuestionConfig:
+    """Questions about the clips of stage 2; no flip here either."""
+    pretraining = stage2()
+    return QuestionConfig(
+        run=RunConfig(batch_size=32, epochs=4, warmup_epochs=0.5, dtype="fp32", log_every=25, tensorboard=False),
+        data=DataConfig(workers=1, flip=False, sampling="intervals", augment="random_resized_crop"),
+        student=pretraining.student,
+        text=pretraining.text,
+        optim=pretraining.optim,
+        max_length=12,
+        max_answer=3,
     )

@@ -167,8 +167,8 @@ def test_repeated_crops_keep_their_questions(world: Path) -> None:
 def test_it_trains_continues_and_is_used(world: Path) -> None:
     """Training lowers the loss; converted weights are the official layout, and the Python API answers with them."""
     config = configured(world)
-    config.run.max_steps, config.run.epochs, config.run.warmup_epochs = 40, 20, 0
-    config.optim.lr, config.student.drop_path = 3e-3, 0.0
+    config.run.max_steps, config.run.epochs, config.run.warmup_epochs, config.run.log_every = 60, 30, 1, 20
+    config.optim.lr, config.student.drop_path, config.text.init_std = 1e-2, 0.0, 0.1
     config.text.hidden_dropout = config.text.attention_dropout = 0.0
     folder = train(config)
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
