@@ -9,6 +9,7 @@ from umt_fast.tasks.base import (
     Loader,
     Objective,
     Task,
+    Validation,
     check_used,
     evaluation_named,
     evaluations_of,
@@ -16,6 +17,7 @@ from umt_fast.tasks.base import (
     register_evaluation,
     task_named,
     task_of,
+    validation_of,
 )
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Loader",
     "Objective",
     "Task",
+    "Validation",
     "check_used",
     "classification",
     "evaluation_named",
@@ -36,5 +39,6 @@ __all__ = [
     "retrieve",
     "task_named",
     "task_of",
+    "validation_of",
     "video_text",
 ]
