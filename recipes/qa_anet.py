@@ -1,7 +1,7 @@
 r"""Question answering on ActivityNet-QA (official qa_anet scripts).
 
-    QUESTIONS=anet_qa_train.json=/data/anet INIT=b16_25m.pth OUT=runs/qa_anet \
-        bash recipes/answering.sh qa_anet:b16_25m
+    QUESTIONS=anet_qa_train.json=/data/anet VALIDATION=anet_qa_val.json=/data/anet ANSWERS=anet_qa_answer_list.json \
+        INIT=b16_25m.pth OUT=runs/qa_anet bash recipes/answering.sh qa_anet:b16_25m
     python -m umt_fast eval answer runs/qa_anet/checkpoint-best.pt anet_qa_test.json --root /data/anet \
         --answers anet_qa_answer_list.json
 

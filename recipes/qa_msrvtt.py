@@ -1,7 +1,7 @@
 r"""Question answering on MSRVTT-QA (official qa_msrvtt scripts).
 
-    QUESTIONS=msrvtt_qa_train.json=/data/msrvtt INIT=b16_25m.pth OUT=runs/qa_msrvtt \
-        bash recipes/answering.sh qa_msrvtt:b16_25m
+    QUESTIONS=msrvtt_qa_train.json=/data/msrvtt VALIDATION=msrvtt_qa_val.json=/data/msrvtt ANSWERS=msrvtt_qa_answer_list.json \
+        INIT=b16_25m.pth OUT=runs/qa_msrvtt bash recipes/answering.sh qa_msrvtt:b16_25m
     python -m umt_fast eval answer runs/qa_msrvtt/checkpoint-best.pt msrvtt_qa_test.json --root /data/msrvtt \
         --answers msrvtt_qa_answer_list.json
 

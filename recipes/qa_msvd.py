@@ -1,7 +1,7 @@
 r"""Question answering on MSVD-QA (official qa_msvd scripts).
 
-    QUESTIONS=msvd_qa_train.json=/data/msvd INIT=b16_25m.pth OUT=runs/qa_msvd \
-        bash recipes/answering.sh qa_msvd:b16_25m
+    QUESTIONS=msvd_qa_train.json=/data/msvd VALIDATION=msvd_qa_val.json=/data/msvd ANSWERS=msvd_qa_answer_list.json \
+        INIT=b16_25m.pth OUT=runs/qa_msvd bash recipes/answering.sh qa_msvd:b16_25m
     python -m umt_fast eval answer runs/qa_msvd/checkpoint-best.pt msvd_qa_test.json --root /data/msvd \
         --answers msvd_qa_answer_list.json
 

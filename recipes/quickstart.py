@@ -5,8 +5,8 @@
 | stage1     | pre-training of the student against the sample world's own small CLIP        |
 | motion     | fine-tuning on motion labels (4 classes), from pre-training or from scratch  |
 | scene      | linear probe on scene labels (24 classes)                                    |
-| stage2     | captions and clips, from the stage-1 weights (only with `--stage2 True`)     |
-| questions  | questions about clips, from the stage-2 weights (see quickstart_questions.sh) |
+| stage2     | captions and clips, from the stage-1 weights (only with `--stage2`)          |
+| questions  | questions about clips, from the stage-2 weights (quickstart_questions.sh)    |
 
 Expected, on average over three seeds: see the README. Each takes one to five minutes on two cores.
 """

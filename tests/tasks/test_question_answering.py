@@ -205,6 +205,132 @@ def test_it_trains_continues_and_is_used(world: Path) -> None:
         model.answer(clip, "what", answers, top=0)
 
 
+def trained(world: Path, **changes: object) -> Path:
+    """The checkpoint of a run of three steps."""
+    return max(train(configured(world, **changes)).glob("checkpoint-0*.pt"))
+
+
+def judge(capsys: pytest.CaptureFixture, *arguments: object, code: int = 0) -> dict | str:
+    """The figures of `eval answer`, or the one line in which it fails."""
+    capsys.readouterr()
+    command = ["eval", "answer", *map(str, arguments), "--device", "cpu", "--workers", "0"]
+    assert main(command) == code
+    said = capsys.readouterr()
+    if code == 0:
+        return json.loads(said.out)
+    assert "Traceback" not in said.err and said.err.count("umt_fast: error: ") == 1
+    return said.err.splitlines()[-1]
+
+
+def test_eval_answers_a_list(world: Path, capsys: pytest.CaptureFixture) -> None:
+    """Every way to answer, against the model's own answer to each question; types; what is not in the list is counted."""
+    checkpoint = trained(world)
+    entries = json.loads((world / "train.json").read_text())
+    written(
+        world / "test.json", [*entries, ENTRY | {"question": "how many a what is it thing", "answer": "blue thing"}]
+    )
+    asked, listed = world / "test.json", world / "answers.json"
+    model = umt_fast.load_model(weights=checkpoint, tokenizer=world, device="cpu")
+    answers = read_answers(listed)
+    for options, expected in (
+        (("--answers", listed), {"rule": "official"}),
+        (("--answers", listed, "--rule", "chain", "--top_k", 2), {"rule": "chain", "top_k": 2}),
+        (("--free",), None),
+    ):
+        figures = judge(capsys, checkpoint, asked, "--scores", world / "scores.json", "--batch_size", 1, *options)
+        rows = json.loads((world / "scores.json").read_text())["questions"]
+        assert [row["question_id"] for row in rows] == ["0", "1", "v1_q", "3", "4"]
+        assert figures["accuracy"] == sum(row["right"] for row in rows) / 5
+        assert figures["accuracy_7"] == rows[2]["right"] and figures["accuracy_4"] == rows[3]["right"]
+        assert (figures["questions"], figures["clips"], figures["cut"]) == (5, 2, 1)
+        assert figures.get("answerable") == (None if expected is None else 0.8)
+        for row in rows:
+            if expected is None:
+                assert row["answer"] == model.answer_freely(row["clip"], row["question"])[0] and row["found"] == []
+                continue
+            (own,) = model.answer(row["clip"], row["question"], answers, top=10, **expected)
+            assert row["found"] == [[answer.text, pytest.approx(answer.probability, abs=1e-4)] for answer in own]
+            assert row["right"] == (row["answer"] in row["expected"])
+    (world / "moved").mkdir()
+    asked.rename(world / "moved" / "test.json")
+    assert judge(capsys, checkpoint, world / "moved" / "test.json", "--root", world, "--free") == figures
+
+
+def test_eval_refuses_in_one_line(world: Path, capsys: pytest.CaptureFixture) -> None:
+    checkpoint, asked, listed = trained(world), world / "train.json", ("--answers", world / "answers.json")
+    none = written(world / "none.json", [])
+    gone = written(world / "gone.json", [ENTRY | {"video": "gone.mp4"}])
+    clipless = written(world / "clipless.json", [{"question": "what", "answer": "a"}])
+    for arguments, message in (
+        ((asked,), "answers is empty; give the list to choose from, or --free"),
+        ((asked, "--answers", none), "holds no answers; give a list of at least one text"),
+        ((none, *listed), "holds no questions"),
+        ((gone, *listed), "1 of the 1 files of"),
+        ((clipless, *listed), 'entry 0 has no "video" or "image"'),
+        ((asked, *listed, "--free"), "--answers is for answers that are chosen"),
+        ((asked, "--free", "--rule", "chain"), "--rule is for answers that are chosen"),
+        ((asked, *listed, "--top_k", "0"), "top_k is 0"),
+        ((asked, *listed, "--max_answer", "1"), "max_answer is 1; it must lie in [2, 8]"),
+        ((asked, *listed, "--max_length", "99"), "max_length is 99; it must lie in [2, 8]"),
+        ((world / "video0.mp4", *listed), "is not JSON"),
+    ):
+        assert message in judge(capsys, checkpoint, *arguments, code=2)
+    (world / "video1.mp4").write_bytes(b"no video")
+    assert "video1.mp4" in judge(capsys, checkpoint, asked, *listed, code=2)
+
+
+def test_an_official_file_is_judged_when_its_model_is_named(world: Path, capsys: pytest.CaptureFixture) -> None:
+    """Flat, or under `model` with the settings of a run beside it; the recipe says what it is of."""
+    checkpoint, listed = trained(world), ("--answers", world / "answers.json", "--tokenizer", world)
+    expected = judge(capsys, checkpoint, world / "train.json", *listed)
+    state = torch.load(checkpoint, weights_only=True)["model"]
+    torch.save({"model": state, "epoch": 3}, world / "official.pth")
+    page = world / "page.py"
+    page.write_text(
+        "from pathlib import Path\n"
+        "from tests.tasks.test_question_answering import configured\n"
+        f"def qa():\n    return configured(Path({str(world)!r}))\n"
+    )
+    arguments = (world / "official.pth", world / "train.json", *listed)
+    assert judge(capsys, *arguments, "--model", f"{page}:qa") == expected
+    assert "does not say which model it is of" in judge(capsys, *arguments, code=2)
+
+
+def test_the_best_epoch_is_kept(world: Path) -> None:
+    """Judged between epochs on a list whose clips the ranks share; the best file holds the best figure's weights."""
+    config = configured(world, answers=str(world / "answers.json"))
+    config.data.validation = str(world / "train.json")
+    config.run.max_steps, config.run.epochs = 6, 3
+    folder = train(config)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    judged = [row for row in rows if "val_accuracy" in row]
+    assert [row["step"] for row in judged] == [2, 4, 6] and all("val_accuracy_4" in row for row in judged)
+    best = torch.load(folder / "checkpoint-best.pt", weights_only=True)
+    assert best["validation"]["figures"]["accuracy"] == max(row["val_accuracy"] for row in judged)
+    assert umt_fast.load_model(weights=folder / "checkpoint-best.pt").description["task"] == "question_answering"
+    config.answers, config.run.out = "", str(world / "other")
+    with pytest.raises(ConfigError, match="answers is empty; give the list of answers to choose from"):
+        train(config)
+    config.data.validation, config.answers = "", str(world / "answers.json")
+    with pytest.raises(ConfigError, match="answers is .*, but nothing is judged during training"):
+        train(config)
+
+
+def test_a_clip_that_cannot_be_read_is_replaced_with_its_question(world: Path) -> None:
+    """In training: the row of the batch is another question of the list altogether, and the file is counted."""
+    (world / "video0.mp4").write_bytes(b"no video")
+    config = configured(world)
+    config.data.max_bad_share = 1.0
+    loader = task_named("question_answering").loader(config, ONE)
+    questions = read_questions(config.questions, train=True)
+    for batch in loader:
+        for row, number in enumerate(batch["index"].tolist()):
+            assert Path(questions.clips[number].path).name == "video1.mp4"
+            expected = load_tokenizer(str(world))(questions.questions[number]).input_ids[:-1][:6]
+            assert batch["ids"][row, batch["mask"][row]].tolist() == expected
+    assert len(loader.bad_files) == 1
+
+
 def test_it_is_planned_tuned_and_checked(world: Path) -> None:
     task, config = task_named("question_answering"), configured(world)
     settled = task.settled(config)

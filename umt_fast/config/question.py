@@ -15,12 +15,15 @@ class QuestionConfig:
 
     run: RunConfig = field(default_factory=lambda: RunConfig(batch_size=32, epochs=12, warmup_epochs=1))
     data: DataConfig = field(default_factory=lambda: DataConfig(sampling="intervals", augment="random_resized_crop"))
-    """How clips are cut; the lists are `questions`, data.train is not used."""
+    """How clips are cut; the lists are `questions`, data.train is not used. data.validation is a question list too, as LIST or
+    LIST=FOLDER."""
     questions: tuple[str, ...] = ()
     """Question lists (.json), each as LIST or LIST=FOLDER, the folder its names are relative to."""
     answer_rows: int = 0
     """Rows that a batch holds for the different answers of each question; those that a question does not need weigh nothing.
     0: as many as the question with the most answers has. Of a question with more the most frequent ones are learned."""
+    answers: str = ""
+    """List of answers (.json) that the questions of data.validation are answered from."""
     student: VitConfig = field(default_factory=lambda: VitConfig(num_frames=12, drop_path=0.2))
     """More frames than stage 2 had continue its position table, as officially: leave position_grid empty."""
     text: TextConfig = field(default_factory=TextConfig)

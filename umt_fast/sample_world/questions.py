@@ -2,7 +2,7 @@
 
     python -m umt_fast.sample_world.questions runs/quickstart
 
-goes on from a quickstart with `--stage2 True`: writes the lists, fine-tunes the stage-2 model on clips, and the same model on
+goes on from a quickstart with `--stage2`: writes the lists, fine-tunes the stage-2 model on clips, and the same model on
 their middle frame alone, repeated; asks both about unseen clips, and prints the accuracy of each type of question beside that
 of the most frequent answer. Settings: recipes/quickstart.py:questions.
 """
@@ -150,7 +150,7 @@ def run(out: Path) -> dict[str, dict[str, float]]:
     seed = json.loads(path.read_text()).get("seed", 0) if path.is_file() else 0
     results, folder = Results(out, seed), out / "questions"
     if "stage2" not in results.values:
-        raise ConfigError(f"{out} has no stage 2; run the quickstart with --stage2 True --out {out} first")
+        raise ConfigError(f"{out} has no stage 2; run the quickstart with --stage2 --out {out} first")
     results.part("questions", lambda: write_questions(out / "world", folder))
     write_vocabulary(out / "tokenizer", folder)
     figures = {"most frequent answer": prior(folder)}
@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> int:
     """The command; see the module's head."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
-        print("usage: python -m umt_fast.sample_world.questions FOLDER\nFOLDER: of a quickstart with --stage2 True")
+        print("usage: python -m umt_fast.sample_world.questions FOLDER\nFOLDER: of a quickstart with --stage2")
         return 0 if arguments else 2
     try:
         print(table(run(Path(arguments[0]))))

@@ -94,9 +94,15 @@ def by_clip(questions: QuestionList) -> Asked:
     return Asked(first, list(rows.values()))
 
 
+def _rounds(asked: Sequence[Sequence[int]], at_once: int) -> tuple[int, int]:
+    """Questions that each clip is asked together, and how often that takes to ask all."""
+    groups = max(1, at_once // max(1, len(asked)))
+    return groups, -(-max(map(len, asked), default=0) // groups)
+
+
 @torch.no_grad()
 def states_of_clips(
-    model: QuestionModel, video: Tensor, asked: list[list[int]], tokens: Tokens, *, at_once: int
+    model: QuestionModel, video: Tensor, asked: Sequence[Sequence[int]], tokens: Tokens, *, at_once: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Yields numbers of questions, their states (Q, m, W) and mask (Q, m), some at a time.
 
@@ -105,8 +111,8 @@ def states_of_clips(
     """
     text, device = model.text_encoder, video.device
     keys = text.clip_keys(model.vision_encoder.embed(video)[0])
-    groups = max(1, at_once // len(asked))
-    for first in range(0, max(map(len, asked)), groups):
+    groups, rounds = _rounds(asked, at_once)
+    for first in range(0, groups * rounds, groups):
         parts = [rows[first : first + groups] for rows in asked]
         table = torch.full((max(map(len, parts)), len(parts)), -1)
         for clip, rows in enumerate(parts):
@@ -121,10 +127,21 @@ def states_of_clips(
 
 
 @torch.no_grad()
+def _idle(model: QuestionModel, tokens: Tokens, device: torch.device, *, clips: int, questions: int) -> None:
+    """Reads clips and questions for nothing: parts of a sharded model are gathered by all ranks together."""
+    vit = model.vision_encoder.encoder.config
+    for _ in range(clips):
+        shape = (1, vit.num_frames, vit.image_size, vit.image_size, 3)
+        model.vision_encoder.embed(torch.zeros(shape, dtype=torch.uint8, device=device))
+    for _ in range(questions):
+        model.text_encoder.encode(*(part.to(device) for part in tokens[torch.tensor([0])]))
+
+
+@torch.no_grad()
 def answer_batches(
     model: QuestionModel,
     batches: Iterable[dict[str, Tensor]],
-    asked: Sequence[list[int]],
+    asked: Sequence[Sequence[int]],
     tokens: Tokens,
     judge: Judge,
     ranks: Ranks,
@@ -140,12 +157,22 @@ def answer_batches(
         batch_size: questions judged at a time; four times as many are read.
     """
     own: dict[int, Prediction] = {}
-    for batch in batches:
-        video, rows = batch["video"].to(ranks.device), [asked[clip] for clip in batch["index"].tolist()]
-        for numbers, states, mask in states_of_clips(model, video, rows, tokens, at_once=4 * batch_size):
-            for first in range(0, len(numbers), batch_size):
-                part = slice(first, first + batch_size)
-                own |= dict(zip(numbers[part], judge(states[part], mask[part]), strict=True))
+    at_once, coming = 4 * batch_size, iter(batches)
+    while True:
+        batch = next(coming, None)
+        rows = [] if batch is None else [asked[clip] for clip in batch["index"].tolist()]
+        rounds = _rounds(rows, at_once)[1]
+        shared = gather((batch is not None, rounds))
+        if not any(has for has, _ in shared):
+            break
+        if batch is not None:
+            video = batch["video"].to(ranks.device)
+            for numbers, states, mask in states_of_clips(model, video, rows, tokens, at_once=at_once):
+                for first in range(0, len(numbers), batch_size):
+                    part = slice(first, first + batch_size)
+                    own |= dict(zip(numbers[part], judge(states[part], mask[part]), strict=True))
+        idle = max(others for _, others in shared) - rounds
+        _idle(model, tokens, ranks.device, clips=int(batch is None), questions=idle)
     found = {row: prediction for part in gather(own) for row, prediction in part.items()}
     return [found[row] for row in range(sum(map(len, asked)))]
 

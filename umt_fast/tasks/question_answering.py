@@ -17,14 +17,15 @@ from umt_fast.config import AttentionBackend, ConfigError, QuestionConfig, TextC
 from umt_fast.config.unused import Refuse
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.loaders.questions import QuestionTokens
-from umt_fast.data.loaders.tokens import load_tokenizer
-from umt_fast.data.sources.questions import QuestionList, read_questions
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.sources.questions import QuestionList, read_answers, read_questions
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description, text_description
 from umt_fast.models.downstream import QuestionModel
 from umt_fast.models.weights import load_question
+from umt_fast.tasks.answering import answer_list, chooser, right_rows, shares_of
 from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
 
@@ -132,6 +133,38 @@ class QuestionTuning(nn.Module):
         return flops.tower_flops(vit, n, num_layers=0, output_dim=0) + 3 * own
 
 
+class AnswerValidation:
+    """Accuracy on the questions of data.validation between epochs, chosen from `answers` by the official rule."""
+
+    best = "accuracy"
+
+    def __init__(self, config: QuestionConfig, ranks: Ranks) -> None:
+        """Raises DataError: lists that cannot be read. ConfigError: no list of answers."""
+        require(
+            config.answers != "",
+            f"data.validation is {config.data.validation}, and answers is empty; give the list of answers to choose from",
+        )
+        self.config, self.ranks = config, ranks
+        self.questions = read_questions([config.data.validation], train=False)
+        self.answers, self.words = read_answers(config.answers), load_tokenizer(config.tokenizer)
+
+    def figures(self, objective: QuestionTuning) -> dict[str, float]:
+        """The list of answers is prepared anew: it depends on the weights."""
+        config, model = self.config, objective.model
+        whole = dataclasses.replace(config.data, augment="whole", flip=None, num_sample=1, reader="cpu")
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=config.run.dtype == "bf16"):
+            found = answer_list(
+                model,
+                self.questions,
+                Tokens(self.questions.questions, self.words, max_length=config.max_length),
+                chooser(model, self.answers, self.words, max_answer=config.max_answer),
+                whole,
+                self.ranks,
+                batch_size=config.run.batch_size,
+            )
+        return shares_of(self.questions, right_rows(self.questions, found, None))
+
+
 # Places in the vocabulary of random text: the class token, and the first word that is none of the special tokens.
 _CLS, _FIRST_WORD = 1, 4
 
@@ -150,6 +183,8 @@ class QuestionAnswering:
         refuse("data.train", "question answering reads question lists: give them with --questions")
         refuse("data.root", "question lists carry their folders: give LIST=FOLDER")
         refuse("data.separator data.frame_pattern", "question lists have neither columns nor frame folders")
+        if not config.data.validation or config.run.validate_epochs == 0:
+            refuse("answers", "nothing is judged during training (data.validation, run.validate_epochs)")
 
     def objective(self, config: QuestionConfig) -> QuestionTuning:
         return QuestionTuning(
@@ -187,6 +222,9 @@ class QuestionAnswering:
         loader = clip_loader(config, questions.clips, config.student.num_frames, ranks)
         loader.add_columns(tokens.columns)
         return loader
+
+    def validation(self, config: QuestionConfig, ranks: Ranks) -> AnswerValidation | None:
+        return AnswerValidation(config, ranks) if config.data.validation else None
 
     def random_batches(self, config: QuestionConfig) -> list[dict[str, Tensor]]:
         """Questions and answers are of full length, and every row of answers is one."""
