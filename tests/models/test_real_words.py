@@ -107,8 +107,8 @@ def test_a_stage_2_step_on_real_captions(minilm: Path, shared: Path, tmp_path: P
     config.run.warmup_epochs = 0
     folder = train(config)
     (row,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    # A fresh word head over 30,522 words is at chance; contrastive and matching losses of four pairs too.
-    assert row["mlm"] == pytest.approx(10.3, abs=0.7) and row["vtc"] < 3 and row["vtm"] < 2 and row["bad_files"] == 0
+    # A fresh word head over 30,522 words is no better than chance (10.3), as are the other losses of four pairs.
+    assert 10 < row["mlm"] < 13 and row["vtc"] < 3 and row["vtm"] < 2 and row["bad_files"] == 0
     saved = torch.load(next(folder.glob("checkpoint-*.pt")), weights_only=True)["model"]
     before = BertModel.from_pretrained(str(minilm)).state_dict()
     name = "encoder.layer.0.attention.self.query.weight"
