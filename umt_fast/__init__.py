@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Predictions,
         PretrainedModel,
         StudentModel,
+        TunedVideoTextModel,
         VideoTextModel,
     )
     from umt_fast.zoo import list_models
@@ -36,6 +37,7 @@ __all__ = [
     "Predictions",
     "PretrainedModel",
     "StudentModel",
+    "TunedVideoTextModel",
     "VideoTextModel",
     "WeightsError",
     "from_pretrained",
@@ -49,7 +51,15 @@ _MODULES = {
     "data.sources.clip": ("DataError",),
     "hub": ("from_pretrained", "load_model", "load_teacher"),
     "models.weights": ("WeightsError",),
-    "pretrained": ("ClassifierModel", "Features", "Predictions", "PretrainedModel", "StudentModel", "VideoTextModel"),
+    "pretrained": (
+        "ClassifierModel",
+        "Features",
+        "Predictions",
+        "PretrainedModel",
+        "StudentModel",
+        "TunedVideoTextModel",
+        "VideoTextModel",
+    ),
     "zoo": ("list_models",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -22,10 +22,12 @@ from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
 _UNTRAINED = "untrained"
 # What official models have where a description leaves it to the tensors.
 _OFFICIAL = {"b16": 512, "l16": 768}
+# What a file of each task may hold; the first is what that task itself saves.
 _KINDS = {
     "pretraining": ("stage-1",),
     "video_text": ("stage-2", "downstream"),
     "classification": ("classifier",),
+    "retrieval": ("downstream", "stage-2"),
 }
 _TEACHER_WEIGHTS = {"clip_b16": "ViT-B-16:openai", "clip_l14": "ViT-L-14:openai"}
 
@@ -211,7 +213,7 @@ def _guess(file: WeightsFile) -> str | None:
         return None
     for name, make in (MODELS | STAGE1_MODELS).items():
         described = make()
-        if kind in _KINDS[described["task"]] and described["vit"]["width"] == len(weight):
+        if kind == _KINDS[described["task"]][0] and described["vit"]["width"] == len(weight):
             return name
     return None
 
@@ -253,7 +255,8 @@ def _untrained(
     if classifier:
         require(num_classes is not None and num_classes >= 1, f"an untrained {name} needs num_classes, at least 1")
         return described | {"num_classes": num_classes}
-    described |= {"num_layers": 6, "output_dim": width}
+    if "num_layers" in described:
+        described |= {"num_layers": 6, "output_dim": width}
     if "text" in described:
         described |= {"embed_dim": width, "text": described["text"] | {"vocab_size": 30522, "max_positions": 512}}
     return described

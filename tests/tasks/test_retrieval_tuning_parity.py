@@ -12,12 +12,13 @@ from tests.downstream_cases import LIMIT, compare_gradients, sizes_of, state_of
 from tests.parity_files import parity_files, read_case, relative
 from tests.tasks.galleries import Captions, Gallery
 from umt_fast.config import DataConfig
+from umt_fast.data.sources.pairs import match_ids
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.downstream import RetrievalModel
 from umt_fast.models.weights import fit
 from umt_fast.tasks import retrieval
 from umt_fast.tasks import video_text_losses as vision_text
-from umt_fast.tasks.retrieval_tuning import RetrievalTuning, match_ids, retrieval_losses
+from umt_fast.tasks.retrieval_tuning import RetrievalTuning, retrieval_losses
 
 CASES = parity_files("retrieval")
 ONE = Ranks(0, 1, torch.device("cpu"))

@@ -26,6 +26,7 @@ from umt_fast.config.models import (
     TextConfig,
     VitConfig,
 )
+from umt_fast.config.retrieval import RetrievalConfig, RetrievalLosses
 from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
 
@@ -43,6 +44,8 @@ __all__ = [
     "MaskConfig",
     "MaskKind",
     "OptimConfig",
+    "RetrievalConfig",
+    "RetrievalLosses",
     "RunConfig",
     "Stage1Config",
     "Stage2Config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from umt_fast.config import ConfigError, TeacherConfig, VitConfig
+from umt_fast.config import ConfigError, TeacherConfig, TextConfig, VitConfig
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "tiny": {"width": 96, "depth": 4, "num_heads": 3, "patch_size": 16, "image_size": 64},
@@ -15,6 +15,10 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "clip_tiny": {"width": 96, "depth": 4, "num_heads": 3, "patch_size": 16, "image_size": 64, "output_dim": 64},
     "clip_b16": {"width": 768, "depth": 12, "num_heads": 12, "patch_size": 16, "image_size": 224, "output_dim": 512},
     "clip_l14": {"width": 1024, "depth": 24, "num_heads": 16, "patch_size": 14, "image_size": 196, "output_dim": 768},
+}
+TEXTS: dict[str, dict[str, Any]] = {
+    "b16": {"width": 768, "depth": 12, "fusion_layer": 9, "num_heads": 12},
+    "l16": {"width": 1024, "depth": 24, "fusion_layer": 19, "num_heads": 16},
 }
 
 
@@ -32,3 +36,8 @@ def student_size(name: str, **changes: Any) -> VitConfig:
 def teacher_size(name: str, **changes: Any) -> TeacherConfig:
     """The teacher `clip_tiny`, `clip_b16` or `clip_l14` (at 196 pixels), with fields changed."""
     return TeacherConfig(**(_size(TEACHERS, name) | changes))
+
+
+def text_size(name: str, **changes: Any) -> TextConfig:
+    """The text encoder beside the student `b16` (BERT base) or `l16` (BERT large), with fields changed."""
+    return TextConfig(**(_size(TEXTS, name) | changes))

@@ -1,6 +1,6 @@
 """The kinds of training. Importing this package makes them known; see base.py."""
 
-from umt_fast.tasks import classification, pretraining, video_text
+from umt_fast.tasks import classification, pretraining, retrieval_tuning, video_text
 from umt_fast.tasks.base import TASKS, EvalOptions, Loader, Objective, Task, check_used, register, task_named, task_of
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "classification",
     "pretraining",
     "register",
+    "retrieval_tuning",
     "task_named",
     "task_of",
     "video_text",

@@ -7,7 +7,7 @@ classification head, say) loading fails.
 """
 
 from umt_fast.models.weights.detection import load_detector
-from umt_fast.models.weights.downstream import load_question, load_retrieval
+from umt_fast.models.weights.downstream import fit_retrieval, load_question, load_retrieval
 from umt_fast.models.weights.files import (
     UnreadableError,
     WeightsError,
@@ -35,6 +35,7 @@ __all__ = [
     "WeightsFile",
     "fit",
     "fit_classifier",
+    "fit_retrieval",
     "fit_video_text",
     "kind_of",
     "load_bert",
