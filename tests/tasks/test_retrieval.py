@@ -54,7 +54,8 @@ def dense(right: Tensor, queries: int, items: int) -> Tensor:
 
 def test_search_and_judge_equal_all_scores_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many right answers a query, more items than queries, blocks that do not divide; candidates without a right answer."""
-    monkeypatch.setattr("umt_fast.tasks.retrieval._BLOCK", 3)
+    monkeypatch.setattr("umt_fast.tasks.ranking._QUERIES", 3)
+    monkeypatch.setattr("umt_fast.tasks.ranking._ITEMS", 4)
     generator = torch.Generator().manual_seed(0)
     queries, items = (torch.randn(n, 4, generator=generator) for n in (8, 11))
     right = torch.tensor(sorted({(q, int(i)) for q in range(8) for i in (q, (3 * q) % 11)}))

@@ -60,6 +60,12 @@ class RetrievalConfig:
     )
     embed_dim: int = 512
     """Width of the common space of clips and captions."""
+    validate: Literal["retrieval", "choices"] = "retrieval"
+    """How clips of data.validation judge the model between epochs: as a caption list, by the mean of all recalls after
+    re-ranking (`match_r_mean`, officially), or as a list of choices, by accuracy (MSRVTT-MC)."""
+    select_on_test: str = ""
+    """The test set in place of data.validation, LIST or LIST=FOLDER: the best weights are then chosen by what they are reported
+    on, as officially (but for DiDeMo). The figure flatters."""
     init: str = ""
     """Stage-2 weights, ours or official, or weights that were fine-tuned for retrieval; empty: from scratch."""
     tokenizer: str = "bert-base-uncased"
@@ -71,6 +77,11 @@ class RetrievalConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        require(
+            not (self.select_on_test and self.data.validation),
+            f"data.validation is {self.data.validation} and select_on_test {self.select_on_test}; the best weights are chosen "
+            "by one of them: leave the other out",
+        )
         require(self.embed_dim >= 2, f"embed_dim is {self.embed_dim}; a direction needs at least 2")
         least = 3 if self.sep_token else 2  # a word besides the special tokens
         require(

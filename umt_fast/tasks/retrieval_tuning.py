@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,17 +20,23 @@ from umt_fast.config import AttentionBackend, ConfigError, RetrievalConfig, Text
 from umt_fast.config.unused import Refuse
 from umt_fast.data.loaders.captions import CaptionLoader
 from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
-from umt_fast.data.sources.captions import CaptionList
+from umt_fast.data.sources.captions import CaptionList, list_and_folder
+from umt_fast.data.sources.choices import read_choices
 from umt_fast.data.sources.pairs import read_pairs
+from umt_fast.data.sources.queries import read_queries
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description, text_description
 from umt_fast.models.downstream import RetrievalModel
 from umt_fast.models.weights import load_retrieval
+from umt_fast.tasks import retrieval
 from umt_fast.tasks import video_text_losses as vision_text
 from umt_fast.tasks.base import register
+from umt_fast.tasks.choosing import choice_batches
 from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
+from umt_fast.tasks.matching import whole_frames
+from umt_fast.tasks.multiple_choice import choose
 
 
 def retrieval_losses(
@@ -157,6 +164,58 @@ class RetrievalTuning(nn.Module):
         return total + 3 * own
 
 
+class _Judged:
+    """What both kinds of validation share: their list, tokens, and clips cut as the official evaluation does."""
+
+    def __init__(self, config: RetrievalConfig, ranks: Ranks) -> None:
+        """Raises DataError: a list that cannot be read, or names files that are not there."""
+        self.config, self.ranks = config, ranks
+        self.source, self.root = list_and_folder(config.data.validation or config.select_on_test)
+        self.data, self.words = whole_frames(config.data), load_tokenizer(config.tokenizer)
+
+    def tokens(self, texts: Sequence[str]) -> Tokens:
+        return Tokens(texts, self.words, max_length=self.config.max_length, sep=self.config.sep_token)
+
+
+class RecallValidation(_Judged):
+    """Recalls both ways on a caption list, by embeddings and re-ranked."""
+
+    best = "match_r_mean"
+
+    def __init__(self, config: RetrievalConfig, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        workers = config.data.workers
+        self.queries = read_queries(self.source, self.root, joining=config.captions, workers=workers)
+
+    def figures(self, objective: RetrievalTuning) -> dict[str, float]:
+        found, _, _ = retrieval.evaluate(
+            objective.model,
+            self.queries,
+            self.tokens(self.queries.captions),
+            self.data,
+            self.ranks,
+            batch_size=self.config.run.batch_size,
+            dtype=self.config.run.dtype,
+        )
+        return {name: value for name, value in found.items() if name not in ("clips", "captions")}
+
+
+class ChoiceValidation(_Judged):
+    """Accuracy on a list of choices."""
+
+    best = "accuracy"
+
+    def __init__(self, config: RetrievalConfig, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        self.choices = read_choices(self.source, self.root)
+
+    def figures(self, objective: RetrievalTuning) -> dict[str, float]:
+        size, vit = self.config.run.batch_size, self.config.student
+        tokens = self.tokens(self.choices.options)
+        batches = choice_batches(self.choices, tokens, self.data, vit, self.ranks, batch_size=size)
+        return {"accuracy": choose(objective.model, batches, self.ranks, dtype=self.config.run.dtype).figures["accuracy"]}
+
+
 # Places in the vocabulary of random text: the class token, and the first word that is none of the special tokens.
 _CLS, _FIRST_WORD = 1, 4
 
@@ -212,6 +271,11 @@ class RetrievalTask:
         fixed = config.run.compile or config.run.cuda_graph or config.run.tune != "off"
         tokens = Tokens(rows.captions, tokenizer, max_length=config.max_length, sep=config.sep_token, fixed=fixed)
         return CaptionLoader(clip_loader(config, rows.clips, config.student.num_frames, ranks), tokens, rows.sample)
+
+    def validation(self, config: RetrievalConfig, ranks: Ranks) -> RecallValidation | ChoiceValidation | None:
+        if not config.data.validation and not config.select_on_test:
+            return None
+        return {"retrieval": RecallValidation, "choices": ChoiceValidation}[config.validate](config, ranks)
 
     def random_batches(self, config: RetrievalConfig) -> list[dict[str, Tensor]]:
         """Texts are of full length."""
