@@ -67,6 +67,9 @@ class BrightnessTask:
     def loader(self, config: BrightnessConfig, ranks: Any) -> Any:
         return listed_clips(config, ranks)
 
+    def validation(self, config: BrightnessConfig, ranks: Any) -> None:
+        return None
+
     def random_batches(self, config: BrightnessConfig) -> list[dict[str, Tensor]]:
         return [random_clips(config, config.student.num_frames)]
 

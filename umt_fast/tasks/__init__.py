@@ -1,7 +1,19 @@
 """The kinds of training. Importing this package makes them known; see base.py."""
 
 from umt_fast.tasks import classification, pretraining, retrieval_tuning, video_text
-from umt_fast.tasks.base import TASKS, EvalOptions, Loader, Objective, Task, check_used, register, task_named, task_of
+from umt_fast.tasks.base import (
+    TASKS,
+    EvalOptions,
+    Loader,
+    Objective,
+    Task,
+    Validation,
+    check_used,
+    register,
+    task_named,
+    task_of,
+    validation_of,
+)
 
 __all__ = [
     "TASKS",
@@ -9,6 +21,7 @@ __all__ = [
     "Loader",
     "Objective",
     "Task",
+    "Validation",
     "check_used",
     "classification",
     "pretraining",
@@ -16,5 +29,6 @@ __all__ = [
     "retrieval_tuning",
     "task_named",
     "task_of",
+    "validation_of",
     "video_text",
 ]

@@ -67,6 +67,20 @@ class Loader(Protocol):
         """The path of a clip by its number."""
 
 
+class Validation(Protocol):
+    """How a model is judged between the epochs of its training."""
+
+    best: str
+    """Name of the figure that the best weights have highest; they are kept as checkpoint-best."""
+
+    def figures(self, objective: Any) -> dict[str, float]:
+        """Figures by name on unseen clips, over all ranks and the same on each.
+
+        objective: the task's, in evaluation mode, without gradients. Every rank must call its modules as often as the others
+        do: those of a sharded model are gathered by all together. No state of the training may change.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
     """How a model is judged; see `python -m umt_fast eval --help`. A task refuses what it does not read."""
@@ -110,6 +124,9 @@ class Task(Protocol, Generic[C]):
 
     def loader(self, config: C, ranks: Ranks) -> Loader:
         """The training clips of a rank. Raises DataError, ConfigError: none, or not usable."""
+
+    def validation(self, config: C, ranks: Ranks) -> Validation | None:
+        """How the model is judged every run.validate_epochs epochs; None: it is not. Raises DataError, ConfigError."""
 
     def random_batches(self, config: C) -> list[dict[str, Tensor]]:
         """A batch of each kind on the CPU, as the loader gives them, of random content."""
@@ -174,6 +191,23 @@ def task_of(config: Any) -> Task:
             return task
     known = ", ".join(task.Config.__name__ for task in TASKS.values())
     raise ConfigError(f"{type(config).__name__} is no configuration of a task; there are: {known}")
+
+
+def validation_of(config: Any, ranks: Ranks) -> Validation | None:
+    """How a run judges its model, or None. Raises ConfigError: options of it where nothing would be judged."""
+    task, refuse = task_of(config), refuser(config)
+    if config.run.validate_epochs == 0:
+        refuse("data.validation", "run.validate_epochs is 0, so that nothing is judged during training")
+        return None
+    validation = task.validation(config, ranks)
+    if validation is None:
+        why = (
+            "data.validation is empty"
+            if not config.data.validation
+            else f"training of task {task.name!r} judges nothing"
+        )
+        refuse("run.validate_epochs data.validation", why)
+    return validation
 
 
 def check_used(config: Any, world_size: int) -> None:

@@ -163,7 +163,13 @@ def accuracy(
     )
     hits = torch.zeros(2, device=device)
     count, rows = 0, []
-    for batch in loader:
+    batches = iter(loader)
+    # A rank with fewer clips computes nothing for the rest: parts of a sharded model are gathered by all together.
+    for _ in range(max(gather(len(loader)))):
+        batch = next(batches, None)
+        if batch is None:
+            logits(torch.zeros(1, num_frames, image_size, image_size, 3, dtype=torch.uint8, device=device))
+            continue
         label = batch["label"].to(device)
         scores = logits(batch["video"].to(device))
         if not scores.isfinite().all():
@@ -184,6 +190,33 @@ def accuracy(
     yield "top1", top1
     yield "top5", top5
     yield "clips", count
+
+
+class LabeledValidation:
+    """Top-1 and top-5 on data.validation between epochs, one view of each clip."""
+
+    best = "top1"
+
+    def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
+        """Raises DataError: a list that cannot be read, or labels that the model has not."""
+        self.config, self.ranks = config, ranks
+        clips = read_list(config.data.validation, config.data)
+        check_labels(clips, config.num_classes, config.data.validation)
+
+    def figures(self, objective: Supervised) -> dict[str, float]:
+        config, ranks = self.config, self.ranks
+        found = accuracy(
+            objective.logits,
+            config.data.validation,
+            config.data,
+            num_frames=config.student.num_frames,
+            image_size=config.student.image_size,
+            batch_size=config.run.batch_size,
+            device=ranks.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        return {name: value for name, value in found if name != "clips"}
 
 
 class Classification:
@@ -212,6 +245,9 @@ class Classification:
         clips = training_list(config)
         check_labels(clips, config.num_classes, config.data.train)
         return clip_loader(config, clips, config.student.num_frames, ranks)
+
+    def validation(self, config: FinetuneConfig, ranks: Ranks) -> LabeledValidation | None:
+        return LabeledValidation(config, ranks) if config.data.validation else None
 
     def random_batches(self, config: FinetuneConfig) -> list[dict[str, Tensor]]:
         batch = random_clips(config, config.student.num_frames)

@@ -114,6 +114,9 @@ class Pretraining:
     def loader(self, config: Stage1Config, ranks: Ranks) -> ClipLoader:
         return listed_clips(config, ranks)
 
+    def validation(self, config: Stage1Config, ranks: Ranks) -> None:
+        return None
+
     def random_batches(self, config: Stage1Config) -> list[dict[str, Tensor]]:
         return [random_clips(config, config.student.num_frames)]
 

@@ -264,6 +264,9 @@ class VideoTextTask:
                 parts.append(CaptionLoader(clip_loader(config, corpus.clips, frames, ranks, data), tokens, sample))
         return PackedLoader(*parts) if packed else AlternatingLoader(parts, config.run.seed)
 
+    def validation(self, config: Stage2Config, ranks: Ranks) -> None:
+        return None
+
     def random_batches(self, config: Stage2Config) -> list[dict[str, Tensor]]:
         """Texts are of full length."""
         kinds = [(config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)]
