@@ -19,7 +19,9 @@ from umt_fast.data.sources.queries import Queries, read_queries
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.video_text import VideoText
 from umt_fast.models.weights import WeightsError
-from umt_fast.tasks.retrieval import Keeper, both_ways, evaluate, judge, listing, ranks_of, recalls, rerank, search
+from umt_fast.tasks.ranking import both_ways, judge, ranks_of, recalls, search
+from umt_fast.tasks.retrieval import Keeper, evaluate, rerank
+from umt_fast.tasks.retrieve import listing
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmno"]

@@ -16,7 +16,7 @@ from umt_fast.data.sources.pairs import match_ids
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.downstream import RetrievalModel
 from umt_fast.models.weights import fit
-from umt_fast.tasks import retrieval
+from umt_fast.tasks import ranking, retrieval
 from umt_fast.tasks import video_text_losses as vision_text
 from umt_fast.tasks.retrieval_tuning import RetrievalTuning, retrieval_losses
 
@@ -137,7 +137,7 @@ def compare_gallery(case: _Case, name: str, monkeypatch: pytest.MonkeyPatch) -> 
             if kind == "match":  # and beyond those nothing is scored
                 assert (expected.values[:, kept:] == config["unscored"]).all()
                 assert (expected.values[:, :kept] != config["unscored"]).all()
-        official = retrieval.official_recalls(v2t.rank, t2v.rank)
+        official = ranking.official_recalls(v2t.rank, t2v.rank)
         expected = gallery[f"recall_{kind}"]
         if 0 < top_k < 10 and top_k < max(len(video), len(gallery["texts"])):
             # Officially R@k of fewer candidates depends on how a sort leaves equal scores.

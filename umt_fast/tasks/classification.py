@@ -28,7 +28,7 @@ from umt_fast.models.attention import use_attention
 from umt_fast.models.classifier import Classifier, pretraining_grid
 from umt_fast.models.description import base_description, found_in, vit_config
 from umt_fast.models.weights import WeightsError, WeightsFile, fit_classifier, load_encoder, read_weights
-from umt_fast.tasks.base import EvalOptions, register
+from umt_fast.tasks.base import EvalOptions, register, register_evaluation
 from umt_fast.tasks.clips import clip_loader, listed_or_assumed, random_clips, random_integers, training_list
 
 log = logging.getLogger("umt_fast")
@@ -265,19 +265,36 @@ class Classification:
     def describe(self, config: FinetuneConfig) -> dict[str, Any]:
         return base_description(self.name, config) | {"num_classes": config.num_classes}
 
-    def evaluate(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyOptions(EvalOptions):
+    """How a classifier is judged."""
+
+    separator: str = ","
+    """Field separator of the list."""
+    frame_pattern: str = "img_{:05d}.jpg"
+    """File name of frame i (from 1) in a list of frame folders."""
+
+    def data(self) -> DataConfig:
+        return dataclasses.replace(super().data(), separator=self.separator, frame_pattern=self.frame_pattern)
+
+
+class Classify:
+    """Top-1 and top-5 on a list of labeled clips, one centered view of each."""
+
+    name, tasks, Options = "classify", ("classification",), ClassifyOptions
+
+    def run(
         self,
         file: WeightsFile,
         described: dict[str, Any],
         source: Path,
         list_path: Path,
         data: DataConfig,
-        options: EvalOptions,
+        options: ClassifyOptions,
         ranks: Ranks,
     ) -> dict[str, Any]:
-        """Top-1 and top-5 on labeled clips, one centered view of each."""
-        retrieval = ("top_k", "joining", "max_length", "memory_gib", "tokenizer")
-        options.refuse(retrieval, f"for retrieval, and {source} is a classifier")
+        """`top1`, `top5`, `clips`; with scores the five best classes of every clip."""
         remedy = "this classifier knows no others: give a list of its classes"
         check_labels(read_list(list_path, data), described["num_classes"], str(list_path), remedy)
         vit = vit_config(described)
@@ -309,3 +326,4 @@ class Classification:
 
 
 register(Classification())
+register_evaluation(Classify())

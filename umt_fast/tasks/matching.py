@@ -37,7 +37,7 @@ class TextOptions(EvalOptions):
     """By name, or a folder with a vocab.txt; empty: as the run was given it, or the usual one of the named model."""
 
     def __post_init__(self) -> None:
-        super(TextOptions, self).__post_init__()  # noqa: UP008, derived classes call this one
+        super().__post_init__()
         require(self.frames >= 0, f"frames is {self.frames}; it must be at least 0")
 
 

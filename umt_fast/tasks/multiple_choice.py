@@ -108,7 +108,9 @@ def choose(
             scored = score_options(model, *(held[name].to(ranks.device) for name in ("video", "ids", "mask")))
         if batch is not None:
             found.append((torch.stack([held["row"], scored.choice.cpu(), answer], 1), scored.scores.float().cpu()))
-    every = {row[0]: (row, own) for part in gather(found) for rows, scores in part for row, own in _by_row(rows, scores)}
+    every = {
+        row[0]: (row, own) for part in gather(found) for rows, scores in part for row, own in _by_row(rows, scores)
+    }
     if not every:
         raise ValueError("no rank has a clip to judge; give a list with at least one")
     order = sorted(every)

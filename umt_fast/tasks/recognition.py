@@ -38,13 +38,13 @@ class RecognizeOptions(TextOptions):
     """File name of frame i (from 1) in a list of frame folders."""
 
     def __post_init__(self) -> None:
-        super(RecognizeOptions, self).__post_init__()  # noqa: UP008, as in its base
+        super().__post_init__()
         require(len(self.templates) > 0, "templates is empty; give at least one text with {} in it")
         for template in self.templates:
             require("{}" in template, f"the template {template!r} has no {{}}, where the name of a class goes")
 
     def data(self) -> DataConfig:
-        return replace(super(RecognizeOptions, self).data(), separator=self.separator, frame_pattern=self.frame_pattern)  # noqa: UP008
+        return replace(super().data(), separator=self.separator, frame_pattern=self.frame_pattern)
 
 
 def read_classes(path: Path) -> list[str]:
@@ -63,7 +63,9 @@ def read_classes(path: Path) -> list[str]:
         if not cleaned:
             raise DataError(f"{path}, line {number}: {name!r} is no name; line i names class i - 1")
         if cleaned in seen:
-            raise DataError(f"{path}, line {number}: {name!r} is the name in line {seen[cleaned]} too, as texts are cleaned")
+            raise DataError(
+                f"{path}, line {number}: {name!r} is the name in line {seen[cleaned]} too, as texts are cleaned"
+            )
         seen[cleaned] = number
     return names
 

@@ -213,7 +213,9 @@ class ChoiceValidation(_Judged):
         size, vit = self.config.run.batch_size, self.config.student
         tokens = self.tokens(self.choices.options)
         batches = choice_batches(self.choices, tokens, self.data, vit, self.ranks, batch_size=size)
-        return {"accuracy": choose(objective.model, batches, self.ranks, dtype=self.config.run.dtype).figures["accuracy"]}
+        return {
+            "accuracy": choose(objective.model, batches, self.ranks, dtype=self.config.run.dtype).figures["accuracy"]
+        }
 
 
 # Places in the vocabulary of random text: the class token, and the first word that is none of the special tokens.
