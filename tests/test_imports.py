@@ -11,13 +11,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # What each part of umt_fast may import of umt_fast, besides itself.
 ALLOWED = {
     "config": set(),
+    "extras": {"config"},
     "files": set(),
     "masking": {"config"},
     "workers": set(),
-    "data": {"config", "workers"},
-    "models": {"config", "masking"},
-    "engine": {"config", "interrupts"},
-    "tasks": {"config", "files", "masking", "data", "models", "engine"},
+    "data": {"config", "extras", "workers"},
+    "models": {"config", "extras", "masking"},
+    "engine": {"config", "extras", "interrupts"},
+    "tasks": {"config", "extras", "files", "masking", "data", "models", "engine"},
     "reference": {"config", "masking"},
     "bench": {"config", "masking", "models", "engine", "tasks", "reference"},
 }
