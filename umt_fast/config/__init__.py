@@ -19,7 +19,6 @@ from umt_fast.config.core import (
 from umt_fast.config.models import (
     AlignConfig,
     MaskConfig,
-    MaskKind,
     Stage2Losses,
     TeacherConfig,
     TeacherPrecision,
@@ -42,7 +41,6 @@ __all__ = [
     "Dtype",
     "FinetuneConfig",
     "MaskConfig",
-    "MaskKind",
     "OptimConfig",
     "RetrievalConfig",
     "RetrievalLosses",

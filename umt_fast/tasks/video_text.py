@@ -33,7 +33,7 @@ from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
 from umt_fast.data.sources.captions import read_corpora
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.precision import pick_device
-from umt_fast.masking import draw_uniform
+from umt_fast.masking import mask_named
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description, text_description
@@ -153,7 +153,7 @@ class VideoTextPretraining(nn.Module):
             )
             return *output, frames
         if mask is not None:
-            return draw_uniform(mask.kind, len(video), grid, mask.ratio, seed), None, None, frames
+            return mask_named(mask.kind).draw(len(video), grid, mask.ratio, seed), None, None, frames
         every = self.model.vision_encoder.encoder.every[: grid.size]
         return every.expand(len(video), -1), None, None, frames
 
