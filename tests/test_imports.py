@@ -16,7 +16,7 @@ ALLOWED = {
     "files": set(),
     "workers": set(),
     "data": {"config", "workers"},
-    "models": {"config", "masking"},
+    "models": {"config", "masking", "registry"},
     "engine": {"config", "interrupts"},
     "tasks": {"config", "files", "masking", "data", "models", "engine"},
     "reference": {"config", "masking"},
