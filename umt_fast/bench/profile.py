@@ -1,4 +1,4 @@
-"""`bench stage1 --profile True`: what each part of a step costs beside what it could cost at best.
+"""`bench stage1 --profile`: what each part of a step costs beside what it could cost at best.
 
 A part's bound is the larger of its FLOPs over the matmul rate and its bytes over the copy rate, both measured in the same
 run. FLOPs and bytes are counted from shapes: matrix products, and what these and the passes between them read and write

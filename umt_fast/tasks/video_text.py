@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from umt_fast.config import (
     CLIP_TEXT_LENGTH,
     CLIP_TEXT_WORDS,
     ConfigError,
-    DataConfig,
     Stage2Config,
     require,
 )
@@ -42,10 +40,9 @@ from umt_fast.models.description import base_description, text_description
 from umt_fast.models.teachers import build_teacher, teacher_kind
 from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.models.video_text import VideoText
-from umt_fast.models.weights import WeightsFile, load_bert, start_video_text
-from umt_fast.tasks import retrieval
+from umt_fast.models.weights import load_bert, start_video_text
 from umt_fast.tasks import video_text_losses as vision_text
-from umt_fast.tasks.base import EvalOptions, register
+from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
 from umt_fast.tasks.pretraining import refuse_teacher
 
@@ -203,7 +200,7 @@ _CLS, _SPECIAL, _MASK = 1, (0, 1, 2), 3
 
 
 class VideoTextTask:
-    """Pre-training on captioned clips and images; judged by zero-shot retrieval."""
+    """Pre-training on captioned clips and images."""
 
     name = "video_text"
     Config = Stage2Config
@@ -265,6 +262,9 @@ class VideoTextTask:
                 parts.append(CaptionLoader(clip_loader(config, corpus.clips, frames, ranks, data), tokens, sample))
         return PackedLoader(*parts) if packed else AlternatingLoader(parts, config.run.seed)
 
+    def validation(self, config: Stage2Config, ranks: Ranks) -> None:
+        return None
+
     def random_batches(self, config: Stage2Config) -> list[dict[str, Tensor]]:
         """Texts are of full length."""
         kinds = [(config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)]
@@ -307,19 +307,6 @@ class VideoTextTask:
             "max_length": config.max_length,
             "sep_token": config.sep_token,
         }
-
-    def evaluate(
-        self,
-        file: WeightsFile,
-        described: dict[str, Any],
-        source: Path,
-        list_path: Path,
-        data: DataConfig,
-        options: EvalOptions,
-        ranks: Ranks,
-    ) -> dict[str, Any]:
-        """Zero-shot retrieval on a caption list."""
-        return retrieval.zero_shot(file, described, source, list_path, data, options, ranks)
 
 
 def _refuse_unread(config: Stage2Config, refuse: Refuse, world_size: int) -> None:
