@@ -55,7 +55,7 @@ def run(program: str) -> str:
         "benchmarks.trainer_run",
         "benchmarks.bench_kernels",
         "benchmarks.report",
-        "benchmarks.predict",
+        "benchmarks.counted",
     ],
 )
 def test_modules_import(name: str) -> None:
