@@ -13,6 +13,7 @@ import torch
 
 from umt_fast.models.weights import save_state
 
+pytestmark = pytest.mark.slow  # eight processes that import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text()
 # The page's examples by the path that each begins with.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import CLIP_TEXT_LENGTH, CLIP_TEXT_WORDS, TeacherConfig
+from umt_fast.extras import packages_of
 from umt_fast.models.weights import WeightsError, fit
 from umt_fast.models.weights.clip import clip_state
 
@@ -28,7 +29,8 @@ class ClipText(nn.Module):
         self, *, width: int, depth: int, vocab_size: int, context_length: int, output_dim: int, quick_gelu: bool
     ) -> None:
         # Here alone: no objective without text projection needs open_clip.
-        from open_clip.transformer import LayerNormFp32, QuickGELU, TextTransformer
+        with packages_of("train"):
+            from open_clip.transformer import LayerNormFp32, QuickGELU, TextTransformer
 
         super().__init__()
         self.tower = TextTransformer(
@@ -49,7 +51,8 @@ class ClipText(nn.Module):
 
     def compute_in(self, dtype: torch.dtype) -> ClipText:
         """Casts the matrix weights once, as ClipTeacher.compute_in; LayerNorms and embeddings stay fp32."""
-        from open_clip.model import convert_weights_to_lp
+        with packages_of("train"):
+            from open_clip.model import convert_weights_to_lp
 
         convert_weights_to_lp(self.tower, dtype)
         return self
@@ -114,7 +117,8 @@ def load_clip_text(config: TeacherConfig) -> ClipText:
 
 def _check_plain_text(arch: str, need: str) -> None:
     """Refuses open_clip's text towers that have CLIP's names and compute something else."""
-    import open_clip
+    with packages_of("train"):
+        import open_clip
 
     text = (open_clip.get_model_config(arch) or {}).get("text_cfg", {})
     other = set(text) - {"context_length", "vocab_size", "width", "heads", "layers"}

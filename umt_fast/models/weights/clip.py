@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from umt_fast.config import TeacherConfig
+from umt_fast.extras import packages_of
 from umt_fast.models.weights.files import WeightsError, load_state
 from umt_fast.models.weights.frame_towers import inflated, resized_positions
 
@@ -58,7 +59,8 @@ def _open_clip_record(weights: str) -> tuple[dict[str, Any], str]:
     The record says it, the architecture does not: open_clip builds ViT-B-16 with gelu, also for OpenAI's weights, which need
     quick_gelu.
     """
-    import open_clip
+    with packages_of("train"):
+        import open_clip
 
     arch, _, tag = weights.partition(":")
     if arch not in open_clip.list_models():
@@ -73,7 +75,8 @@ def _open_clip_record(weights: str) -> tuple[dict[str, Any], str]:
 
 def _fetch(weights: str, record: dict[str, Any]) -> str:
     """The file of `ARCH:TAG`, from open_clip's cache or the network. It is read here: open_clip takes no TorchScript."""
-    from open_clip import factory
+    with packages_of("train"):
+        from open_clip import factory
 
     try:
         return factory.download_pretrained(record)
