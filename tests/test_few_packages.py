@@ -53,7 +53,7 @@ MODULES = (
     "benchmarks.trainer_run",
     "benchmarks.bench_kernels",
     "benchmarks.report",
-    "benchmarks.predict",
+    "benchmarks.counted",
 )
 
 

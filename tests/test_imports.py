@@ -17,7 +17,7 @@ ALLOWED = {
     "files": set(),
     "workers": set(),
     "data": {"config", "extras", "workers"},
-    "models": {"config", "extras", "masking"},
+    "models": {"config", "extras", "masking", "registry"},
     "engine": {"config", "extras", "interrupts"},
     "tasks": {"config", "extras", "files", "masking", "data", "models", "engine"},
     "reference": {"config", "masking"},
