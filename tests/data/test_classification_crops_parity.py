@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from tests.parity_files import parity_files
 from umt_fast.data.decode import classification_crops as crops
+from umt_fast.data.decode import erasing
 from umt_fast.data.decode.classification_frames import KineticsSparse
 from umt_fast.data.decode.rand_augment import Policy
 
@@ -156,12 +157,12 @@ def test_a_training_view_follows_the_official_order() -> None:
         window, flip = crops.training_crop(60, 80, True, rng)
         wanted = crops.resized_crop(pictures, window, size)
         wanted = wanted[:, :, ::-1] if flip else wanted
-        box = crops.draw_box(size, size, 0.25, rng)
+        box = erasing.draw_box(size, size, 0.25, rng)
         for given in (frames, [Image.fromarray(frame) for frame in frames]):
             found = crops.training_view(
                 given, size, np.random.default_rng(seed), policy=policy, flip=True, erasing=0.25
             )
-            assert found.video.dtype == np.uint8 and np.array_equal(found.video, wanted) and found.box == box
+            assert found.video.dtype == np.uint8 and np.array_equal(found.video, wanted) and found.boxes == [box]
         boxes, mirrored, augmented = boxes + any(box), mirrored + flip, augmented + bool(drawn)
     assert 0 < boxes < 40 and 0 < mirrored < 40 and 0 < augmented
 
