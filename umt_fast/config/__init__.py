@@ -20,7 +20,6 @@ from umt_fast.config.core import (
 from umt_fast.config.models import (
     AlignConfig,
     MaskConfig,
-    MaskKind,
     Stage2Losses,
     TeacherConfig,
     TeacherPrecision,
@@ -44,7 +43,6 @@ __all__ = [
     "FinetuneConfig",
     "FrameRuleName",
     "MaskConfig",
-    "MaskKind",
     "MixConfig",
     "OptimConfig",
     "RunConfig",

@@ -27,14 +27,13 @@ from umt_fast.data.sources.lists import check_labels, read_list
 from umt_fast.engine.checkpoint import checkpoints
 from umt_fast.engine.distributed import Ranks, current_ranks, gather
 from umt_fast.engine.sharded_checkpoint import REST
-from umt_fast.files import write_json
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.classifier import Classifier, pretraining_grid
 from umt_fast.models.description import base_description, found_in, vit_config
-from umt_fast.models.weights import WeightsError, WeightsFile, fit_classifier, load_encoder, read_weights
+from umt_fast.models.weights import WeightsError, load_encoder, read_weights
 from umt_fast.models.weights.finetune import deepspeed_file, start_classifier
-from umt_fast.tasks.base import EvalOptions, register
+from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, listed_or_assumed, random_clips, random_integers, training_list
 from umt_fast.tasks.mixing import MixingLoader, draw, mixed, soft_targets
 
@@ -351,49 +350,10 @@ class Classification:
         return flops.visible_of(config.student, None)
 
     def describe(self, config: FinetuneConfig) -> dict[str, Any]:
-        return base_description(self.name, config) | {"num_classes": config.num_classes}
-
-    def evaluate(
-        self,
-        file: WeightsFile,
-        described: dict[str, Any],
-        source: Path,
-        list_path: Path,
-        data: DataConfig,
-        options: EvalOptions,
-        ranks: Ranks,
-    ) -> dict[str, Any]:
-        """Top-1 and top-5 on labeled clips, one centered view of each."""
-        retrieval = ("top_k", "joining", "max_length", "memory_gib", "tokenizer")
-        options.refuse(retrieval, f"for retrieval, and {source} is a classifier")
-        remedy = "this classifier knows no others: give a list of its classes"
-        check_labels(read_list(list_path, data), described["num_classes"], str(list_path), remedy)
-        vit = vit_config(described)
-        classifier = Classifier(vit, described["num_classes"])
-        fit_classifier(classifier, file.state, str(source))
-        classifier.to(ranks.device).eval()
-
-        def logits(video: Tensor) -> Tensor:
-            with torch.autocast(video.device.type, torch.bfloat16, enabled=described["dtype"] == "bf16"):
-                return classifier(video).float()
-
-        found: list[dict[str, Any]] | None = None if options.scores is None else []
-        figures = accuracy(
-            logits,
-            str(list_path),
-            data,
-            num_frames=vit.num_frames,
-            image_size=vit.image_size,
-            batch_size=options.batch_size,
-            device=ranks.device,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            found=found,
-        )
-        figures = dict(figures)
-        if found is not None and ranks.first:
-            write_json(options.scores, {"clips": found})
-        return figures
+        frames = {"frames": config.augment.frames}
+        if config.augment.frames == "dense":
+            frames["sampling_rate"] = config.augment.sampling_rate
+        return base_description(self.name, config) | {"num_classes": config.num_classes} | frames
 
 
 register(Classification())

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from umt_fast.data.decode import transforms
 from umt_fast.data.decode.erasing import draw_boxes
-from umt_fast.data.decode.rand_augment import Policy, augment
+from umt_fast.extras import packages_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from umt_fast.data.decode.rand_augment import Policy
 
 AREA, ASPECT = (0.08, 1.0), (0.75, 1.3333)
 """Share of the frame that a training crop covers, uniform; its width over its height, log-uniform. 1.3333 is meant."""
@@ -168,7 +172,7 @@ def training_view(
     erasing_count: int = 1,
     area: tuple[float, float] = AREA,
     aspect: tuple[float, float] = ASPECT,
-    resample: Image.Resampling = Image.Resampling.BICUBIC,
+    interpolation: str = "bicubic",
 ) -> Augmented:
     """One augmented view of a clip, in the official order: RandAugment on whole frames, crop, mirror, box.
 
@@ -180,13 +184,17 @@ def training_view(
         flip: whether half of the views are mirrored (not for SSV2, whose labels know left from right).
         erasing: probability of boxes, of which there are erasing_count.
         area, aspect: limits of the crop.
-        resample: for RandAugment.
+        interpolation: for RandAugment, bicubic or bilinear.
     """
     if policy is not None:
         drawn = policy.draw(rng)
         if drawn:
+            with packages_of("video"):
+                from PIL import Image
+
+                from umt_fast.data.decode.rand_augment import augment
             pictures = [Image.fromarray(f) for f in frames] if isinstance(frames, np.ndarray) else frames
-            frames = augment(pictures, drawn, resample)
+            frames = augment(pictures, drawn, interpolation)
     if not isinstance(frames, np.ndarray):
         frames = np.stack([np.asarray(frame) for frame in frames])
     window, mirrored = training_crop(*frames.shape[1:3], flip, rng, area, aspect)

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
 
 from umt_fast.config import ConfigError
 from umt_fast.config.augment import POLICY
+from umt_fast.extras import packages_of
+
+with packages_of("video"):
+    from PIL import Image, ImageEnhance, ImageOps
 
 MAX_LEVEL = 10.0
 _GRAY = (128, 128, 128)
@@ -138,10 +141,10 @@ class Policy:
 def augment(
     frames: Sequence[Picture],
     drawn: Sequence[tuple[str, float | None]],
-    resample: Image.Resampling = Image.Resampling.BICUBIC,
+    interpolation: str = "bicubic",
 ) -> list[Picture]:
-    """All frames, each changed by the drawn operations one after another."""
-    changed = list(frames)
+    """All frames, each changed by the drawn operations one after another. interpolation: bicubic or bilinear."""
+    changed, resample = list(frames), Image.Resampling[interpolation.upper()]
     for name, argument in drawn:
         changed = [apply(name, frame, argument, resample) for frame in changed]
     return changed

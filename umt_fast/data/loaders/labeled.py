@@ -7,16 +7,14 @@ validation view, or all of its test views, whose frames are decoded once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from umt_fast.config import AugmentConfig, ConfigError, DataConfig
 from umt_fast.data.decode.classification_crops import training_view, validation_view
 from umt_fast.data.decode.classification_frames import FrameRule, KineticsDense, KineticsSparse, Ssv2, Ssv2Folder
 from umt_fast.data.decode.multi_view import MultiViewReader
-from umt_fast.data.decode.rand_augment import Policy
 from umt_fast.data.decode.video import Chooser, VideoError
 from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.reader import ClipReader
@@ -24,7 +22,8 @@ from umt_fast.data.sources.clip import Clip
 from umt_fast.data.sources.columns import Clips
 from umt_fast.data.sources.prepared import StoredChooser
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def frame_rule(augment: AugmentConfig, *, folder: bool = False) -> FrameRule:
@@ -59,7 +58,11 @@ class LabeledReader(ClipReader):
                 "prepared clips hold candidates for sparse frames; read the files with augment.frames dense"
             )
         self.augment, self.segments, self.crops_per_segment = augment, segments, crops
-        self.policy = Policy.parse(augment.rand_augment) if augment.rand_augment else None
+        self.policy = None
+        if self.train and augment.rand_augment:
+            from umt_fast.data.decode.rand_augment import Policy
+
+            self.policy = Policy.parse(augment.rand_augment)
         if self.num_views > 1:
             try:
                 self._multi_view(folder=False)
@@ -127,7 +130,7 @@ class LabeledReader(ClipReader):
                 erasing_count=augment.erasing_count,
                 area=augment.crop_area,
                 aspect=augment.crop_aspect,
-                resample=_RESAMPLING[augment.interpolation],
+                interpolation=augment.interpolation,
             )
             for repeat in range(self.data.num_sample)
         ]
