@@ -1,6 +1,15 @@
 """The kinds of training. Importing this package makes them known; see base.py."""
 
-from umt_fast.tasks import choosing, classification, pretraining, recognition, retrieval_tuning, retrieve, video_text
+from umt_fast.tasks import (  # one a line
+    choosing,
+    classification,
+    classify,
+    pretraining,
+    recognition,
+    retrieval_tuning,
+    retrieve,
+    video_text,
+)
 from umt_fast.tasks.base import (
     EVALUATIONS,
     TASKS,
@@ -32,6 +41,7 @@ __all__ = [
     "check_used",
     "choosing",
     "classification",
+    "classify",
     "evaluation_named",
     "evaluations_of",
     "pretraining",
