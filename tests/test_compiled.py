@@ -29,6 +29,8 @@ from benchmarks.predict import count
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import ConfigError, Stage1Config
 
+pytestmark = [pytest.mark.compile, pytest.mark.slow]
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 AMPERE, HOPPER = (8, 0), (9, 0)
 
