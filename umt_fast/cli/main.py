@@ -28,6 +28,7 @@ import sys
 
 from umt_fast import interrupts
 from umt_fast.config import ConfigError
+from umt_fast.extras import packages_of
 
 # The module of this folder, imported when it is asked for, and the function in it that takes the arguments.
 COMMANDS = {
@@ -89,6 +90,8 @@ def _run(name: str, rest: list[str]) -> int:
             near = difflib.get_close_matches(name, COMMANDS, 1, 0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown command {name!r}{hint} Commands: {', '.join(COMMANDS)}")
+        with packages_of("cli"):
+            import tyro  # noqa: F401  by the command's module, which is not where a reader learns what to install
         module, _, function = COMMANDS[name].partition(".")
         getattr(importlib.import_module(f"umt_fast.cli.{module}"), function)(rest)
     except SystemExit as stop:  # tyro has said why
