@@ -29,11 +29,20 @@ from umt_fast.engine.precision import device_of
 from umt_fast.files import write_json
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.description import found_in, text_config, vit_config
+from umt_fast.models.downstream import RetrievalModel
 from umt_fast.models.outputs import Features, Predictions
 from umt_fast.models.student import Student
 from umt_fast.models.video_text import VideoText
 from umt_fast.models.vit import VisionTransformer, position_table
-from umt_fast.models.weights import WeightsError, fit, fit_classifier, fit_video_text, load_state, save_state
+from umt_fast.models.weights import (
+    WeightsError,
+    fit,
+    fit_classifier,
+    fit_retrieval,
+    fit_video_text,
+    load_state,
+    save_state,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -416,6 +425,21 @@ class VideoTextModel(PretrainedModel):
         tokens = Tokens(cleaned, self.tokenizer, max_length=described["max_length"], sep=described["sep_token"])
         ids, mask = (part.to(self.device) for part in tokens[torch.arange(len(cleaned))])
         return self.network.text_encoder.encode(ids, mask), mask
+
+
+class TunedVideoTextModel(VideoTextModel):
+    """A stage-2 model fine-tuned for retrieval: the same, without the heads that only stage 2 trains."""
+
+    task = "retrieval"
+    network: RetrievalModel
+
+    @classmethod
+    def empty(cls, description: dict[str, Any]) -> RetrievalModel:
+        return RetrievalModel(vit_config(description), text_config(description), embed_dim=description["embed_dim"])
+
+    @classmethod
+    def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+        fit_retrieval(network, state, source)
 
 
 def build(

@@ -24,6 +24,8 @@ ARCHITECTURES: dict[str, str] = {
     "umt_l16_stage1": "stage 1, ViT-L/16: features of clips",
     "umt_b16_ft": "classifier, ViT-B/16",
     "umt_l16_ft": "classifier, ViT-L/16",
+    "umt_b16_ret": "stage 2 fine-tuned for retrieval, ViT-B/16 and BERT base: clips, texts, their similarity",
+    "umt_l16_ret": "stage 2 fine-tuned for retrieval, ViT-L/16 and BERT large: clips, texts, their similarity",
 }
 """What load_model builds, by name; models/description.py has their sizes."""
 
@@ -113,7 +115,7 @@ def _stage2(size: str, corpus: str, score: float) -> ZooFile:
 def _retrieval(size: str, name: str, data: str, score: float, note: str = "") -> ZooFile:
     return ZooFile(
         name=f"ret_{name}_{size}_25m",
-        model=f"umt_{size}",
+        model=f"umt_{size}_ret",
         task="retrieval",
         data=data,
         frames=12,

@@ -215,6 +215,8 @@ def predictions_of(case: _Case, ranks: Ranks, clips: Tensor) -> list[Prediction]
     return answer_batches(model, batches, asked, Words(tensors), judge, ranks, batch_size=2)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_parity_of_answers_over_ranks_one_of_them_without_questions(case: _Case, tmp_path: Path) -> None:
     config, tensors, _ = case
     count = len(tensors["in.video"])

@@ -104,6 +104,12 @@ def _vit(size: str, num_frames: int | None, image_size: int | None) -> dict[str,
     return tower | plain | {"num_frames": num_frames, "image_size": image_size, "position_grid": []}
 
 
+def _retrieval(size: str) -> dict[str, Any]:
+    stage2 = _video_text(size)
+    del stage2["num_layers"], stage2["output_dim"]
+    return stage2 | {"task": "retrieval", "vit": _vit(size, 12, 224)}
+
+
 def _text(size: str) -> dict[str, Any]:
     return TEXTS[size] | {"vocab_size": None, "max_positions": None}
 
@@ -164,15 +170,16 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
     "umt_l16_qa": lambda: _answers("l16"),
     "umt_b16_ft": lambda: _classifier("b16"),
     "umt_l16_ft": lambda: _classifier("l16"),
+    "umt_b16_ret": lambda: _retrieval("b16"),
+    "umt_l16_ret": lambda: _retrieval("l16"),
 }
-"""umt_*: the stage-2 models, 4 frames at 224 pixels. umt_*_qa: those fine-tuned for question answering, 12 frames. umt_*_ft:
-the classifiers."""
+"""umt_*: the stage-2 models, 4 frames at 224 pixels. umt_*_ft: the classifiers. umt_*_ret and umt_*_qa: stage-2 models
+fine-tuned for retrieval and for question answering, 12 frames."""
 # The tokenizer whose words each text encoder knows.
 TOKENIZERS = {
-    "umt_b16": "bert-base-uncased",
-    "umt_l16": "bert-large-uncased",
-    "umt_b16_qa": "bert-base-uncased",
-    "umt_l16_qa": "bert-large-uncased",
+    f"umt_{size}{suffix}": name
+    for suffix in ("", "_ret", "_qa")
+    for size, name in (("b16", "bert-base-uncased"), ("l16", "bert-large-uncased"))
 }
 # What official classifiers are trained on.
 _FRAMES, _PIXELS = (8, 16), (224, 384)

@@ -1,6 +1,17 @@
 """The kinds of training. Importing this package makes them known; see base.py."""
 
-from umt_fast.tasks import answer, classification, pretraining, question_answering, retrieve, video_text
+from umt_fast.tasks import (  # one a line
+    answer,
+    choosing,
+    classification,
+    classify,
+    pretraining,
+    question_answering,
+    recognition,
+    retrieval_tuning,
+    retrieve,
+    video_text,
+)
 from umt_fast.tasks.base import (
     EVALUATIONS,
     TASKS,
@@ -31,13 +42,17 @@ __all__ = [
     "Validation",
     "answer",
     "check_used",
+    "choosing",
     "classification",
+    "classify",
     "evaluation_named",
     "evaluations_of",
     "pretraining",
     "question_answering",
+    "recognition",
     "register",
     "register_evaluation",
+    "retrieval_tuning",
     "retrieve",
     "task_named",
     "task_of",
