@@ -16,6 +16,7 @@ from umt_fast.config.core import (
     require,
     to_dict,
 )
+from umt_fast.config.detection import DetectionConfig, KeyFrameConfig
 from umt_fast.config.models import (
     AlignConfig,
     MaskConfig,
@@ -38,8 +39,10 @@ __all__ = [
     "AttentionBackend",
     "ConfigError",
     "DataConfig",
+    "DetectionConfig",
     "Dtype",
     "FinetuneConfig",
+    "KeyFrameConfig",
     "MaskConfig",
     "MaskKind",
     "OptimConfig",
