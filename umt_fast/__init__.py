@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         StudentModel,
         VideoTextModel,
     )
+    from umt_fast.pretrained_detector import DetectorModel
     from umt_fast.zoo import list_models
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "ClassifierModel",
     "ConfigError",
     "DataError",
+    "DetectorModel",
     "Features",
     "Predictions",
     "PretrainedModel",
@@ -50,6 +52,7 @@ _MODULES = {
     "hub": ("from_pretrained", "load_model", "load_teacher"),
     "models.weights": ("WeightsError",),
     "pretrained": ("ClassifierModel", "Features", "Predictions", "PretrainedModel", "StudentModel", "VideoTextModel"),
+    "pretrained_detector": ("DetectorModel",),
     "zoo": ("list_models",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from umt_fast.config import AttentionBackend, ConfigError, DataConfig, DetectionConfig, KeyFrameConfig, VitConfig
 from umt_fast.config.unused import Refuse
-from umt_fast.data.decode.detection_clip import Temporal
-from umt_fast.data.decode.detection_view import ViewRule
 from umt_fast.data.decode.movies import Movies, open_movies
-from umt_fast.data.loaders.key_frames import KeyFrameLoader, KeyFrameRule
+from umt_fast.data.loaders.key_frames import KeyFrameLoader, rule_of
 from umt_fast.data.sources import ava_csv, detections
 from umt_fast.data.sources.detections import AVA_CLASSES, KeyFrames
 from umt_fast.engine.distributed import Ranks
@@ -116,27 +114,6 @@ class Detection(nn.Module):
         patch = n * vit.width * 6 * vit.tubelet_size * vit.patch_size**2
         # The pixels take no gradient: forward and weight gradient only.
         return 3 * vit.depth * block + 2 * patch
-
-
-def temporal_of(clips: KeyFrameConfig, num_frames: int) -> Temporal:
-    """Which frames around a key frame are seen."""
-    if clips.frames == "still":
-        return Temporal.of_key_frame(num_frames=num_frames)
-    described = clips.frames == "described"
-    return Temporal.official(sparse=clips.sparse, as_described=described, num_frames=num_frames, rate=clips.stride)
-
-
-def rule_of(clips: KeyFrameConfig, vit: VitConfig) -> KeyFrameRule:
-    """How key frames become samples of a detector."""
-    view = ViewRule(
-        short_side=clips.short_side,
-        crop=vit.image_size,
-        hue=clips.hue,
-        saturation=clips.saturation,
-        brightness=clips.brightness,
-        mirror=clips.mirror,
-    )
-    return KeyFrameRule(temporal_of(clips, vit.num_frames), view, vit.patch_size, clips.max_boxes)
 
 
 def movies_of(clips: KeyFrameConfig, data: DataConfig, list_path: str | Path) -> Movies:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from umt_fast.config import DataConfig
+from umt_fast.config import DataConfig, KeyFrameConfig, VitConfig
 from umt_fast.data.decode.detection_clip import Temporal
 from umt_fast.data.decode.detection_view import Sample, ViewRule, batched, test_sample, training_sample
 from umt_fast.data.decode.movies import Movies
@@ -31,6 +31,27 @@ class KeyFrameRule(NamedTuple):
     view: ViewRule
     patch: int
     max_boxes: int
+
+
+def temporal_of(clips: KeyFrameConfig, num_frames: int) -> Temporal:
+    """Which frames around a key frame are seen."""
+    if clips.frames == "still":
+        return Temporal.of_key_frame(num_frames=num_frames)
+    described = clips.frames == "described"
+    return Temporal.official(sparse=clips.sparse, as_described=described, num_frames=num_frames, rate=clips.stride)
+
+
+def rule_of(clips: KeyFrameConfig, vit: VitConfig) -> KeyFrameRule:
+    """How key frames become samples of a detector."""
+    view = ViewRule(
+        short_side=clips.short_side,
+        crop=vit.image_size,
+        hue=clips.hue,
+        saturation=clips.saturation,
+        brightness=clips.brightness,
+        mirror=clips.mirror,
+    )
+    return KeyFrameRule(temporal_of(clips, vit.num_frames), view, vit.patch_size, clips.max_boxes)
 
 
 class _Drawn(NamedTuple):

@@ -6,7 +6,7 @@ silence: each key that finds no partner is listed, and unless it is one that is 
 classification head, say) loading fails.
 """
 
-from umt_fast.models.weights.detection import load_detector
+from umt_fast.models.weights.detection import fit_detector, load_detector
 from umt_fast.models.weights.downstream import load_question, load_retrieval
 from umt_fast.models.weights.files import (
     UnreadableError,
@@ -35,6 +35,7 @@ __all__ = [
     "WeightsFile",
     "fit",
     "fit_classifier",
+    "fit_detector",
     "fit_video_text",
     "kind_of",
     "load_bert",
