@@ -113,6 +113,8 @@ class KeyFrameLoader(ClipLoader):
     the largest of their batch.
     """
 
+    remedy = "Mend the movies, or leave these key frames out"
+
     def __init__(
         self,
         keys: KeyFrames,

@@ -87,6 +87,10 @@ class KeyFrames(Sequence[KeyFrame]):
         pairs = zip(self._movie.tolist(), self._second.tolist(), strict=True)
         return [(self.movies[movie], second) for movie, second in pairs]
 
+    def count_boxes(self) -> int:
+        """Boxes of all key frames, those too that lie outside of their pictures."""
+        return len(self._boxes)
+
     def name_of(self, index: int) -> str:
         """What messages call a key frame."""
         return f"{self.movies[self._movie[index]]}, second {self._second[index]}"
