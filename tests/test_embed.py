@@ -86,7 +86,7 @@ def embed(source: Path, weights: Path, out: Path, *more: object) -> int:
 
 def searched(capsys: pytest.CaptureFixture, *arguments: object) -> list[dict]:
     capsys.readouterr()
-    assert main(["search", *map(str, arguments), "--json", "True", "--device", "cpu"]) == 0, capsys.readouterr().err
+    assert main(["search", *map(str, arguments), "--json", "--device", "cpu"]) == 0, capsys.readouterr().err
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 

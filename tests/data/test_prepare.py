@@ -333,7 +333,7 @@ def test_a_missing_shard_costs_its_clips_alone(table: Path, tmp_path: Path) -> N
     loader = ClipLoader(clips, DataConfig(workers=0, max_bad_share=1), **KIND)
     assert len(list(loader)) == 3 and list(loader.bad_files) == [clips[0].path]
     strict = ClipLoader(clips, DataConfig(workers=0, max_bad_share=0), **KIND)
-    with pytest.raises(DataError, match="Repeat the `prepare` of that folder with --verify True"):
+    with pytest.raises(DataError, match="Repeat the `prepare` of that folder with --verify"):
         list(strict)
 
 
@@ -345,7 +345,7 @@ def test_a_killed_preparation_ends_with_the_same_bytes(table: Path, tmp_path: Pa
     table.write_text("".join(f"{name},{number}\n" for number, name in enumerate([*names, "missing.mp4"])))
 
     def command(out: Path) -> list[str]:
-        settings = ["--workers", "0", "--segments", "4", "--shard_mib", "1", "--verify", "True"]
+        settings = ["--workers", "0", "--segments", "4", "--shard_mib", "1", "--verify"]
         return [sys.executable, "-m", "umt_fast", "prepare", str(table), "--out", str(out), *settings]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"

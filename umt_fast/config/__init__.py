@@ -16,11 +16,10 @@ from umt_fast.config.core import (
     require,
     to_dict,
 )
-from umt_fast.config.detection import DetectionConfig, KeyFrameConfig
+from umt_fast.config.detection import DetectionConfig, JudgingConfig, KeyFrameConfig
 from umt_fast.config.models import (
     AlignConfig,
     MaskConfig,
-    MaskKind,
     Stage2Losses,
     TeacherConfig,
     TeacherPrecision,
@@ -42,9 +41,9 @@ __all__ = [
     "DetectionConfig",
     "Dtype",
     "FinetuneConfig",
+    "JudgingConfig",
     "KeyFrameConfig",
     "MaskConfig",
-    "MaskKind",
     "OptimConfig",
     "RunConfig",
     "Stage1Config",

@@ -68,6 +68,34 @@ class KeyFrameConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class JudgingConfig:
+    """What detections are judged by, beside the ground truth."""
+
+    boxes: str = ""
+    """A person detector's boxes: .csv (movie,second,x1,y1,x2,y2,class,score), or .json (image_id, bbox, score)."""
+    annotations: str = ""
+    """With .json boxes: the annotation file (.json) whose images they name."""
+    label_map: str = ""
+    """Classes that are judged (.pbtxt); empty: the 60 of AVA's 80 that its benchmark judges, else all."""
+    excluded: str = ""
+    """CSV file of key frames `movie,second` that are not judged; empty: none."""
+    min_box_score: float = 0.8
+    """Boxes of a lower score are not classified."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "judging")
+        json = self.boxes.endswith(".json")
+        require(
+            not json or bool(self.annotations),
+            f"judging.boxes {self.boxes} names images by number; give the file that lists them as judging.annotations",
+        )
+        require(
+            json or not self.annotations,
+            f"judging.annotations is {self.annotations}, but no .json boxes name its images; leave it out",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class DetectionConfig:
     """Classes of people in boxes. data.train is AVA's ground truth (.csv), or annotations with pixel boxes (.json), and
     data.root the folder of its movies."""
@@ -81,6 +109,8 @@ class DetectionConfig:
             lr=2.5e-4, min_lr=1e-6, warmup_lr=1e-6, betas=(0.9, 0.999), layer_decay=0.75
         )
     )
+    judging: JudgingConfig = field(default_factory=JudgingConfig)
+    """How the model is judged between epochs on data.validation, AVA's ground truth of unseen movies below data.root."""
     num_classes: int = 80
     """AVA's; 60 of them are judged."""
     excluded: str = ""

@@ -11,6 +11,9 @@ from typing import Any
 
 log = logging.getLogger("umt_fast")
 
+VALIDATION = "val_"
+"""What the names of figures on unseen clips begin with; a row of metrics.jsonl with one has no other scalars."""
+
 
 def _step_of(line: str) -> float:
     """The step of a line of metrics.jsonl; infinite where it is none, as a line cut short by a kill."""
@@ -30,6 +33,7 @@ class MetricsLog:
     def __init__(self, folder: Path, start_step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in self._lines() if _step_of(line) <= start_step]
+        self.validations = [json.loads(line) for line in kept if f'"{VALIDATION}' in line]
         # Replaced, not rewritten in place: a kill between the two would lose the record of all steps.
         shortened = self.path.with_name(self.path.name + ".partial")
         shortened.write_text("".join(f"{line}\n" for line in kept))

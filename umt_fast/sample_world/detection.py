@@ -17,15 +17,15 @@ import torch
 import tyro
 
 from umt_fast import recipe
-from umt_fast.config import DetectionConfig
+from umt_fast.config import DetectionConfig, JudgingConfig
 from umt_fast.engine.distributed import current_ranks
 from umt_fast.models.weights import fit_detector, read_weights
 from umt_fast.sample_world import world as sample_world
 from umt_fast.sample_world.boxes import write_lists
 from umt_fast.sample_world.quickstart import WORLD, Results, newest_weights, side_by_side, stage1_config, train_teacher
 from umt_fast.tasks import task_of
-from umt_fast.tasks.detect import JudgedBy, judge
 from umt_fast.tasks.detection import Detection
+from umt_fast.tasks.judge import Judge
 from umt_fast.train import train
 
 log = logging.getLogger("umt_fast")
@@ -60,23 +60,12 @@ def train_and_judge(out: Path, start: str, pretrained: str, seed: int) -> float:
     objective: Detection = task.untrained(config)
     fit_detector(objective.detector, read_weights(newest).state, newest)
     objective.to(ranks.device).eval()
-    world = out / "world"
-    by = JudgedBy(
-        truth=world / "test_boxes.csv", boxes=str(world / "test_detected.csv"), label_map=str(world / "motions.pbtxt")
-    )
-    data = config.data
+    world, data = out / "world", config.data
     data.root = str(world / "test")
-    figures = judge(
-        objective.scores,
-        by,
-        config.clips,
-        config.student,
-        data,
-        num_classes=config.num_classes,
-        batch_size=48,
-        ranks=ranks,
-        result=Path(config.run.out) / "detections.csv",
-    )
+    by = JudgingConfig(boxes=str(world / "test_detected.csv"), label_map=str(world / "motions.pbtxt"))
+    judge = Judge(world / "test_boxes.csv", by, config.clips, config.student, data, config.num_classes)
+    result = Path(config.run.out) / "detections.csv"
+    figures = judge.figures(objective.scores, batch_size=48, ranks=ranks, result=result)
     log.info("detector %s, seed %d: mAP %.1f%%", STARTS[start], seed, 100 * figures["map"])
     return round(figures["map"], 4)
 

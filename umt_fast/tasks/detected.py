@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ class _Clip(NamedTuple):
 @torch.no_grad()
 def evaluate(
     scores: Callable[[dict[str, Tensor]], Tensor],
-    batches: Iterable[dict[str, Tensor]],
+    batches: Collection[dict[str, Tensor]],
     keys: KeyFrames,
     truth: Boxes,
     names: dict[int, str],
@@ -45,6 +45,7 @@ def evaluate(
     device: torch.device,
     excluded: set[Frame] = frozenset(),
     min_score: float = 0.0,
+    idle: dict[str, Tensor] | None = None,
     result: str | Path | None = None,
 ) -> FrameMap:
     """Frame mAP of all ranks together, the same on each.
@@ -56,13 +57,21 @@ def evaluate(
         keys: the key frames that the batches' `index` counts.
         truth, names, excluded: see frame_map.
         min_score: detections below it are left out.
+        idle: a batch that a rank without further ones computes for nothing, so that all ranks call `scores` as often as each
+            other, as parts of a sharded model need it; None: it waits.
         result: file that the first rank writes all detections to, AVA's CSV; it replaces an older one as a whole.
 
     Raises:
         WeightsError: scores that are not finite. DataError: the file cannot be written.
     """
     mine: dict[int, _Clip] = {}
-    for batch in batches:
+    given = iter(batches)
+    for _ in range(max(gather(len(batches)))):
+        batch = next(given, None)
+        if batch is None:
+            if idle is not None:
+                scores({name: value.to(device) for name, value in idle.items()})
+            continue
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         found = scores(batch)
         if not found.isfinite().all():

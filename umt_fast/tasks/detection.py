@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umt_fast.config import AttentionBackend, ConfigError, DataConfig, DetectionConfig, KeyFrameConfig, VitConfig
+from umt_fast.config import AttentionBackend, ConfigError, DetectionConfig, VitConfig
 from umt_fast.config.unused import Refuse
-from umt_fast.data.decode.movies import Movies, open_movies
-from umt_fast.data.loaders.key_frames import KeyFrameLoader, rule_of
+from umt_fast.data.decode.movies import Movies
+from umt_fast.data.loaders.key_frames import KeyFrameLoader, movies_of, rule_of
 from umt_fast.data.sources import ava_csv, detections
 from umt_fast.data.sources.detections import AVA_CLASSES, KeyFrames
 from umt_fast.engine.distributed import Ranks
@@ -30,6 +30,7 @@ from umt_fast.models.weights import load_detector
 from umt_fast.tasks.base import register
 from umt_fast.tasks.classification import with_position_grid
 from umt_fast.tasks.clips import random_integers
+from umt_fast.tasks.judge import Judge
 
 # What of data.* key frames do not read.
 _NOT_READ = (
@@ -116,15 +117,6 @@ class Detection(nn.Module):
         return 3 * vit.depth * block + 2 * patch
 
 
-def movies_of(clips: KeyFrameConfig, data: DataConfig, list_path: str | Path) -> Movies:
-    """The movies below data.root, or beside the list. Raises ConfigError: data.root is no folder."""
-    root = Path(data.root) if data.root else Path(list_path).resolve().parent
-    if not root.is_dir():
-        raise ConfigError(f"data.root is {data.root}, which is not a folder")
-    pattern, rate = clips.frame_pattern, clips.frame_rate
-    return open_movies(clips.movies, root, pattern=pattern, rate=rate, first_second=clips.first_second)
-
-
 def training_keys(config: DetectionConfig, movies: Movies) -> KeyFrames:
     """The key frames of data.train. Raises DataError: a file that cannot be used."""
     path = config.data.train
@@ -132,6 +124,23 @@ def training_keys(config: DetectionConfig, movies: Movies) -> KeyFrames:
         return detections.training_frames(path, config.num_classes)
     excluded = ava_csv.read_excluded(config.excluded) if config.excluded else set()
     return ava_csv.training_frames(path, movies.sizes(ava_csv.movies_of(path)), config.num_classes, excluded)
+
+
+class DetectionValidation:
+    """Frame mAP on data.validation between epochs."""
+
+    best = "map"
+
+    def __init__(self, config: DetectionConfig, ranks: Ranks) -> None:
+        """Raises ConfigError, DataError: a file that cannot be used."""
+        self.judge = Judge(
+            Path(config.data.validation), config.judging, config.clips, config.student, config.data, config.num_classes
+        )
+        self.batch_size, self.ranks = config.run.batch_size, ranks
+
+    def figures(self, objective: Detection) -> dict[str, float]:
+        found = self.judge.figures(objective.scores, batch_size=self.batch_size, ranks=self.ranks)
+        return {"map": found["map"]}
 
 
 class DetectionTask:
@@ -154,6 +163,9 @@ class DetectionTask:
             refuse("clips.sparse clips.stride", "clips.frames is 'still', and the key frame alone is seen")
         elif clips.frames == "described" and clips.sparse:
             refuse("clips.stride", "clips.frames is 'described', and sparse frames are spread over all of the clip")
+        if not config.data.validation:
+            names = (f"judging.{entry.name}" for entry in dataclasses.fields(config.judging))
+            refuse(" ".join(names), "data.validation is empty, and nothing is judged")
         if config.data.train.endswith(".json"):
             refuse("excluded", f"{config.data.train} lists the images to train on itself")
 
@@ -188,6 +200,9 @@ class DetectionTask:
             world_size=ranks.world_size,
             seed=config.run.seed,
         )
+
+    def validation(self, config: DetectionConfig, ranks: Ranks) -> DetectionValidation | None:
+        return DetectionValidation(config, ranks) if config.data.validation else None
 
     def random_batches(self, config: DetectionConfig) -> list[dict[str, Tensor]]:
         vit, count, room = config.student, config.run.batch_size, config.clips.max_boxes

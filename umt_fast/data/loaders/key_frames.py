@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from umt_fast.config import DataConfig, KeyFrameConfig, VitConfig
+from umt_fast.config import ConfigError, DataConfig, KeyFrameConfig, VitConfig
 from umt_fast.data.decode.detection_clip import Temporal
 from umt_fast.data.decode.detection_view import Sample, ViewRule, batched, test_sample, training_sample
-from umt_fast.data.decode.movies import Movies
+from umt_fast.data.decode.movies import Movies, open_movies
 from umt_fast.data.decode.video import VideoError
 from umt_fast.data.loaders.clips import ClipLoader, _Places, _Read
 from umt_fast.data.loaders.reader import ClipReader
@@ -52,6 +53,15 @@ def rule_of(clips: KeyFrameConfig, vit: VitConfig) -> KeyFrameRule:
         mirror=clips.mirror,
     )
     return KeyFrameRule(temporal_of(clips, vit.num_frames), view, vit.patch_size, clips.max_boxes)
+
+
+def movies_of(clips: KeyFrameConfig, data: DataConfig, list_path: str | Path) -> Movies:
+    """The movies below data.root, or beside the list. Raises ConfigError: data.root is no folder."""
+    root = Path(data.root) if data.root else Path(list_path).resolve().parent
+    if not root.is_dir():
+        raise ConfigError(f"data.root is {data.root}, which is not a folder")
+    pattern, rate = clips.frame_pattern, clips.frame_rate
+    return open_movies(clips.movies, root, pattern=pattern, rate=rate, first_second=clips.first_second)
 
 
 class _Drawn(NamedTuple):

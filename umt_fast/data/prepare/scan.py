@@ -152,7 +152,7 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
     data, out = data or DataConfig(), Path(out)
     clips = read_list(list_path, data)
     if any(clip.shard for clip in clips):
-        raise DataError(f"{list_path} holds prepared clips; check them with `prepare` and --verify True")
+        raise DataError(f"{list_path} holds prepared clips; check them with `prepare` and --verify")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     done = _journal(partial, clips)
@@ -216,7 +216,7 @@ def verify(manifest: str | Path, *, workers: int = 4, data: DataConfig | None = 
     data = data or DataConfig()
     clips = read_list(manifest, data)
     if any(clip.shard for clip in clips):
-        raise DataError(f"{manifest} holds prepared clips; check them with `prepare` and --verify True")
+        raise DataError(f"{manifest} holds prepared clips; check them with `prepare` and --verify")
     bare = sum(not clip.checksum for clip in clips)
     if bare:
         raise DataError(

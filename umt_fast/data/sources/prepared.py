@@ -131,7 +131,7 @@ def read_record(clip: Clip) -> bytes:
     except OSError as error:
         raise VideoError(f"{clip.path}: {clip.shard}: {error.strerror}") from error
     if len(record) < clip.size:
-        raise VideoError(f"{clip.path}: {clip.shard} ends inside it; run `prepare` with --verify True")
+        raise VideoError(f"{clip.path}: {clip.shard} ends inside it; run `prepare` with --verify")
     return record
 
 
@@ -141,14 +141,14 @@ def jpegs_of(clip: Clip, choose: StoredChooser) -> dict[int, bytes]:
     count = int.from_bytes(record[:4], "little")
     first = _HEAD + _ENTRY * count
     if count < 1 or first > len(record):
-        raise VideoError(f"{clip.path}: damaged in {clip.shard}; run `prepare` with --verify True")
+        raise VideoError(f"{clip.path}: damaged in {clip.shard}; run `prepare` with --verify")
     table = np.frombuffer(record, "<u4", 3 * count, _HEAD).reshape(count, 3).astype(np.int64)
     ends = first + np.cumsum(table[:, 1])
     found = {}
     for number in choose(count, int.from_bytes(record[4:8], "little")).tolist():
         jpeg = record[ends[number] - table[number, 1] : ends[number]]
         if zlib.crc32(jpeg) != table[number, 2]:
-            raise VideoError(f"{clip.path}: damaged in {clip.shard}; run `prepare` with --verify True")
+            raise VideoError(f"{clip.path}: damaged in {clip.shard}; run `prepare` with --verify")
         found[number] = jpeg
     return found
 
