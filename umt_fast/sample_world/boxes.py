@@ -41,13 +41,13 @@ def boxes_of(scene: Scene) -> list[tuple[tuple[float, float, float, float], int]
 def write_lists(world: str | Path, split: str, count: int) -> Path:
     """AVA's files for the first `count` clips of a rendered split; returns the ground truth, WORLD/SPLIT_boxes.csv.
 
-    Beside it: SPLIT_detected.csv, the same boxes as a person detector would give them, with score 1, and motions.pbtxt.
+    Movies are called SPLIT/NUMBER, as their files below the world are. Beside it: SPLIT_detected.csv, the same boxes as a person detector would give them, with score 1, and motions.pbtxt.
     """
     world = Path(world)
     truth, detected = [], []
     for number, scene in enumerate(sample_world.read_scenes(world, split)[:count]):
         for thing, (corners, label) in enumerate(boxes_of(scene)):
-            place = [f"{number:05d}", f"{KEY_SECOND:04d}", *(f"{value:.4f}" for value in corners)]
+            place = [f"{split}/{number:05d}", f"{KEY_SECOND:04d}", *(f"{value:.4f}" for value in corners)]
             truth.append([*place, label, thing])
             detected.append([*place, "", "1.000"])
     for name, rows in ((f"{split}_boxes.csv", truth), (f"{split}_detected.csv", detected)):

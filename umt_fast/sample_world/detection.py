@@ -45,7 +45,7 @@ def detector_config(out: Path, start: str, pretrained: str, seed: int) -> Detect
     """The page's run of a start, in OUT/detection/START_SEED."""
     config: DetectionConfig = recipe.load(f"sample_world_tasks:{'still' if 'still' in start else 'motions'}")
     config.run.seed, config.run.out = seed, str(out / "detection" / f"{start}_{seed}")
-    config.data.train, config.data.root = str(out / "world" / "train_boxes.csv"), str(out / "world" / "train")
+    config.data.train = str(out / "world" / "train_boxes.csv")
     config.init = "" if "scratch" in start else pretrained
     # The same positions from either start.
     config.student.position_grid = config.student.grid
@@ -60,10 +60,9 @@ def train_and_judge(out: Path, start: str, pretrained: str, seed: int) -> float:
     objective: Detection = task.untrained(config)
     fit_detector(objective.detector, read_weights(newest).state, newest)
     objective.to(ranks.device).eval()
-    world, data = out / "world", config.data
-    data.root = str(world / "test")
+    world = out / "world"
     by = JudgingConfig(boxes=str(world / "test_detected.csv"), label_map=str(world / "motions.pbtxt"))
-    judge = Judge(world / "test_boxes.csv", by, config.clips, config.student, data, config.num_classes)
+    judge = Judge(world / "test_boxes.csv", by, config.clips, config.student, config.data, config.num_classes)
     result = Path(config.run.out) / "detections.csv"
     figures = judge.figures(objective.scores, batch_size=48, ranks=ranks, result=result)
     log.info("detector %s, seed %d: mAP %.1f%%", STARTS[start], seed, 100 * figures["map"])
