@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -156,7 +157,6 @@ def test_what_is_missing_is_named(world: Path, words: tuple, said: str, capsys: 
     capsys.readouterr()
     assert main(["eval", "detect", newest(world), str(world / "truth.csv"), "--device", "cpu", *words]) == 2
     error = capsys.readouterr().err
-    import re
 
     assert re.search(said, error) and error.count("umt_fast: error") == 1 and "Traceback" not in error
 

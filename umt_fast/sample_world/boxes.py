@@ -41,7 +41,8 @@ def boxes_of(scene: Scene) -> list[tuple[tuple[float, float, float, float], int]
 def write_lists(world: str | Path, split: str, count: int) -> Path:
     """AVA's files for the first `count` clips of a rendered split; returns the ground truth, WORLD/SPLIT_boxes.csv.
 
-    Movies are called SPLIT/NUMBER, as their files below the world are. Beside it: SPLIT_detected.csv, the same boxes as a person detector would give them, with score 1, and motions.pbtxt.
+    Beside it: SPLIT_detected.csv, the same boxes as a person detector would give them, with score 1, and motions.pbtxt.
+    Movies are called SPLIT/NUMBER, as their files below the world are.
     """
     world = Path(world)
     truth, detected = [], []

@@ -42,13 +42,6 @@ class DetectOptions(EvalOptions):
     scores: Path | None = None
     """CSV file for all detections in AVA's format: movie,second,x1,y1,x2,y2,class,score."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.max_seconds == 0,
-            f"max_seconds is {self.max_seconds}, and key frames are seconds of movies; leave it out",
-        )
-
     def clips(self, described: dict[str, Any]) -> KeyFrameConfig:
         """How the described detector sees clips of these movies."""
         names = ("movies", "frame_pattern", "frame_rate", "first_second")
@@ -75,6 +68,8 @@ class Detect:
         ranks: Ranks,
     ) -> dict[str, Any]:
         """Figures as Judge gives them; options.scores receives all detections."""
+        seconds = options.max_seconds
+        require(seconds == 0, f"max_seconds is {seconds}, and key frames are seconds of movies; leave it out")
         vit, count = vit_config(described), described["num_classes"]
         judge = Judge(list_path, options.judging(), options.clips(described), vit, data, count)
         objective = Detection(vit, num_classes=count, bf16=described["dtype"] == "bf16")
