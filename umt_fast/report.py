@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from umt_fast.config import ConfigError
+from umt_fast.extras import packages_of
+
+with packages_of("video"):
+    from PIL import Image
 
 log = logging.getLogger("umt_fast")
 

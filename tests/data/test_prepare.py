@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.videos import write_video
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.sampling import sparse_train
 from umt_fast.data.decode.video import VideoError
@@ -37,13 +37,7 @@ KIND = {"num_frames": 4, "image_size": 32, "batch_size": 2, "seed": 3}
 
 def gray_video(path: Path, count: int, first: int = 0) -> None:
     """Frame i is gray of value first + 4 i."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"crf": "4"})
-        stream.width, stream.height, stream.pix_fmt = 80, 64, "yuv420p"
-        for number in range(count):
-            picture = np.full((64, 80, 3), first + 4 * number, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    write_video(path, (np.full((64, 80, 3), first + 4 * number, np.uint8) for number in range(count)), crf="4")
 
 
 def stored_frames(clip: Clip, choose: StoredChooser) -> np.ndarray:

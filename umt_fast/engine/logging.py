@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from umt_fast.extras import packages_of
+
 log = logging.getLogger("umt_fast")
 
 VALIDATION = "val_"
@@ -41,7 +43,8 @@ class MetricsLog:
         self.file = open(self.path, "a")
         self.writer = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with packages_of("train"):
+                from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
