@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pytest
 
+from tests.videos import write_video
 from umt_fast.config import DataConfig, DetectionConfig, KeyFrameConfig, OptimConfig, RunConfig, VitConfig
 
 COLORS = {1: (220, 30, 30), 2: (30, 30, 220), 3: (30, 200, 30)}
@@ -19,15 +19,8 @@ Layout = Literal["seconds", "frames", "whole"]
 
 def encode(path: Path, pictures: list[np.ndarray], rate: int = RATE) -> None:
     """A video of pictures uint8 (H, W, 3), nearly without loss."""
-    av = pytest.importorskip("av")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "5"})
-        stream.height, stream.width = pictures[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    write_video(path, pictures, rate=rate, crf="5")
 
 
 def write_pictures(root: Path, movie: str, pictures: list[np.ndarray], layout: Layout) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from umt_fast.data.decode.boxes import Size
 from umt_fast.data.decode.detection_clip import SecondFiles, Temporal, first_size
 from umt_fast.data.decode.video import VideoError, decode_frames, open_video, rate_of, read_frame_folder
 from umt_fast.data.errors import DataError
+from umt_fast.extras import packages_of
 
 Layout = Literal["seconds", "frames", "whole"]
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
@@ -83,12 +83,15 @@ class FrameFolders:
                 )
 
     def sizes(self, movies: Iterable[str]) -> dict[str, Size]:
+        with packages_of("video"):
+            from PIL import Image
+
         found = {}
         for movie in movies:
             try:
                 with Image.open(self.root / movie / self._name(movie).format(1)) as picture:
                     found[movie] = picture.size
-            except (OSError, UnidentifiedImageError):
+            except OSError:
                 continue
         return found
 
