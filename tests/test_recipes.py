@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.process
 from umt_fast import recipe
+
+pytestmark = pytest.mark.process
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
