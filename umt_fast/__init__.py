@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TunedVideoTextModel,
         VideoTextModel,
     )
+    from umt_fast.pretrained_detector import DetectorModel
     from umt_fast.pretrained_questions import Answer, QuestionAnsweringModel
     from umt_fast.zoo import list_models
 
@@ -36,6 +37,7 @@ __all__ = [
     "ClassifierModel",
     "ConfigError",
     "DataError",
+    "DetectorModel",
     "Features",
     "Predictions",
     "PretrainedModel",
@@ -64,6 +66,7 @@ _MODULES = {
         "TunedVideoTextModel",
         "VideoTextModel",
     ),
+    "pretrained_detector": ("DetectorModel",),
     "pretrained_questions": ("Answer", "QuestionAnsweringModel"),
     "zoo": ("list_models",),
 }

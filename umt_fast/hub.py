@@ -15,7 +15,8 @@ from umt_fast.models.sizes import TEACHERS, teacher_size
 from umt_fast.models.teachers import Teacher, build_teacher
 from umt_fast.models.weights import WeightsError, WeightsFile, kind_of
 from umt_fast.pretrained import CONFIG, DTYPES, Dtype, PretrainedModel, build
-from umt_fast.pretrained_questions import QuestionAnsweringModel  # noqa: F401 - the class makes itself known to `build`
+from umt_fast.pretrained_detector import DetectorModel  # noqa: F401, makes its task known
+from umt_fast.pretrained_questions import QuestionAnsweringModel  # noqa: F401, makes its task known
 from umt_fast.tasks.evaluate import read_checkpoint
 from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
 
@@ -29,6 +30,7 @@ _KINDS = {
     "question_answering": ("question-answering",),
     "classification": ("classifier",),
     "retrieval": ("downstream", "stage-2"),
+    "detection": ("detector",),
 }
 _TEACHER_WEIGHTS = {"clip_b16": "ViT-B-16:openai", "clip_l14": "ViT-L-14:openai"}
 
@@ -44,8 +46,8 @@ def load_model(
     num_classes: int | None = None,
     tokenizer: str | Path | None = None,
 ) -> PretrainedModel:
-    """A trained model, ready to be used: StudentModel, VideoTextModel or ClassifierModel (umt_fast/pretrained.py), or
-    QuestionAnsweringModel (umt_fast/pretrained_questions.py).
+    """A trained model, ready to be used: StudentModel, VideoTextModel or ClassifierModel (umt_fast/pretrained.py),
+    DetectorModel (pretrained_detector.py) or QuestionAnsweringModel (pretrained_questions.py).
 
     Args:
         name: an architecture or a released file of list_models. None: the file says by itself what it is of.
@@ -55,7 +57,7 @@ def load_model(
         device: `auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:1`, or a torch.device.
         dtype: `bf16` or `fp32`, or torch's. None: as `eval` computes, a classifier as it was trained, others in fp32.
         num_frames, image_size: of a clip, with `name`; None: as the file's position table, the released file or the model says.
-        num_classes: of an untrained classifier.
+        num_classes: of an untrained classifier or detector.
         tokenizer: of a stage-2 model, by name or folder; None: the one it was trained with, where that is known.
 
     Raises:
@@ -166,7 +168,6 @@ def _fetched(released: ZooFile) -> Path:
     """A released file from the cache of earlier calls, or from its authors' repository."""
     from huggingface_hub import hf_hub_download, model_info, snapshot_download
 
-    _require_built(released)
     # The file is found by its name: folders of that repository are its authors' to change.
     try:
         cached = Path(snapshot_download(REPOSITORY, local_files_only=True)).rglob(released.file)
@@ -187,17 +188,9 @@ def _fetched(released: ZooFile) -> Path:
     raise WeightsError(f"{REPOSITORY} on Hugging Face has no {released.file}; fetch it elsewhere and give weights=PATH")
 
 
-def _require_built(released: ZooFile) -> None:
-    require(
-        bool(released.model),
-        f"{released.name} is for {released.task} ({released.data}), which load_model does not build",
-    )
-
-
 def _architecture(released: ZooFile | None, name: str | None, file: WeightsFile, path: Path) -> str:
     """The architecture of a file that does not describe itself. Raises WeightsError: nothing was said."""
     if released is not None:
-        _require_built(released)
         return released.model
     if name is not None:
         return name
@@ -249,11 +242,9 @@ def _untrained(
     described = _described(str(name), released, num_frames, image_size)
     vit, width = described["vit"], _OFFICIAL[str(name).split("_")[1]]
     vit |= {"num_frames": vit["num_frames"] or 8, "image_size": vit["image_size"] or 224}
-    classifier = described["task"] == "classification"
-    require(
-        classifier or num_classes is None, f"num_classes is {num_classes}, and {name} is no classifier; leave it out"
-    )
-    if classifier:
+    classes = "num_classes" in described
+    require(classes or num_classes is None, f"num_classes is {num_classes}, and {name} is no classifier; leave it out")
+    if classes:
         require(num_classes is not None and num_classes >= 1, f"an untrained {name} needs num_classes, at least 1")
         return described | {"num_classes": num_classes}
     own = {"num_layers": 6, "output_dim": width, "embed_dim": width}

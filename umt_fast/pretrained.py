@@ -49,9 +49,6 @@ _TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "spe
 Dtype = Literal["bf16", "fp32"] | torch.dtype
 DTYPES: dict[Any, str] = {torch.bfloat16: "bf16", torch.float32: "fp32", "bf16": "bf16", "fp32": "fp32"}
 
-_CLASSES: dict[str, type[PretrainedModel]] = {}
-"""The model of each task, which its class statement puts here."""
-
 _CARD = """---
 {{ card_data }}
 ---
@@ -87,11 +84,6 @@ class PretrainedModel(
         self.network, self.description, self.compute, self.words = network, description, compute, words
         self.vit = vit_config(description)
         self.requires_grad_(False).eval()
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if cls.task:
-            _CLASSES[cls.task] = cls
 
     @classmethod
     @abstractmethod
@@ -442,6 +434,12 @@ class TunedVideoTextModel(VideoTextModel):
         fit_retrieval(network, state, source)
 
 
+CLASSES: dict[str, type[PretrainedModel]] = {
+    cls.task: cls for cls in (StudentModel, VideoTextModel, TunedVideoTextModel, ClassifierModel)
+}
+"""By task; pretrained_detector and pretrained_questions add their own."""
+
+
 def build(
     description: dict[str, Any],
     state: dict[str, Tensor] | None,
@@ -456,9 +454,9 @@ def build(
     Raises ConfigError: a kind of model that is not built, a wrong device or dtype. WeightsError: weights that do not fit.
     """
     task = description["task"]
-    require(task in _CLASSES, f"{source} is of task {task!r}; models of {', '.join(_CLASSES)} are built")
-    cls = _CLASSES[task]
-    usual = description["dtype"] if cls is ClassifierModel else "fp32"  # as each is judged by `eval`
+    require(task in CLASSES, f"{source} is of task {task!r}; models of {', '.join(CLASSES)} are built")
+    cls = CLASSES[task]
+    usual = description["dtype"] if "num_classes" in description else "fp32"  # as each is judged by `eval`
     require(
         dtype is None or dtype in DTYPES, f"dtype is {dtype!r}; give 'bf16', 'fp32', torch.bfloat16 or torch.float32"
     )

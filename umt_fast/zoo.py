@@ -26,6 +26,8 @@ ARCHITECTURES: dict[str, str] = {
     "umt_l16_ft": "classifier, ViT-L/16",
     "umt_b16_ret": "stage 2 fine-tuned for retrieval, ViT-B/16 and BERT base: clips, texts, their similarity",
     "umt_l16_ret": "stage 2 fine-tuned for retrieval, ViT-L/16 and BERT large: clips, texts, their similarity",
+    "umt_b16_ava": "action detector, ViT-B/16",
+    "umt_l16_ava": "action detector, ViT-L/16",
 }
 """What load_model builds, by name; models/description.py has their sizes."""
 
@@ -90,11 +92,11 @@ def _classifier(
 def _detector(size: str, score: float) -> ZooFile:
     return ZooFile(
         name=f"{size}_ptk710_ftk710_ftava_f8_res224",
-        model="",
+        model=f"umt_{size}_ava",
         task="detection",
         data="AVA 2.2",
         frames=8,
-        metric="mAP",
+        metric="frame mAP at IoU 0.5",
         score=score,
     )
 
@@ -200,10 +202,8 @@ ZOO: dict[str, ZooFile] = {
 def describe_file(entry: ZooFile) -> str:
     """A released file in one line."""
     score = "" if entry.score is None else f", {entry.score} {entry.metric}"
-    built = f"load_model builds {entry.model}" if entry.model else "load_model does not build it"
-    return (
-        f"official {entry.task} file, {entry.data}, {entry.frames} frames of {entry.image_size} pixels{score}; {built}"
-    )
+    clip = f"{entry.frames} frames of {entry.image_size} pixels"
+    return f"official {entry.task} file, {entry.data}, {clip}{score}; load_model builds {entry.model}"
 
 
 def list_models() -> dict[str, str]:
@@ -232,8 +232,7 @@ def table() -> str:
         "",
         f"The files are in the repository `{REPOSITORY}` of Hugging Face. It is gated: accept its terms there and log in",
         '(`hf auth login`), then a name is enough: `umt_fast.load_model("b16_25m")`. Files that were fetched by hand need',
-        'their path too: `umt_fast.load_model("b16_25m", weights="b16_25m.pth")`. Files without a model are of kinds that',
-        "`load_model` does not build.",
+        'their path too: `umt_fast.load_model("b16_25m", weights="b16_25m.pth")`.',
         "",
         "| file (`.pth`) | model | task | trained on | frames | pixels | score, % | of what | note |",
         "|---|---|---|---|---|---|---|---|---|",

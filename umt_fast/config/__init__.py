@@ -17,6 +17,7 @@ from umt_fast.config.core import (
     require,
     to_dict,
 )
+from umt_fast.config.detection import DetectionConfig, JudgingConfig, KeyFrameConfig
 from umt_fast.config.models import (
     AlignConfig,
     MaskConfig,
@@ -41,9 +42,12 @@ __all__ = [
     "AugmentConfig",
     "ConfigError",
     "DataConfig",
+    "DetectionConfig",
     "Dtype",
     "FinetuneConfig",
     "FrameRuleName",
+    "JudgingConfig",
+    "KeyFrameConfig",
     "MaskConfig",
     "MixConfig",
     "OptimConfig",

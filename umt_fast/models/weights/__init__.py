@@ -6,7 +6,7 @@ models, `downstream` into those of the video-text tasks; `clip` and `timm_vit` r
 expected to be absent (a fresh classification head, say) loading fails.
 """
 
-from umt_fast.models.weights.detection import load_detector
+from umt_fast.models.weights.detection import fit_detector, load_detector
 from umt_fast.models.weights.downstream import fit_retrieval, load_question, load_retrieval
 from umt_fast.models.weights.files import (
     UnreadableError,
@@ -35,6 +35,7 @@ __all__ = [
     "fit",
     "fit_classifier",
     "fit_retrieval",
+    "fit_detector",
     "fit_video_text",
     "kind_of",
     "load_bert",
