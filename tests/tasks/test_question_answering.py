@@ -296,11 +296,11 @@ def test_an_official_file_is_judged_when_its_model_is_named(world: Path, capsys:
     assert "does not say which model it is of" in judge(capsys, *arguments, code=2)
 
 
-def test_the_best_epoch_is_kept(world: Path) -> None:
+def test_the_best_epoch_is_kept(world: Path, capsys: pytest.CaptureFixture) -> None:
     """Judged between epochs on a list whose clips the ranks share; the best file holds the best figure's weights."""
     config = configured(world, answers=str(world / "answers.json"))
     config.data.validation = str(world / "train.json")
-    config.run.max_steps, config.run.epochs = 6, 3
+    config.run.max_steps, config.run.epochs, config.run.dtype = 6, 3, "bf16"
     folder = train(config)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     judged = [row for row in rows if "val_accuracy" in row]
@@ -308,6 +308,8 @@ def test_the_best_epoch_is_kept(world: Path) -> None:
     best = torch.load(folder / "checkpoint-best.pt", weights_only=True)
     assert best["validation"]["figures"]["accuracy"] == max(row["val_accuracy"] for row in judged)
     assert umt_fast.load_model(weights=folder / "checkpoint-best.pt").description["task"] == "question_answering"
+    judged = judge(capsys, folder / "checkpoint-best.pt", world / "train.json", "--answers", config.answers)
+    assert {key: value for key, value in judged.items() if key.startswith("accuracy")} == best["validation"]["figures"]
     config.answers, config.run.out = "", str(world / "other")
     with pytest.raises(ConfigError, match="answers is empty; give the list of answers to choose from"):
         train(config)
