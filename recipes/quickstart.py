@@ -6,7 +6,7 @@
 | motion     | fine-tuning on motion labels (4 classes), from pre-training or from scratch  |
 | scene      | linear probe on scene labels (24 classes)                                    |
 | stage2     | captions and clips, from the stage-1 weights (only with `--stage2`)          |
-| retrieval  | fine-tuning on captions, from the stage-2 weights (quickstart_captions.sh)   |
+| retrieval  | fine-tuning on captions, from the stage-2 weights (see quickstart_captions.sh) |
 | choices    | the same, the best epoch kept by multiple choice                             |
 | questions  | questions about clips, from the stage-2 weights (quickstart_questions.sh)    |
 

@@ -15,8 +15,6 @@ from umt_fast.models.sizes import TEACHERS, teacher_size
 from umt_fast.models.teachers import Teacher, build_teacher
 from umt_fast.models.weights import WeightsError, WeightsFile, kind_of
 from umt_fast.pretrained import CONFIG, DTYPES, Dtype, PretrainedModel, build
-from umt_fast.pretrained_detector import DetectorModel  # noqa: F401, makes its task known
-from umt_fast.pretrained_questions import QuestionAnsweringModel  # noqa: F401, makes its task known
 from umt_fast.tasks.evaluate import read_checkpoint
 from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
 
@@ -46,8 +44,7 @@ def load_model(
     num_classes: int | None = None,
     tokenizer: str | Path | None = None,
 ) -> PretrainedModel:
-    """A trained model, ready to be used: StudentModel, VideoTextModel or ClassifierModel (umt_fast/pretrained.py),
-    DetectorModel (pretrained_detector.py) or QuestionAnsweringModel (pretrained_questions.py).
+    """A trained model, ready to be used, of the class of its task (umt_fast/pretrained).
 
     Args:
         name: an architecture or a released file of list_models. None: the file says by itself what it is of.

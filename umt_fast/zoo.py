@@ -39,7 +39,7 @@ class ZooFile:
     name: str
     """Its name there, without `.pth`."""
     model: str
-    """The architecture that load_model builds for it; empty: none of them."""
+    """The architecture that load_model builds for it."""
     task: Literal["stage 1", "stage 2", "classification", "detection", "retrieval", "question answering"]
     data: str
     """What it was trained on last."""

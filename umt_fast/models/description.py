@@ -190,8 +190,8 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
     "umt_b16_ava": lambda: _detector("b16"),
     "umt_l16_ava": lambda: _detector("l16"),
 }
-"""umt_*: the stage-2 models, 4 frames at 224 pixels. umt_*_ft: the classifiers. umt_*_ret and umt_*_qa: stage-2 models
-fine-tuned for retrieval and for question answering, 12 frames. umt_*_ava: the detectors of AVA."""
+"""umt_*: the stage-2 models, 4 frames at 224 pixels. umt_*_ret, umt_*_qa: those fine-tuned for retrieval and for question
+answering, 12 frames. umt_*_ft: the classifiers. umt_*_ava: the detectors of AVA."""
 # The tokenizer whose words each text encoder knows.
 TOKENIZERS = {
     f"umt_{size}{suffix}": name

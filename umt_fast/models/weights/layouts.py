@@ -31,8 +31,8 @@ def kind_of(state: dict[str, Tensor]) -> Kind:
 
     `stage-1`: tower and alignment heads. `stage-2`: tower, text encoder, masked-language head. `downstream`: the same without
     that head and the alignment heads, as stage-2 models are after official fine-tuning; `question-answering`: that, with a
-    decoder of answers and nothing to compare clips with texts. `classifier`: tower and head.
-    `detector`: the same with the tower's own norm, and none of its averaged tokens.
+    decoder of answers and nothing to compare clips with texts. `classifier`: tower and head. `detector`: the same with the
+    tower's own norm, and none of its averaged tokens.
     """
     patch = "patch_embed.proj.weight"
     if f"vision_encoder.encoder.{patch}" in state:

@@ -17,7 +17,7 @@ from umt_fast.models.description import text_config, vit_config
 from umt_fast.models.downstream import QuestionModel
 from umt_fast.models.vit import VisionTransformer
 from umt_fast.models.weights.downstream import fit_question
-from umt_fast.pretrained import CLASSES, PretrainedModel
+from umt_fast.pretrained.base import PretrainedModel
 from umt_fast.tasks.answer_ranking import Rule
 from umt_fast.tasks.answering import Judge, Prediction, chooser, states_of_clips, writer
 
@@ -125,6 +125,3 @@ class QuestionAnsweringModel(PretrainedModel):
     def _finish(self, last: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.tower.norm(last)
         return tokens, tokens.mean(1)
-
-
-CLASSES[QuestionAnsweringModel.task] = QuestionAnsweringModel
