@@ -24,6 +24,7 @@ from umt_fast.data.decode.boxes import Size
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.detections import AVA_CLASSES, KeyFrames
 from umt_fast.engine.distributed import gather
+from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.detector import Detector
 from umt_fast.models.weights import WeightsError, load_detector
@@ -101,13 +102,7 @@ class Detection(nn.Module):
 
     def flops_per_clip(self) -> float:
         """Matrix-product FLOPs of a training crop, forward and backward, without the head: it reads a vector a box."""
-        vit, grid = self.vit, self.detector.grid
-        n = grid.size
-        span = n if vit.attention == "joint" else grid.per_frame
-        block = n * vit.width**2 * (8 + 4 * vit.mlp_ratio) + 4 * n * span * vit.width
-        patch = n * vit.width * 6 * vit.tubelet_size * vit.patch_size**2
-        # The pixels take no gradient: forward and weight gradient only.
-        return 3 * vit.depth * block + 2 * patch
+        return flops.tower_flops(self.vit, self.detector.grid.size)
 
 
 class _Clip(NamedTuple):
