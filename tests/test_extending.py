@@ -63,6 +63,8 @@ print(json.dumps(torch.cat(drawn).tolist()))
 """
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_mask_is_one_file(extended: Path, tmp_path: Path, tiny_list: Path) -> None:
     assert [path for path in EXAMPLES if "mask" in path] == ["umt_fast/masking/kinds/block.py"]
     places = set()

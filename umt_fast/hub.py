@@ -15,16 +15,20 @@ from umt_fast.models.sizes import TEACHERS, teacher_size
 from umt_fast.models.teachers import Teacher, build_teacher
 from umt_fast.models.weights import WeightsError, WeightsFile, kind_of
 from umt_fast.pretrained import CONFIG, DTYPES, Dtype, PretrainedModel, build
+from umt_fast.pretrained_detector import DetectorModel  # noqa: F401, makes its task known
 from umt_fast.tasks.evaluate import read_checkpoint
 from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
 
 _UNTRAINED = "untrained"
 # What official models have where a description leaves it to the tensors.
 _OFFICIAL = {"b16": 512, "l16": 768}
+# What a file of each task may hold; the first is what that task itself saves.
 _KINDS = {
     "pretraining": ("stage-1",),
     "video_text": ("stage-2", "downstream"),
     "classification": ("classifier",),
+    "retrieval": ("downstream", "stage-2"),
+    "detection": ("detector",),
 }
 _TEACHER_WEIGHTS = {"clip_b16": "ViT-B-16:openai", "clip_l14": "ViT-L-14:openai"}
 
@@ -40,7 +44,8 @@ def load_model(
     num_classes: int | None = None,
     tokenizer: str | Path | None = None,
 ) -> PretrainedModel:
-    """A trained model, ready to be used: StudentModel, VideoTextModel or ClassifierModel (umt_fast/pretrained.py).
+    """A trained model, ready to be used: StudentModel, VideoTextModel or ClassifierModel (umt_fast/pretrained.py), or
+    DetectorModel (pretrained_detector.py).
 
     Args:
         name: an architecture or a released file of list_models. None: the file says by itself what it is of.
@@ -50,7 +55,7 @@ def load_model(
         device: `auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:1`, or a torch.device.
         dtype: `bf16` or `fp32`, or torch's. None: as `eval` computes, a classifier as it was trained, others in fp32.
         num_frames, image_size: of a clip, with `name`; None: as the file's position table, the released file or the model says.
-        num_classes: of an untrained classifier.
+        num_classes: of an untrained classifier or detector.
         tokenizer: of a stage-2 model, by name or folder; None: the one it was trained with, where that is known.
 
     Raises:
@@ -209,7 +214,7 @@ def _guess(file: WeightsFile) -> str | None:
         return None
     for name, make in (MODELS | STAGE1_MODELS).items():
         described = make()
-        if kind in _KINDS[described["task"]] and described["vit"]["width"] == len(weight):
+        if kind == _KINDS[described["task"]][0] and described["vit"]["width"] == len(weight):
             return name
     return None
 
@@ -244,14 +249,13 @@ def _untrained(
     described = _described(str(name), released, num_frames, image_size)
     vit, width = described["vit"], _OFFICIAL[str(name).split("_")[1]]
     vit |= {"num_frames": vit["num_frames"] or 8, "image_size": vit["image_size"] or 224}
-    classifier = described["task"] == "classification"
-    require(
-        classifier or num_classes is None, f"num_classes is {num_classes}, and {name} is no classifier; leave it out"
-    )
-    if classifier:
+    classes = "num_classes" in described
+    require(classes or num_classes is None, f"num_classes is {num_classes}, and {name} is no classifier; leave it out")
+    if classes:
         require(num_classes is not None and num_classes >= 1, f"an untrained {name} needs num_classes, at least 1")
         return described | {"num_classes": num_classes}
-    described |= {"num_layers": 6, "output_dim": width}
+    if "num_layers" in described:
+        described |= {"num_layers": 6, "output_dim": width}
     if "text" in described:
         described |= {"embed_dim": width, "text": described["text"] | {"vocab_size": 30522, "max_positions": 512}}
     return described

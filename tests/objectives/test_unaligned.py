@@ -104,6 +104,8 @@ def test_a_temperature_out_of_bounds_comes_back_and_still_learns(start: float, b
     torch.testing.assert_close(module.model.temp.grad, 2 * gradient, rtol=0.2, atol=0)
 
 
+@pytest.mark.compile
+@pytest.mark.slow
 def test_the_temperature_is_bounded_within_a_compiled_step() -> None:
     module = objective(small())
     with torch.no_grad():

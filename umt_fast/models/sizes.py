@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from umt_fast.config import ConfigError, TeacherConfig, VitConfig
+from umt_fast.config import ConfigError, TeacherConfig, TextConfig, VitConfig
 
 
 def _dino(width: int, depth: int, num_heads: int, patch_size: int, image_size: int) -> dict[str, Any]:
@@ -27,6 +27,10 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "dinov2_b14": _dino(768, 12, 12, 14, 196),
     "dinov2_l14": _dino(1024, 24, 16, 14, 196),
 }
+TEXTS: dict[str, dict[str, Any]] = {
+    "b16": {"width": 768, "depth": 12, "fusion_layer": 9, "num_heads": 12},
+    "l16": {"width": 1024, "depth": 24, "fusion_layer": 19, "num_heads": 16},
+}
 
 
 def _size(table: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
@@ -43,3 +47,8 @@ def student_size(name: str, **changes: Any) -> VitConfig:
 def teacher_size(name: str, **changes: Any) -> TeacherConfig:
     """The teacher `clip_tiny`, `clip_b16`, `clip_l14` (at 196 pixels), or one of DINO's, with fields changed."""
     return TeacherConfig(**(_size(TEACHERS, name) | changes))
+
+
+def text_size(name: str, **changes: Any) -> TextConfig:
+    """The text encoder beside the student `b16` (BERT base) or `l16` (BERT large), with fields changed."""
+    return TextConfig(**(_size(TEXTS, name) | changes))

@@ -6,8 +6,8 @@ models, `downstream` into those of the video-text tasks; `clip` and `timm_vit` r
 expected to be absent (a fresh classification head, say) loading fails.
 """
 
-from umt_fast.models.weights.detection import load_detector
-from umt_fast.models.weights.downstream import load_question, load_retrieval
+from umt_fast.models.weights.detection import fit_detector, load_detector
+from umt_fast.models.weights.downstream import fit_retrieval, load_question, load_retrieval
 from umt_fast.models.weights.files import (
     UnreadableError,
     WeightsError,
@@ -34,6 +34,8 @@ __all__ = [
     "WeightsFile",
     "fit",
     "fit_classifier",
+    "fit_retrieval",
+    "fit_detector",
     "fit_video_text",
     "kind_of",
     "load_bert",
