@@ -161,11 +161,11 @@ def retrieval_flops(vit: VitConfig, text: TextConfig, *, length: int, embed_dim:
     return tower_flops(vit, grid.size) + 3 * own
 
 
-def question_flops(vit: VitConfig, text: TextConfig, *, length: int, answer: int) -> float:
-    """A clip, its question of `length` positions and one answer of which `answer` positions are computed: the tower, the
-    question fused with the clip, the answer's decoder over the question, vocabulary logits; forward and backward."""
+def question_flops(vit: VitConfig, text: TextConfig, *, length: int, answers: float, answer: int) -> float:
+    """A clip, its question of `length` positions and so many answers of which `answer` positions each are computed: the tower,
+    the question fused with the clip, the answers' decoder over the question, vocabulary logits; forward and backward."""
     n, w, layers = grid_of(vit).size, text.width, text.depth - text.fusion_layer
     own = text.depth * _text_layer(length, w) + layers * (_cross(length, n, w) + _keys(n, vit.width, w))
-    own += layers * (_text_layer(answer, w) + _cross(answer, length, w) + _keys(length, w, w))
-    own += 2 * answer * (w * w + w * text.vocab_size)
+    own += layers * (answers * (_text_layer(answer, w) + _cross(answer, length, w)) + _keys(length, w, w))
+    own += 2 * answers * answer * (w * w + w * text.vocab_size)
     return tower_flops(vit, n) + 3 * own
