@@ -46,6 +46,8 @@ MODULES = (
     "umt_fast.tasks.detection",
     "umt_fast.data.decode.detection_clip",
     "umt_fast.data.decode.detection_view",
+    "umt_fast.data.decode.movies",
+    "umt_fast.sample_world.boxes",
     "benchmarks.gpu",
     "benchmarks.rates",
     "benchmarks.checks",
@@ -53,7 +55,7 @@ MODULES = (
     "benchmarks.trainer_run",
     "benchmarks.bench_kernels",
     "benchmarks.report",
-    "benchmarks.predict",
+    "benchmarks.counted",
 )
 
 

@@ -17,11 +17,12 @@ ALLOWED = {
     "files": set(),
     "workers": set(),
     "data": {"config", "extras", "workers"},
-    "models": {"config", "extras", "masking"},
+    "models": {"config", "extras", "masking", "registry"},
     "engine": {"config", "extras", "interrupts"},
     "tasks": {"config", "extras", "files", "masking", "data", "models", "engine"},
     "reference": {"config", "masking"},
     "bench": {"config", "masking", "models", "engine", "tasks", "reference"},
+    "demo": {"config", "extras", "data", "tasks", "pretrained"},
 }
 FILES = sorted((REPOSITORY / "umt_fast").rglob("*.py")) + sorted((REPOSITORY / "kernels").rglob("*.py"))
 

@@ -10,6 +10,7 @@ Commands:
   eval NAME FILE LIST [...]                figures of a model on unseen clips: `eval --help` lists the evaluations
   embed LIST|FOLDER|FILE --weights FILE --out FEATURES   one vector for each clip, of any trained model
   search TEXT --in FEATURES --weights FILE  the clips that are nearest to a text, or to a clip (--clip PATH)
+  demo --features FEATURES --weights FILE   a page that searches those clips and plays what it finds
   convert FILE OUT                         the weights of a checkpoint, in the official layout, as safetensors or .pth
   report RUN                               write RUN/report.html from a run's metrics and results
   quickstart [--out DIR] [--seed N] [--stage2]   the sample world from nothing to report
@@ -39,6 +40,7 @@ COMMANDS = {
     "eval": "eval.main",
     "embed": "embed.main",
     "search": "search.main",
+    "demo": "demo.main",
     "convert": "convert.main",
     "report": "report.report",
     "quickstart": "report.quickstart",
