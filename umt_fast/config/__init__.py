@@ -17,6 +17,7 @@ from umt_fast.config.core import (
     require,
     to_dict,
 )
+from umt_fast.config.detection import DetectionConfig, JudgingConfig, KeyFrameConfig
 from umt_fast.config.models import (
     AlignConfig,
     MaskConfig,
@@ -26,6 +27,8 @@ from umt_fast.config.models import (
     TextConfig,
     VitConfig,
 )
+from umt_fast.config.question import QuestionConfig
+from umt_fast.config.retrieval import RetrievalConfig, RetrievalLosses
 from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
 
@@ -39,12 +42,18 @@ __all__ = [
     "AugmentConfig",
     "ConfigError",
     "DataConfig",
+    "DetectionConfig",
     "Dtype",
     "FinetuneConfig",
     "FrameRuleName",
+    "JudgingConfig",
+    "KeyFrameConfig",
     "MaskConfig",
     "MixConfig",
     "OptimConfig",
+    "RetrievalConfig",
+    "RetrievalLosses",
+    "QuestionConfig",
     "RunConfig",
     "Stage1Config",
     "Stage2Config",

@@ -104,6 +104,8 @@ class ClipLoader:
     """
 
     kinds = 1
+    remedy = "`scan` the list to find them all"
+    """What to do about files that cannot be read."""
 
     def __init__(
         self,
@@ -244,7 +246,7 @@ class ClipLoader:
         allowed = self.data.max_bad_share * len(self.clips)
         if len(self.bad_files) > allowed:
             clip = self.clips[number]
-            remedy = "`scan` the list to find them all"
+            remedy = self.remedy
             if clip.shard:
                 remedy = "Repeat the `prepare` of that folder with --verify to find them all"
             elif clip.member:
