@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TunedVideoTextModel,
         VideoTextModel,
     )
+    from umt_fast.pretrained_detector import DetectorModel
     from umt_fast.zoo import list_models
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "ClassifierModel",
     "ConfigError",
     "DataError",
+    "DetectorModel",
     "Features",
     "Predictions",
     "PretrainedModel",
@@ -61,6 +63,7 @@ _MODULES = {
         "TunedVideoTextModel",
         "VideoTextModel",
     ),
+    "pretrained_detector": ("DetectorModel",),
     "zoo": ("list_models",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -434,9 +434,10 @@ class TunedVideoTextModel(VideoTextModel):
         fit_retrieval(network, state, source)
 
 
-_CLASSES: dict[str, type[PretrainedModel]] = {
+CLASSES: dict[str, type[PretrainedModel]] = {
     cls.task: cls for cls in (StudentModel, VideoTextModel, TunedVideoTextModel, ClassifierModel)
 }
+"""By task; pretrained_detector adds its own."""
 
 
 def build(
@@ -453,9 +454,9 @@ def build(
     Raises ConfigError: a kind of model that is not built, a wrong device or dtype. WeightsError: weights that do not fit.
     """
     task = description["task"]
-    require(task in _CLASSES, f"{source} is of task {task!r}; models of {', '.join(_CLASSES)} are built")
-    cls = _CLASSES[task]
-    usual = description["dtype"] if cls is ClassifierModel else "fp32"  # as each is judged by `eval`
+    require(task in CLASSES, f"{source} is of task {task!r}; models of {', '.join(CLASSES)} are built")
+    cls = CLASSES[task]
+    usual = description["dtype"] if "num_classes" in description else "fp32"  # as each is judged by `eval`
     require(
         dtype is None or dtype in DTYPES, f"dtype is {dtype!r}; give 'bf16', 'fp32', torch.bfloat16 or torch.float32"
     )

@@ -24,6 +24,8 @@ ARCHITECTURES: dict[str, str] = {
     "umt_l16_ft": "classifier, ViT-L/16",
     "umt_b16_ret": "stage 2 fine-tuned for retrieval, ViT-B/16 and BERT base: clips, texts, their similarity",
     "umt_l16_ret": "stage 2 fine-tuned for retrieval, ViT-L/16 and BERT large: clips, texts, their similarity",
+    "umt_b16_ava": "action detector, ViT-B/16",
+    "umt_l16_ava": "action detector, ViT-L/16",
 }
 """What load_model builds, by name; models/description.py has their sizes."""
 
@@ -88,11 +90,11 @@ def _classifier(
 def _detector(size: str, score: float) -> ZooFile:
     return ZooFile(
         name=f"{size}_ptk710_ftk710_ftava_f8_res224",
-        model="",
+        model=f"umt_{size}_ava",
         task="detection",
         data="AVA 2.2",
         frames=8,
-        metric="mAP",
+        metric="frame mAP at IoU 0.5",
         score=score,
     )
 

@@ -94,6 +94,8 @@ def test_bad_input_is_named(case: _Case) -> None:
         choose(model, [], ONE)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_parity_of_accuracy_over_ranks_one_of_them_without_clips(tmp_path: Path) -> None:
     """Three ranks: two share the clips and have one of them both, the third has none."""
     script = tmp_path / "ranks.py"

@@ -212,6 +212,8 @@ def test_unreadable_clips_and_diverged_weights_are_named(world: Path) -> None:
         judged(world)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(world: Path, tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(

@@ -77,6 +77,8 @@ def test_a_rank_beyond_the_last_clip_reads_none() -> None:
     assert list(loader) == []
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_ranks_without_clips_say_the_same(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(

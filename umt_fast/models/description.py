@@ -132,6 +132,21 @@ def _classifier(size: str) -> dict[str, Any]:
     return {"version": VERSION, "task": "classification", "dtype": "fp32", "vit": vit, "num_classes": None}
 
 
+def _detector(size: str) -> dict[str, Any]:
+    vit = _vit(size, 8, 224) | {"position_grid": [8, 14, 14]}
+    clips = {"sparse": True, "frames": "released", "stride": 8, "short_side": 256}
+    # B/16 was trained in fp16, L/16 in fp32.
+    dtype = "bf16" if size == "b16" else "fp32"
+    return {
+        "version": VERSION,
+        "task": "detection",
+        "dtype": dtype,
+        "vit": vit,
+        "num_classes": None,
+        "clips": clips,
+    }
+
+
 def _pretraining(size: str) -> dict[str, Any]:
     return {
         "version": VERSION,
@@ -155,9 +170,11 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
     "umt_l16_ft": lambda: _classifier("l16"),
     "umt_b16_ret": lambda: _retrieval("b16", 768, 12, 9),
     "umt_l16_ret": lambda: _retrieval("l16", 1024, 24, 19),
+    "umt_b16_ava": lambda: _detector("b16"),
+    "umt_l16_ava": lambda: _detector("l16"),
 }
 """umt_*: the stage-2 models, 4 frames at 224 pixels. umt_*_ft: the classifiers. umt_*_ret: stage-2 models fine-tuned for
-retrieval, 12 frames."""
+retrieval, 12 frames. umt_*_ava: the detectors of AVA."""
 # The tokenizer whose words each text encoder knows.
 TOKENIZERS = {
     f"umt_{size}{suffix}": name

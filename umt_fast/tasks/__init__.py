@@ -1,6 +1,17 @@
 """The kinds of training. Importing this package makes them known; see base.py."""
 
-from umt_fast.tasks import choosing, classification, pretraining, recognition, retrieval_tuning, retrieve, video_text
+from umt_fast.tasks import (  # one a line
+    choosing,
+    classification,
+    classify,
+    detect,
+    detection,
+    pretraining,
+    recognition,
+    retrieval_tuning,
+    retrieve,
+    video_text,
+)
 from umt_fast.tasks.base import (
     EVALUATIONS,
     TASKS,
@@ -32,6 +43,9 @@ __all__ = [
     "check_used",
     "choosing",
     "classification",
+    "classify",
+    "detect",
+    "detection",
     "evaluation_named",
     "evaluations_of",
     "pretraining",
