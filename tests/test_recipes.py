@@ -9,6 +9,8 @@ import pytest
 
 from umt_fast import recipe
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -72,6 +72,7 @@ def test_the_official_mean_times_the_number_of_boxes() -> None:
     assert objective(filled, SEED)["loss"].item() == pytest.approx(objective(batch, SEED)["loss"].item(), rel=1e-6)
 
 
+@pytest.mark.compile
 def test_a_step_reads_nothing_back_and_keeps_its_shapes() -> None:
     """As one graph: the compiler refuses whatever a value on the device decides. One graph serves any number of boxes."""
     counted: list[int] = []
@@ -250,6 +251,8 @@ def judge_on_a_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
     keys = write_keys(tmp_path)
     alone = judge(keys, [*range(25)], result=tmp_path / "alone.csv")

@@ -4,6 +4,7 @@ Every field is documented where it stands; a wrong value is refused at construct
 and the rule in the message. Shapes and defaults follow Unmasked Teacher (arXiv 2303.16058).
 """
 
+from umt_fast.config.augment import AugmentConfig, FrameRuleName, MixConfig
 from umt_fast.config.core import (
     CLIP_TEXT_LENGTH,
     CLIP_TEXT_WORDS,
@@ -26,6 +27,8 @@ from umt_fast.config.models import (
     TextConfig,
     VitConfig,
 )
+from umt_fast.config.question import QuestionConfig
+from umt_fast.config.retrieval import RetrievalConfig, RetrievalLosses
 from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
 
@@ -36,15 +39,21 @@ __all__ = [
     "IMAGENET_STD",
     "AlignConfig",
     "AttentionBackend",
+    "AugmentConfig",
     "ConfigError",
     "DataConfig",
     "DetectionConfig",
     "Dtype",
     "FinetuneConfig",
+    "FrameRuleName",
     "JudgingConfig",
     "KeyFrameConfig",
     "MaskConfig",
+    "MixConfig",
     "OptimConfig",
+    "RetrievalConfig",
+    "RetrievalLosses",
+    "QuestionConfig",
     "RunConfig",
     "Stage1Config",
     "Stage2Config",

@@ -1,6 +1,19 @@
 """The kinds of training. Importing this package makes them known; see base.py."""
 
-from umt_fast.tasks import classification, detect, detection, pretraining, retrieve, video_text
+from umt_fast.tasks import (  # one a line
+    answer,
+    choosing,
+    classification,
+    classify,
+    detect,
+    detection,
+    pretraining,
+    question_answering,
+    recognition,
+    retrieval_tuning,
+    retrieve,
+    video_text,
+)
 from umt_fast.tasks.base import (
     EVALUATIONS,
     TASKS,
@@ -29,15 +42,21 @@ __all__ = [
     "Objective",
     "Task",
     "Validation",
+    "answer",
     "check_used",
+    "choosing",
     "classification",
+    "classify",
     "detect",
     "detection",
     "evaluation_named",
     "evaluations_of",
     "pretraining",
+    "recognition",
+    "question_answering",
     "register",
     "register_evaluation",
+    "retrieval_tuning",
     "retrieve",
     "task_named",
     "task_of",
