@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WITHOUT = """
 import builtins, os, sys
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-for name in ("open_clip", "av", "tyro", "tensorboard", "hypothesis", "nvidia.dali", "cv2", "torchvision"):
+for name in ("open_clip", "av", "tyro", "tensorboard", "hypothesis", "nvidia.dali", "cv2", "torchvision", "matplotlib"):
     sys.modules[name] = None
 plain = builtins.__import__
 def checked(name, globals=None, *rest, **named):

@@ -52,7 +52,7 @@ def test_a_wheel_finds_its_recipes_and_runs_without_a_checkout(installed: Path, 
 def test_a_wheel_is_no_distribution_named_kernels(installed: Path) -> None:
     """Libraries that look for Hugging Face's `kernels` ask for a distribution of that name and must not find ours."""
     assert [path.name.split("-")[0] for path in installed.glob("*.dist-info")] == ["umt_fast"]
-    assert (installed / "umt_fast" / "py.typed").is_file()
+    assert all((installed / "umt_fast" / name).is_file() for name in ("py.typed", "report.html.jinja"))
     program = (
         "import importlib.metadata as m, kernels\n"
         "print(kernels.__file__, [d.name for d in m.distributions(name='kernels')])"
