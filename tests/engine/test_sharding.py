@@ -185,9 +185,11 @@ def every_run(out: Path) -> None:
             train(out / f"bf16_{parallel}", accumulate=2, compress="bf16", parallel=parallel, max_steps=4, **place)
             train(out / f"half_{parallel}", dtype="bf16", parallel=parallel, max_steps=3, **place)
         train(out / "static", max_steps=5, **place)
-        for kind in ("full", "sharded"):
+        for kind in ("full", "sharded", "background"):
+            form = {"checkpoint": "full"} if kind == "full" else {"checkpoint": "sharded"}
+            form["async_save"] = kind == "background"
             for parallel, last in (("fsdp", 2), ("ddp", 4), ("fsdp", 6)):
-                run = {"parallel": parallel, "checkpoint": kind, "max_steps": last, "save_every": 5}
+                run = {"parallel": parallel, "max_steps": last, "save_every": 5, **form}
                 train(out / f"crossing_{kind}", accumulate=2, **run, **place)
         # Stage 2 has a scalar, which is not cut, and a matrix under two names.
         for parallel, last in (("fsdp", 1), ("ddp", 2), ("fsdp", 4)):
@@ -269,12 +271,12 @@ def test_stage_2_under_fsdp(runs: Path) -> None:
     assert rows(runs / "stage2_crossing") == pytest.approx(ddp, rel=5e-6)
 
 
-@pytest.mark.parametrize("kind", ["full", "sharded"])
+@pytest.mark.parametrize("kind", ["full", "sharded", "background"])
 def test_each_layout_continues_the_other(kind: str, runs: Path) -> None:
     folder = runs / f"crossing_{kind}"
     assert rows(folder) == pytest.approx(rows(runs / "ddp"), rel=5e-6)
     names = sorted(path.name for path in folder.glob("checkpoint-*"))
-    suffix = {"full": "pt", "sharded": "sharded"}[kind]
+    suffix = "pt" if kind == "full" else "sharded"
     assert names == [f"checkpoint-{step:08d}.{suffix}" for step in (5, 6)], "keep 2, nothing partial left"
 
 

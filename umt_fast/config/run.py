@@ -199,6 +199,9 @@ class RunConfig:
     checkpoint: Literal["full", "sharded"] = "full"
     """`full`: one file, gathered and written by the first rank; `sharded`: a folder to which every rank writes its part, for
     models too large for one host (all nodes must share `out`). Either is continued under either `parallel`."""
+    async_save: bool = False
+    """Write sharded checkpoints while training goes on, from a copy of this rank's shards in host memory. A checkpoint has its
+    name once it is whole; the next one, and the end of the run, wait for it."""
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted after a newer one is safely on disk."""
     keep_every_epochs: int = 0

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from umt_fast.config import RunConfig
@@ -94,38 +95,55 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def gathered(state: Any, keep: bool) -> Any:
-    """A nested state with every shard gathered, on the CPU; every rank must call it, those with `keep` get the values.
+def states(
+    module: nn.Module, optimizer: torch.optim.Optimizer, *, whole: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The module's state and the optimizer's, both by parameter name; every rank must call it.
 
-    One tensor at a time, so that no device holds more than one whole besides its shards. Without shards the tensors stay
-    where they are.
+    whole: the shards gathered one tensor at a time on the first rank's CPU; the other ranks get nothing. Otherwise each rank
+    gets its shards, where they are.
     """
-    if isinstance(state, DTensor):
-        value = state.full_tensor()
-        return value.cpu() if keep else None
-    if isinstance(state, dict):
-        return {key: gathered(value, keep) for key, value in state.items()}
-    if isinstance(state, list):
-        return [gathered(value, keep) for value in state]
-    return state
-
-
-def _like(value: Tensor, reference: Tensor) -> Tensor:
-    """value as reference is laid out; every rank has the same value, so nothing crosses the network."""
-    if isinstance(reference, DTensor) and not isinstance(value, DTensor) and value.shape == reference.shape:
-        value = value.to(reference.device)
-        return distribute_tensor(value, reference.device_mesh, reference.placements, src_data_rank=None)
-    return value
+    return get_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=whole, cpu_offload=whole))
 
 
 def _size(state: dict[str, Tensor], name: str) -> str:
     return str(tuple(state[name].shape)) if name in state else "absent"
 
 
+def named_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's saved state by parameter name; earlier versions counted the parameters in the order of their groups.
+
+    Raises ValueError where the groups are not this optimizer's.
+    """
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    saved = state["param_groups"]
+    if all(isinstance(number, int) for group in saved for number in group["params"]):
+        flat = [name for group in own for name in group]
+        saved = _split_scalars(saved, optimizer.param_groups)
+        moments = {flat[number]: values for number, values in state["state"].items() if number < len(flat)}
+        groups = iter(flat)
+        saved = [{**group, "params": [next(groups, "") for _ in group["params"]]} for group in saved]
+        state = {"state": moments, "param_groups": saved}
+    if [sorted(group["params"]) for group in saved] != [sorted(group) for group in own]:
+        raise ValueError(
+            f"its {len(saved)} groups of parameters are not the {len(own)} of this run. Continue with the optimizer settings "
+            "it was made with, or start a new run.out from these weights (--init)"
+        )
+    return state
+
+
 def load_states(
-    module: nn.Module, optimizer: torch.optim.Optimizer, model: dict[str, Tensor], state: dict[str, Any]
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    model: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    whole: bool = True,
 ) -> None:
     """Loads states saved under any layout into a module and optimizer of any layout.
+
+    whole: the tensors are those of all ranks, equal on each; otherwise they are laid out as the module's and optimizer's.
 
     Raises RuntimeError or ValueError where they do not fit.
     """
@@ -140,15 +158,14 @@ def load_states(
             f"{len(unlike)} tensors differ, the first: {'; '.join(unlike[:3])}. Continue with the model settings it was made "
             "with, or start a new run.out"
         )
-    module.load_state_dict({name: _like(value, own[name]) if name in own else value for name, value in model.items()})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        index: {key: _like(value, parameters[index]) for key, value in values.items()}
-        for index, values in state["state"].items()
-        if index < len(parameters)
-    }
-    groups = _split_scalars(state["param_groups"], optimizer.state_dict()["param_groups"])
-    optimizer.load_state_dict(state | {"state": moments, "param_groups": groups})
+    state = named_state(module, optimizer, state)
+    # torch makes the moments by a step before it fills them; this step must change nothing and count for nothing. It makes
+    # none where a gradient is left.
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.found_inf = torch.ones((), device=optimizer.param_groups[0]["params"][0].device)
+    # Not strict: a parameter that never had a gradient has no moments. The names were compared above.
+    options = StateDictOptions(full_state_dict=whole, strict=False)
+    set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=state, options=options)
 
 
 def _split_scalars(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:

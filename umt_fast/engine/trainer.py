@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from umt_fast.config import ConfigError, OptimConfig, RunConfig
@@ -125,6 +126,10 @@ class Trainer:
         self.pending: list[dict[str, Any]] = []
         self.stop_signal = self.stop_agreed = 0
         self.graphs = 0
+        self.saving: sharded_checkpoint.Save | None = None
+        # Of its own: in the background the ranks talk while the step does too.
+        apart = run.async_save and self.ranks.world_size > 1
+        self.saving_group = dist.new_group(backend="gloo") if apart else None
         self.loader_state = loader.state_dict()
         on_gpu = self.device.type == "cuda"
         self.lane, self.ring = (CudaLane(self.device), PinnedRing()) if on_gpu else (None, None)
@@ -149,8 +154,13 @@ class Trainer:
             with self._signals():
                 while self.step < self.last_step and not self.stop_agreed:
                     self._epoch(run_step, metrics)
+            self._wait_saved()
             if self.stop_agreed:
                 raise Stopped(self.stop_agreed, self.step)
+        except Exception:
+            if self.saving is not None:
+                self.saving.settle()  # what is being written is sound
+            raise
         finally:
             if metrics is not None:
                 metrics.close()
@@ -288,19 +298,39 @@ class Trainer:
             "config": self.config_record,
             "model_config": self.model_config,
         }
-        module, optimizer, first = self.objective.trainable, self.optimizer, self.ranks.first
-        if self.run.checkpoint == "sharded":
-            path = sharded_checkpoint.save(self.folder, self.step, module, optimizer, rest, first=first)
-        else:
-            parts = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
-            parts = sharding.gathered(parts, keep=first)
-            path = checkpoint.save(self.folder, self.step, parts | rest) if first else self.folder
-        if first:
-            checkpoint.prune(self.folder, self.step, self.run.keep, self.steps_per_epoch * self.run.keep_every_epochs)
-            log.info("saved %s", path)
-        gather(None)  # a rank that is done has its checkpoint on disk, whichever rank wrote it
+        self._wait_saved()
+        step, first = self.step, self.ranks.first
+        sharded = self.run.checkpoint == "sharded"
+        states = sharding.states(self.objective.trainable, self.optimizer, whole=not sharded)
+        if sharded:
+            self.saving = sharded_checkpoint.Save(
+                self.folder,
+                step,
+                states,
+                rest,
+                first=first,
+                published=lambda path: self._published(path, step),
+                group=self.saving_group,
+                background=self.run.async_save,
+            )
+        elif first:
+            content = dict(zip(("model", "optimizer"), states, strict=True))
+            self._published(checkpoint.save(self.folder, step, content | rest), step)
+        gather(
+            None
+        )  # a rank that is done has its checkpoint on disk, whichever rank wrote it; not so in the background
         # Time spent saving is not the step's.
         self.window_start = time.perf_counter()
+
+    def _published(self, path: Path, step: int) -> None:
+        checkpoint.prune(self.folder, step, self.run.keep, self.steps_per_epoch * self.run.keep_every_epochs)
+        log.info("saved %s", path)
+
+    def _wait_saved(self) -> None:
+        """Until a checkpoint that is being written in the background is on disk."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.wait()
 
     def _resume(self) -> None:
         def read(path: Path) -> dict[str, Any]:
@@ -347,7 +377,8 @@ class Trainer:
             )
         try:
             state = upgraded_state(content["optimizer"], self.optimizer)
-            sharding.load_states(self.objective.trainable, self.optimizer, content["model"], state)
+            whole = not path.is_dir()
+            sharding.load_states(self.objective.trainable, self.optimizer, content["model"], state, whole=whole)
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} does not fit the configured model: {' '.join(str(error).split())[:1000]}"
