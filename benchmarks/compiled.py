@@ -2,7 +2,7 @@
 
     python -m benchmarks.compiled [--model b16|l16] [--batch_size 64] [--gpu a100|h100|h200|all]
 
-The step of `--run.compile True` is compiled for a GPU that is not there (fake_inductor.py). Of each kernel that would be
+The step of `--run.compile` is compiled for a GPU that is not there (fake_inductor.py). Of each kernel that would be
 launched, Inductor's own or a library's or ours, FLOPs and bytes are counted, the optimizer's as in predict.py, and
 
     bound = sum over kernels of max(FLOPs / matmul rate, bytes / copy rate)

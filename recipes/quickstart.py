@@ -5,7 +5,7 @@
 | stage1     | pre-training of the student against the sample world's own small CLIP        |
 | motion     | fine-tuning on motion labels (4 classes), from pre-training or from scratch  |
 | scene      | linear probe on scene labels (24 classes)                                    |
-| stage2     | captions and clips, from the stage-1 weights (only with `--stage2 True`)     |
+| stage2     | captions and clips, from the stage-1 weights (only with `--stage2`)     |
 
 Expected, on average over three seeds: see the README. Each takes one to five minutes on two cores.
 """

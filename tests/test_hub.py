@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import BertTokenizerFast
 
 import umt_fast
+from tests.videos import write_video
 from umt_fast import recipe
 from umt_fast.__main__ import main
 from umt_fast.config import ConfigError, DataConfig
@@ -48,13 +48,8 @@ def tiny_list(tmp_path: Path) -> Path:
     """Two small videos whose every part and frame differs, so that frames, crops and filters show in the features."""
     rng, lines = np.random.default_rng(0), []
     for number in range(2):
-        with av.open(str(tmp_path / f"video{number}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=10)
-            stream.width, stream.height, stream.pix_fmt = 48, 40, "yuv420p"
-            for _ in range(12):
-                picture = rng.integers(0, 256, (10, 12, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
+        pictures = (rng.integers(0, 256, (10, 12, 3), np.uint8).repeat(4, 0).repeat(4, 1) for _ in range(12))
+        write_video(tmp_path / f"video{number}.mp4", pictures)
         lines.append(f"video{number}.mp4,{number}\n")
     table = tmp_path / "tiny.csv"
     table.write_text("".join(lines))

@@ -10,14 +10,16 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What each part of umt_fast may import of umt_fast, besides itself.
 ALLOWED = {
-    "config": set(),
+    "registry": set(),
+    "masking": {"registry"},
+    "config": {"masking"},
+    "extras": {"config"},
     "files": set(),
-    "masking": {"config"},
     "workers": set(),
-    "data": {"config", "workers"},
-    "models": {"config", "masking"},
-    "engine": {"config", "interrupts"},
-    "tasks": {"config", "files", "masking", "data", "models", "engine"},
+    "data": {"config", "extras", "workers"},
+    "models": {"config", "extras", "masking"},
+    "engine": {"config", "extras", "interrupts"},
+    "tasks": {"config", "extras", "files", "masking", "data", "models", "engine"},
     "reference": {"config", "masking"},
     "bench": {"config", "masking", "models", "engine", "tasks", "reference"},
 }
@@ -56,6 +58,11 @@ def run(program: str) -> str:
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def test_configurations_need_no_torch() -> None:
+    program = "import sys, umt_fast.config, umt_fast.recipe; print(sorted({'torch', 'kernels'} & set(sys.modules)))"
+    assert run(program).strip() == "[]"
 
 
 def test_kernels_stand_alone() -> None:

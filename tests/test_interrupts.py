@@ -90,7 +90,7 @@ def test_ctrl_c_while_a_command_starts(module: str, tmp_path: Path) -> None:
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    os.abort()\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
-    words = [sys.executable, "-m", "umt_fast", "eval", "a.pt", "list.csv"]
+    words = [sys.executable, "-m", "umt_fast", "eval", "classify", "a.pt", "list.csv"]
     done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 130 and done.stderr == "umt_fast: interrupted\n"
 

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_equal_files_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'umt_fast\[report\]'"):
         write_report(tmp_path)
 

@@ -6,7 +6,6 @@ A section appears only where its data does; nothing is fetched when the page is 
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
 import logging
@@ -16,11 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from PIL import Image
 
 from umt_fast.config import ConfigError
+from umt_fast.extras import packages_of
+
+with packages_of("video"):
+    from PIL import Image
 
 log = logging.getLogger("umt_fast")
 
@@ -74,9 +75,10 @@ def _cell(value: Any) -> str:
 
 
 def require_packages() -> None:
-    """Raises ConfigError where the packages that draw are not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("the report's curves are drawn by matplotlib; pip install 'umt_fast[report]'")
+    """Raises MissingPackageError where what draws the page is not installed."""
+    with packages_of("report"):
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
 
 
 def curve(lines: dict[str, Points], title: str) -> bytes:
@@ -107,9 +109,9 @@ def curve(lines: dict[str, Points], title: str) -> bytes:
     return buffer.getvalue()
 
 
-def _drawn(rows: list[dict[str, Any]], keys: list[str], title: str) -> Captioned:
-    """The curve of some figures of a run; none where no row has one."""
-    lines = {key: points for key in keys if (points := _smoothed(rows, key))[0]}
+def _drawn(rows: list[dict[str, Any]], keys: list[str], title: str, points: int = 150) -> Captioned:
+    """The curves of some figures of a run in one picture of so many points each; none where no row has one."""
+    lines = {key: line for key in keys if (line := _smoothed(rows, key, points))[0]}
     return [(title, _data_uri("svg+xml", curve(lines, title)))] if lines else []
 
 
@@ -202,14 +204,27 @@ def _results(path: Path) -> dict[str, Any]:
     return found
 
 
-def _curves(runs: dict[str, list[dict[str, Any]]]) -> Captioned:
-    found = []
+def _unseen(row: dict[str, Any]) -> list[str]:
+    """The figures on unseen clips in a row: those of a validation have them, those of a step have none."""
+    return [key for key in row if key.startswith("val_")]
+
+
+def _runs(runs: dict[str, list[dict[str, Any]]]) -> tuple[Captioned, list[list[Any]]]:
+    """Curves and throughput of each run that has rows of steps."""
+    curves, speeds = [], []
     for name, rows in runs.items():
+        judged = [row for row in rows if _unseen(row)]
+        rows = [row for row in rows if not _unseen(row)]
+        if not rows:
+            continue
+        speeds.append(_speed(name, rows))
         layers = sorted(key for key in rows[-1] if key.startswith("loss_layer_"))
-        found += _drawn(rows, ["loss"], f"{name}, loss")
-        found += _drawn(rows, layers, f"{name}, loss of each aligned layer")
-        found += _drawn(rows, ["top1"], f"{name}, training accuracy")
-    return found
+        curves += _drawn(rows, ["loss"], f"{name}, loss")
+        curves += _drawn(rows, layers, f"{name}, loss of each aligned layer")
+        curves += _drawn(rows, ["top1"], f"{name}, training accuracy")
+        for key in sorted({key for row in judged for key in _unseen(row)}):
+            curves += _drawn(judged, [key], f"{name}, {key.removeprefix('val_')} on unseen clips", len(judged))
+    return curves, speeds
 
 
 def _speed(name: str, rows: list[dict[str, Any]]) -> list[Any]:
@@ -273,6 +288,8 @@ def write_report(folder: str | Path) -> Path:
     matplotlib is missing.
     """
     require_packages()
+    import jinja2
+
     folder = Path(folder)
     found = sorted(folder.glob("metrics.jsonl")) + sorted(folder.glob("*/metrics.jsonl"))
     found = [path for path in found if path.is_file()]
@@ -281,7 +298,7 @@ def write_report(folder: str | Path) -> Path:
     if not runs and not (folder / "results.json").exists():
         raise FileNotFoundError(f"nothing to report in {folder}: no metrics.jsonl with a step, and no results.json")
     content = {key: _section(folder / name, read) for key, (name, read) in _SECTIONS.items()}
-    content |= {"curves": _curves(runs), "speeds": [_speed(name, rows) for name, rows in runs.items()]}
+    content["curves"], content["speeds"] = _runs(runs)
     loader = jinja2.PackageLoader("umt_fast", "")
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     pages.filters["cell"] = _cell

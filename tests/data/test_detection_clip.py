@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.videos import write_video
 from umt_fast.data.decode import detection_view as views
 from umt_fast.data.decode.detection_clip import SecondFiles, Temporal, movie_sizes
 from umt_fast.data.decode.video import VideoError
@@ -17,15 +18,9 @@ from umt_fast.data.sources.detections import KeyFrame
 
 def encode(path: Path, levels: list[int], width: int = 48, height: int = 32) -> None:
     """A video of one gray level a frame."""
-    av = pytest.importorskip("av")
+    pytest.importorskip("av")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"crf": "0"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for level in levels:
-            picture = np.full((height, width, 3), level, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    write_video(path, (np.full((height, width, 3), level, np.uint8) for level in levels), crf="0")
 
 
 COUNTS = {897: 10, 898: 10, 899: 7, 900: 10, 901: 4, 902: 10, 903: 9, 904: 3, 905: 10, 906: 10}

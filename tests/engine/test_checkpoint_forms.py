@@ -142,7 +142,7 @@ def test_in_the_background_the_weights_of_the_step_are_saved(tmp_path: Path, mon
     run = make(tmp_path / "background", keep=1, async_save=True, **options)
     watched = Watched(run, monkeypatch)
     published = []
-    run._published = lambda path, step: published.append(
+    run.saver.published = lambda path, step: published.append(
         (step, run.step, sharded_checkpoint.read_weights(path)["model"])
     )
     run.train()

@@ -306,9 +306,9 @@ def test_the_commands_read_a_sharded_checkpoint(runs: Path, tmp_path: Path, caps
     whole = sharded_checkpoint.read_weights(folder)["model"]
     converted = load_state(tmp_path / "out.safetensors")
     assert converted.keys() == whole.keys() and all(torch.equal(converted[name], whole[name]) for name in whole)
-    assert main(["eval", str(folder), "list.csv"]) == 2
+    assert main(["eval", "classify", str(folder), "list.csv"]) == 2
     assert "is of a stage-1 run" in capsys.readouterr().err
-    assert main(["eval", str(tmp_path), "list.csv"]) == 2
+    assert main(["eval", "classify", str(tmp_path), "list.csv"]) == 2
     assert "is not a checkpoint" in capsys.readouterr().err
 
 

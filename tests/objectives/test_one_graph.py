@@ -22,7 +22,6 @@ from umt_fast.models.teachers.clip_text import ClipText
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 from umt_fast.tasks.video_text import VideoTextPretraining
 
-ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # Operators whose result, or its shape, the host must read.
 READ_BY_HOST = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "item")
 
@@ -272,7 +271,7 @@ class OneBatch:
         return iter(lambda: self.batch, None)
 
 
-@ON_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_step_on_a_real_gpu_never_waits(cuda_graph: bool, tmp_path: Path) -> None:
     settings = config(14)
@@ -291,7 +290,7 @@ def test_a_step_on_a_real_gpu_never_waits(cuda_graph: bool, tmp_path: Path) -> N
     assert len(set(rows)) == 5, "each step draws another mask"
 
 
-@ON_GPU
+@pytest.mark.gpu
 def test_a_recorded_run_equals_an_eager_one(tmp_path: Path) -> None:
     found = []
     for cuda_graph in (False, True):

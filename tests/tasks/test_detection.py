@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.videos import write_video
 from umt_fast.config import VitConfig
 from umt_fast.data.decode import detection_view as views
 from umt_fast.data.decode.detection_clip import SecondFiles, Temporal
@@ -324,7 +325,7 @@ COLORS = {1: (220, 30, 30), 2: (30, 30, 220), 3: (30, 200, 30)}
 
 def write_world(root: Path) -> tuple[Path, Path]:
     """Six movies of one-second files. In each key frame two people stand apart; a person's color is its class."""
-    av = pytest.importorskip("av")
+    pytest.importorskip("av")
     images, annotations, boxes = [], [], []
     for number in range(6):
         movie, classes = f"movie{number}", (1 + number % 3, 1 + (number + 1 + number // 3) % 3)
@@ -338,12 +339,7 @@ def write_world(root: Path) -> tuple[Path, Path]:
             boxes.append({"image_id": number, "bbox": box, "score": 0.95})
         images.append({"id": number, "movie": movie, "timestamp": 902, "width": 96, "height": 64})
         for second in (901, 902):
-            with av.open(str(root / movie / f"{second}.mp4"), "w") as container:
-                stream = container.add_stream("libx264", rate=4)
-                stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-                for _ in range(4):
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-                container.mux(stream.encode())
+            write_video(root / movie / f"{second}.mp4", [picture] * 4, rate=4)
     (root / "a.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (root / "d.json").write_text(json.dumps(boxes))
     return root / "a.json", root / "d.json"

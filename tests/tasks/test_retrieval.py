@@ -5,13 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import BertTokenizerFast
 
+from tests.videos import write_video
 from umt_fast.config import DataConfig, TextConfig, VitConfig
 from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.tokens import Tokens
@@ -76,13 +76,8 @@ def world(tmp_path: Path) -> Path:
     """Five clips with captions of all layouts: more captions than clips, several right answers both ways."""
     rng = np.random.default_rng(0)
     for number in range(5):
-        with av.open(str(tmp_path / f"{number}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=10)
-            stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
-            for _ in range(4):
-                picture = np.kron(rng.integers(0, 256, (3, 3, 3), np.uint8), np.ones((16, 16, 1), np.uint8))
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
+        cells = (rng.integers(0, 256, (3, 3, 3), np.uint8) for _ in range(4))
+        write_video(tmp_path / f"{number}.mp4", (np.kron(cell, np.ones((16, 16, 1), np.uint8)) for cell in cells))
     captions = [["a b c", "d"], ["e f"], ["g", "h i j k", "l"], ["m n"], ["o a"]]
     entries = [{"video": f"{number}.mp4", "caption": texts} for number, texts in enumerate(captions)]
     entries.append({"video": ["1.mp4", "3.mp4"], "caption": "n e a"})

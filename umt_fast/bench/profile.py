@@ -1,4 +1,4 @@
-"""`bench stage1 --profile True`: what each part of a step costs beside what it could cost at best.
+"""`bench stage1 --profile`: what each part of a step costs beside what it could cost at best.
 
 A part's bound is the larger of its FLOPs over the matmul rate and its bytes over the copy rate, both measured in the same
 run. FLOPs and bytes are counted from shapes: matrix products, and what these and the passes between them read and write
@@ -24,7 +24,7 @@ from umt_fast.config import Stage1Config
 from umt_fast.engine.host_memory import keep_freed_memory
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
-from umt_fast.masking import TokenGrid, visible_per_clip
+from umt_fast.models.flops import grid_of, visible_of
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 # Elements a token, in widths, that a transformer block reads and writes: norm 2, qkv 4, attention 4, projection and
@@ -43,10 +43,7 @@ class Cost:
 def costs(config: Stage1Config, trained: int) -> dict[str, Cost]:
     """The cost of each part of a step of run.batch_size clips; trained: number of trained values."""
     vit, clip, layers, batch = config.student, config.teacher, config.align.num_layers, config.run.batch_size
-    grid = TokenGrid.of(
-        num_frames=vit.num_frames, tubelet_size=vit.tubelet_size, image_size=vit.image_size, patch_size=vit.patch_size
-    )
-    n = visible_per_clip(config.mask.kind, grid, config.mask.ratio)
+    grid, n = grid_of(vit), visible_of(vit, config.mask)
     size = 2 if config.run.dtype == "bf16" else 4
     c, d, frames = clip.width, clip.output_dim, grid.frames
     tokens, kept = grid.per_frame + 1, n / frames

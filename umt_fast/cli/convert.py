@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from umt_fast.cli.command import call
 from umt_fast.cli.outputs import check_output
 from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
 from umt_fast.models.description import found_in
@@ -30,3 +31,8 @@ def command(file: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, ty
     save_state(found.state, out, found_in(found.rest, file))
     values = sum(tensor.numel() for tensor in found.state.values())
     print(f"{out}: {len(found.state)} tensors, {values / 1e6:.1f} M values")
+
+
+def main(arguments: list[str]) -> None:
+    """`convert ...`."""
+    call(command, arguments, "convert")

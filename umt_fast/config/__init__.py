@@ -19,7 +19,6 @@ from umt_fast.config.core import (
 from umt_fast.config.models import (
     AlignConfig,
     MaskConfig,
-    MaskKind,
     Stage2Losses,
     TeacherConfig,
     TeacherPrecision,
@@ -41,7 +40,6 @@ __all__ = [
     "Dtype",
     "FinetuneConfig",
     "MaskConfig",
-    "MaskKind",
     "OptimConfig",
     "RunConfig",
     "Stage1Config",

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from umt_fast.config.core import check_numbers, require
+from umt_fast.masking import MASKS
 
-MaskKind = Literal["semantic", "random", "tube"]
 TeacherPrecision = Literal["native", "int8", "fp8"]
 
 
@@ -153,14 +153,15 @@ class TextConfig:
 class MaskConfig:
     """Which tokens the student sees."""
 
-    kind: MaskKind = "semantic"
+    kind: str = "semantic"
     """`semantic`: drawn frame by frame from the teacher's class-token attention; `random`: uniformly over the
-    clip; `tube`: the same uniform positions in every frame."""
+    clip; `tube`: the same uniform positions in every frame; or another one of umt_fast/masking/kinds."""
     ratio: float = 0.8
     """Share of tokens hidden; n = N - int(N * ratio) stay visible."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "mask")
+        require(self.kind in MASKS, MASKS.unknown(self.kind))
         require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; it must lie in [0, 1)")
 
 

@@ -65,17 +65,26 @@ def _single() -> dict[str, bool]:
     return {"no_dist": not dist.is_initialized()}
 
 
+def named_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of `model`, `optimizer` and, where there is one, `model_ema`, by the names that they have in the files."""
+    tensors = {
+        f"{part}.{name}": value for part in ("model", "model_ema") for name, value in content.get(part, {}).items()
+    }
+    for name, values in content["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{name}.{moment}": value for moment, value in values.items()}
+    return tensors
+
+
 class Save:
-    """A checkpoint that all ranks write: begun when it is made, usable once `wait` returns.
+    """A folder of tensors that all ranks write: begun when it is made, usable once `wait` returns.
 
     The folder gets its name when every part is on disk, so that a kill at any time leaves the older checkpoints as they are.
     """
 
     def __init__(
         self,
-        folder: Path,
-        step: int,
-        states: tuple[dict[str, Tensor], dict[str, Any]],
+        path: Path,
+        tensors: dict[str, Tensor],
         rest: dict[str, Any],
         *,
         first: bool,
@@ -83,26 +92,21 @@ class Save:
         group: dist.ProcessGroup | None = None,
         background: bool = False,
     ) -> None:
-        """Copies the states and writes the copy in the background, or writes them at once.
+        """Copies the tensors and writes the copy in the background, or writes them at once.
 
         Args:
-            states: see sharding.states; each rank gives its shards.
-            published: called on the first rank as soon as the checkpoint has its name, in the background in a thread.
+            tensors: each rank gives its shards.
+            published: called on the first rank as soon as the folder has its name; in the background in a thread.
             group: ranks' process group for CPU tensors, which nothing else uses meanwhile; None: the default one.
 
         Raises CheckpointError as wait does, where it writes at once.
         """
-        self.path = folder / f"checkpoint-{step:08d}.sharded"
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
         self.first, self.published = first, published
         self.error: BaseException | None = None
         self.ended = threading.Event()
-        model, optimizer = states
-        tensors = {f"model.{name}": value for name, value in model.items()}
-        for name, values in optimizer["state"].items():
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
         try:
-            self._begin(rest | {"groups": optimizer["param_groups"]})
+            self._begin(rest)
         except (OSError, RuntimeError) as error:
             self.error = error
         if any(gather(self.error is not None)):  # only the first rank begins; the others must not go on without it
@@ -168,6 +172,12 @@ class Save:
         ) from error
 
 
+def write(path: Path, tensors: dict[str, Tensor], rest: dict[str, Any], *, first: bool) -> Path:
+    """Writes a folder of tensors from all ranks at once; see Save, also for the errors."""
+    Save(path, tensors, rest, first=first)
+    return path
+
+
 def _load(path: Path, reader: _Reader, tensors: dict[str, Tensor]) -> None:
     try:
         dcp.load(tensors, storage_reader=reader, **_single())
@@ -201,10 +211,11 @@ def read(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dic
             fits = isinstance(own, DTensor) and entry.size == own.shape
             value = torch.empty_like(own) if fits else torch.empty(entry.size, dtype=entry.properties.dtype)
             state.setdefault(name if number is None else number, {})[moment] = value
-    tensors = {f"model.{name}": value for name, value in model.items()}
-    tensors |= {f"optimizer.{name}.{key}": value for name, values in state.items() for key, value in values.items()}
-    _load(path, reader, tensors)
-    return rest | {"model": model, "optimizer": {"state": state, "param_groups": rest["groups"]}}
+    averaged = {name: torch.empty_like(value) for name, value in model.items() if f"model_ema.{name}" in index}
+    content = {"model": model, "optimizer": {"state": state, "param_groups": rest["groups"]}}
+    content |= {"model_ema": averaged} if averaged else {}
+    _load(path, reader, named_tensors(content))
+    return rest | content
 
 
 def read_weights(path: Path) -> dict[str, Any]:

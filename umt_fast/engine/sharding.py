@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from umt_fast.config import RunConfig
+
+R = TypeVar("R")
 
 
 def unit_dtype(run: RunConfig, device: torch.device) -> torch.dtype | None:
@@ -81,6 +83,22 @@ def micro_step(run_step: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
+def within(objective: nn.Module, function: Callable[[], R]) -> R:
+    """What a function gives that calls parts of an objective, for which a sharded one's parameters are gathered.
+
+    Every rank must call it, and the function must call the same parts as often on each.
+    """
+    if not isinstance(objective, FSDPModule):
+        return function()
+    # A part that is called before the whole would take itself for the root of what is sharded.
+    objective.call_within = lambda call: {"result": call()}
+    register_fsdp_forward_method(objective, "call_within")
+    try:
+        return objective.call_within(function)["result"]
+    finally:
+        objective.reshard()  # no backward pass follows that would do it
+
+
 def average_whole(parameters: list[nn.Parameter]) -> None:
     """Averages over ranks the gradients of parameters that sharding left whole."""
     if any(isinstance(parameter, DTensor) for parameter in parameters):
@@ -95,19 +113,41 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def states(
-    module: nn.Module, optimizer: torch.optim.Optimizer, *, whole: bool
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The module's state and the optimizer's, both by parameter name; every rank must call it.
+def gathered(state: Any, keep: bool) -> Any:
+    """A nested state with every shard gathered, on the CPU; every rank must call it, those with `keep` get the values.
 
-    whole: the shards gathered one tensor at a time on the first rank's CPU; the other ranks get nothing. Otherwise each rank
-    gets its shards, where they are.
+    One tensor at a time, so that no device holds more than one whole besides its shards. Without shards the tensors stay
+    where they are.
     """
-    return get_state_dict(module, optimizer, options=StateDictOptions(full_state_dict=whole, cpu_offload=whole))
+    if isinstance(state, DTensor):
+        value = state.full_tensor()
+        return value.cpu() if keep else None
+    if isinstance(state, dict):
+        return {key: gathered(value, keep) for key, value in state.items()}
+    if isinstance(state, list):
+        return [gathered(value, keep) for value in state]
+    return state
+
+
+def _like(value: Tensor, reference: Tensor) -> Tensor:
+    """value as reference is laid out; every rank has the same value, so nothing crosses the network."""
+    if isinstance(reference, DTensor) and not isinstance(value, DTensor) and value.shape == reference.shape:
+        value = value.to(reference.device)
+        return distribute_tensor(value, reference.device_mesh, reference.placements, src_data_rank=None)
+    return value
 
 
 def _size(state: dict[str, Tensor], name: str) -> str:
     return str(tuple(state[name].shape)) if name in state else "absent"
+
+
+def load_average(values: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    """Copies stored averages of weights, of any layout, into those of a run. Raises ValueError where they do not fit."""
+    unlike = [name for name in values if _size(stored, name) != _size(values, name)]
+    if unlike:
+        raise ValueError(f"averaged weights (model_ema) differ: {', '.join(unlike[:3])}")
+    for name, value in values.items():
+        value.copy_(_like(stored[name], value))
 
 
 def named_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
@@ -120,10 +160,12 @@ def named_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict
     saved = state["param_groups"]
     if all(isinstance(number, int) for group in saved for number in group["params"]):
         flat = [name for group in own for name in group]
-        saved = _split_scalars(saved, optimizer.param_groups)
         moments = {flat[number]: values for number, values in state["state"].items() if number < len(flat)}
-        groups = iter(flat)
-        saved = [{**group, "params": [next(groups, "") for _ in group["params"]]} for group in saved]
+        following = iter(flat)
+        saved = [
+            {**group, "params": [next(following, "") for _ in group["params"]]}
+            for group in _split_scalars(saved, optimizer.param_groups)
+        ]
         state = {"state": moments, "param_groups": saved}
     if [sorted(group["params"]) for group in saved] != [sorted(group) for group in own]:
         raise ValueError(
@@ -134,16 +176,9 @@ def named_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict
 
 
 def load_states(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    model: dict[str, Tensor],
-    state: dict[str, Any],
-    *,
-    whole: bool = True,
+    module: nn.Module, optimizer: torch.optim.Optimizer, model: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
     """Loads states saved under any layout into a module and optimizer of any layout.
-
-    whole: the tensors are those of all ranks, equal on each; otherwise they are laid out as the module's and optimizer's.
 
     Raises RuntimeError or ValueError where they do not fit.
     """
@@ -159,13 +194,21 @@ def load_states(
             "with, or start a new run.out"
         )
     state = named_state(module, optimizer, state)
-    # torch makes the moments by a step before it fills them; this step must change nothing and count for nothing. It makes
-    # none where a gradient is left.
-    optimizer.zero_grad(set_to_none=True)
+    parameters = dict(module.named_parameters())
+    moments = {
+        name: {key: _like(value, parameters[name]) for key, value in values.items()}
+        for name, values in state["state"].items()
+    }
+    # torch makes moments by a step before it loads them; with this, the step changes no weight.
     optimizer.found_inf = torch.ones((), device=optimizer.param_groups[0]["params"][0].device)
-    # Not strict: a parameter that never had a gradient has no moments. The names were compared above.
-    options = StateDictOptions(full_state_dict=whole, strict=False)
-    set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=state, options=options)
+    set_state_dict(
+        module,
+        optimizer,
+        model_state_dict={name: _like(value, own[name]) for name, value in model.items()},
+        optim_state_dict=state | {"state": moments},
+        # A parameter that had no gradient so far has no moments. The names were compared above.
+        options=StateDictOptions(strict=False),
+    )
 
 
 def _split_scalars(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from umt_fast.config import ConfigError, OptimConfig, RunConfig
 from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
+from umt_fast.engine.averaging import AveragedWeights
 from umt_fast.engine.compiling import compiled, compiled_for_ddp, compiled_graphs
 from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
 from umt_fast.engine.feeding import CudaLane, Feed, PinnedRing
@@ -39,7 +39,9 @@ from umt_fast.engine.graphed import GraphedStep, require_graphs
 from umt_fast.engine.logging import MetricsLog, progress_line
 from umt_fast.engine.optim import LayerOf, build_optimizer, upgraded_state
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
+from umt_fast.engine.saving import Saver
 from umt_fast.engine.schedule import warmup_cosine
+from umt_fast.engine.validation import Validator
 
 log = logging.getLogger("umt_fast")
 
@@ -82,8 +84,12 @@ class Trainer:
         num_layers: int = 0,
         config_record: dict[str, Any] | None = None,
         model_config: dict[str, Any] | None = None,
+        validation: Any = None,
     ) -> None:
-        """config_record and model_config go into checkpoints as they are: the run's settings, and what rebuilds the model."""
+        """config_record and model_config go into checkpoints as they are: the run's settings, and what rebuilds the model.
+
+        validation: judges the model every run.validate_epochs epochs; see validation.py. None: nothing does.
+        """
         self.run, self.loader = run, loader
         self.config_record, self.model_config = config_record or {}, model_config or {}
         self.ranks = current_ranks(run)
@@ -117,19 +123,19 @@ class Trainer:
             warmup_epochs=run.warmup_epochs,
         )
         self.clip_grad = optim.clip_grad
-        self.window_start, self.window_wait = time.perf_counter(), 0.0
         self.parameters = [p for p in objective.trainable.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(
             objective.trainable, optim, lr=self.rate(0), layer_of=layer_of, num_layers=num_layers
         )
+        self.average = AveragedWeights(objective.trainable, optim.ema_decay) if optim.ema_decay else None
+        records = {"config": self.config_record, "model_config": self.model_config}
+        judged = validation is not None and run.validate_epochs > 0
+        self.validator = Validator(validation, self, records) if judged else None
+        self.saver = Saver(run, self.folder, self.ranks, self.steps_per_epoch)
         self.step = 0
         self.pending: list[dict[str, Any]] = []
         self.stop_signal = self.stop_agreed = 0
         self.graphs = 0
-        self.saving: sharded_checkpoint.Save | None = None
-        # Of its own: in the background the ranks talk while the step does too.
-        apart = run.async_save and self.ranks.world_size > 1
-        self.saving_group = dist.new_group(backend="gloo") if apart else None
         self.loader_state = loader.state_dict()
         on_gpu = self.device.type == "cuda"
         self.lane, self.ring = (CudaLane(self.device), PinnedRing()) if on_gpu else (None, None)
@@ -152,14 +158,16 @@ class Trainer:
         self.window_start, self.window_wait = time.perf_counter(), 0.0
         try:
             with self._signals():
+                # A checkpoint that was saved just before the run ended may not have been judged.
+                if self.validator and not self.validator.resume(self.step, metrics):
+                    self._validate(metrics)
                 while self.step < self.last_step and not self.stop_agreed:
                     self._epoch(run_step, metrics)
-            self._wait_saved()
+            self.saver.wait()
             if self.stop_agreed:
                 raise Stopped(self.stop_agreed, self.step)
         except Exception:
-            if self.saving is not None:
-                self.saving.settle()  # what is being written is sound
+            self.saver.settle()
             raise
         finally:
             if metrics is not None:
@@ -183,9 +191,17 @@ class Trainer:
                 self.stop_agreed = max(gather(self.stop_signal))
                 if save or self.stop_agreed:
                     self._save()
+                if done and not self.stop_agreed:
+                    self._validate(metrics)
             if end_of_epoch or self.stop_agreed:
                 break
         batches.close()
+
+    def _validate(self, metrics: MetricsLog | None) -> None:
+        """Judges the weights if that is due; its time is not the steps'."""
+        if self.validator and self.validator.due(self.step):
+            self.validator.judge(self.step, metrics)
+            self.window_start = time.perf_counter()
 
     def _train_step(self, run_step: nn.Module | GraphedStep, batches: Feed, epoch: int) -> None:
         rate = self.rate(self.step)
@@ -217,6 +233,8 @@ class Trainer:
         # The fused optimizer leaves everything as it is where this is 1; the host learns of it at the next log step.
         self.optimizer.found_inf = torch.isfinite(norm).logical_not().float()
         self.optimizer.step()
+        if self.average:
+            self.average.update()
         self.optimizer.zero_grad(set_to_none=not (isinstance(run_step, GraphedStep) and run_step.adds_up))
         self.step += 1
         if self.step < self.last_step and self.step % self.steps_per_epoch:
@@ -298,39 +316,9 @@ class Trainer:
             "config": self.config_record,
             "model_config": self.model_config,
         }
-        self._wait_saved()
-        step, first = self.step, self.ranks.first
-        sharded = self.run.checkpoint == "sharded"
-        states = sharding.states(self.objective.trainable, self.optimizer, whole=not sharded)
-        if sharded:
-            self.saving = sharded_checkpoint.Save(
-                self.folder,
-                step,
-                states,
-                rest,
-                first=first,
-                published=lambda path: self._published(path, step),
-                group=self.saving_group,
-                background=self.run.async_save,
-            )
-        elif first:
-            content = dict(zip(("model", "optimizer"), states, strict=True))
-            self._published(checkpoint.save(self.folder, step, content | rest), step)
-        gather(
-            None
-        )  # a rank that is done has its checkpoint on disk, whichever rank wrote it; not so in the background
+        self.saver.save(self.step, self.objective.trainable, self.optimizer, self.average, rest)
         # Time spent saving is not the step's.
         self.window_start = time.perf_counter()
-
-    def _published(self, path: Path, step: int) -> None:
-        checkpoint.prune(self.folder, step, self.run.keep, self.steps_per_epoch * self.run.keep_every_epochs)
-        log.info("saved %s", path)
-
-    def _wait_saved(self) -> None:
-        """Until a checkpoint that is being written in the background is on disk."""
-        saving, self.saving = self.saving, None
-        if saving is not None:
-            saving.wait()
 
     def _resume(self) -> None:
         def read(path: Path) -> dict[str, Any]:
@@ -377,8 +365,9 @@ class Trainer:
             )
         try:
             state = upgraded_state(content["optimizer"], self.optimizer)
-            whole = not path.is_dir()
-            sharding.load_states(self.objective.trainable, self.optimizer, content["model"], state, whole=whole)
+            sharding.load_states(self.objective.trainable, self.optimizer, content["model"], state)
+            if self.average:
+                self.average.resume(content, path)
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} does not fit the configured model: {' '.join(str(error).split())[:1000]}"

@@ -9,7 +9,7 @@ Legend: n visible tokens of a clip, L tokens of a frame, C and W vision and text
 from __future__ import annotations
 
 from umt_fast.config import MaskConfig, TeacherConfig, TextConfig, VitConfig
-from umt_fast.masking import TokenGrid, visible_per_clip
+from umt_fast.masking import TokenGrid, mask_named
 
 
 def grid_of(vit: VitConfig) -> TokenGrid:
@@ -22,7 +22,7 @@ def grid_of(vit: VitConfig) -> TokenGrid:
 def visible_of(vit: VitConfig, mask: MaskConfig | None) -> int:
     """n: tokens of a clip that a mask leaves visible; None: all."""
     grid = grid_of(vit)
-    return grid.size if mask is None else visible_per_clip(mask.kind, grid, mask.ratio)
+    return grid.size if mask is None else mask_named(mask.kind).count(grid, mask.ratio)
 
 
 def tower_flops(vit: VitConfig, visible: int, *, num_layers: int, output_dim: int) -> float:
@@ -41,16 +41,16 @@ def teacher_flops(
     clip: TeacherConfig, vit: VitConfig, mask: MaskConfig, *, num_layers: int, with_image: bool = False
 ) -> float:
     """The frozen CLIP tower over a clip: targets of num_layers blocks (0: none) at the visible tokens, and the draw's own."""
-    grid, c = grid_of(vit), clip.width
+    grid, c, kind = grid_of(vit), clip.width, mask_named(mask.kind)
     tokens = grid.per_frame + 1
     whole = 24 * tokens * c * c + 4 * tokens * tokens * c
     kept = visible_of(vit, mask) / grid.frames
-    # Keys and values of all tokens; queries, attention, projection and MLP of the visible ones. Frames of a `random` mask
-    # differ in those, and are finished whole.
+    # Keys and values of all tokens; queries, attention, projection and MLP of the visible ones. Where frames differ in
+    # their number, they are finished whole.
     last = 4 * tokens * c * c
     if num_layers:
-        last = last + kept * (20 * c * c + 4 * tokens * c) if mask.kind != "random" else whole
-    if mask.kind == "semantic":
+        last = last + kept * (20 * c * c + 4 * tokens * c) if kind.rectangular else whole
+    if kind.needs_teacher:
         last += 2 * c * c + 2 * tokens * c
     if with_image:
         last += 20 * c * c + 4 * tokens * c + 2 * c * clip.output_dim

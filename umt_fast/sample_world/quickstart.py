@@ -47,9 +47,9 @@ from umt_fast.report import read_results, require_packages, write_report
 from umt_fast.sample_world import small_clip
 from umt_fast.sample_world import world as sample_world
 from umt_fast.sample_world.frame_teacher import FrameSupervised
-from umt_fast.tasks import EvalOptions
 from umt_fast.tasks.classification import Supervised, accuracy
 from umt_fast.tasks.evaluate import evaluate_checkpoint
+from umt_fast.tasks.retrieve import RetrieveOptions
 from umt_fast.train import fit_objective, train
 from umt_fast.workers import worker_pool
 
@@ -254,11 +254,11 @@ def stage2_config(out: Path, seed: int, pretrained: str) -> Stage2Config:
 
 def retrieve(out: Path, config: Stage2Config, show: int = 8) -> dict[str, Any]:
     """Zero-shot retrieval among unseen clips; `show` queries with the clips they found go to retrieval.npz."""
-    data, table = DataConfig(workers=config.data.workers), out / "world" / "test_captions.json"
+    table = out / "world" / "test_captions.json"
     run = Path(config.run.out)
     checkpoint, scores = Path(newest_weights(run)), run / "retrieval.json"
-    options = EvalOptions(batch_size=32, scores=scores)
-    figures = evaluate_checkpoint(checkpoint, table, data, ranks=current_ranks(config.run), options=options)
+    options = RetrieveOptions(batch_size=32, scores=scores, workers=config.data.workers)
+    figures = evaluate_checkpoint("retrieve", checkpoint, table, ranks=current_ranks(config.run), options=options)
     few = json.loads(scores.read_text())["t2v"][:show]
     if few:
         best = [[name for name, _ in query["found"][:3]] for query in few]

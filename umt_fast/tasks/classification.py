@@ -28,7 +28,7 @@ from umt_fast.models.attention import use_attention
 from umt_fast.models.classifier import Classifier, pretraining_grid
 from umt_fast.models.description import base_description, found_in, vit_config
 from umt_fast.models.weights import WeightsError, WeightsFile, fit_classifier, load_encoder, read_weights
-from umt_fast.tasks.base import EvalOptions, register
+from umt_fast.tasks.base import EvalOptions, register, register_evaluation
 from umt_fast.tasks.clips import clip_loader, listed_or_assumed, random_clips, random_integers, training_list
 
 log = logging.getLogger("umt_fast")
@@ -163,7 +163,13 @@ def accuracy(
     )
     hits = torch.zeros(2, device=device)
     count, rows = 0, []
-    for batch in loader:
+    batches = iter(loader)
+    # A rank with fewer clips computes nothing for the rest: parts of a sharded model are gathered by all together.
+    for _ in range(max(gather(len(loader)))):
+        batch = next(batches, None)
+        if batch is None:
+            logits(torch.zeros(1, num_frames, image_size, image_size, 3, dtype=torch.uint8, device=device))
+            continue
         label = batch["label"].to(device)
         scores = logits(batch["video"].to(device))
         if not scores.isfinite().all():
@@ -184,6 +190,33 @@ def accuracy(
     yield "top1", top1
     yield "top5", top5
     yield "clips", count
+
+
+class LabeledValidation:
+    """Top-1 and top-5 on data.validation between epochs, one view of each clip."""
+
+    best = "top1"
+
+    def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
+        """Raises DataError: a list that cannot be read, or labels that the model has not."""
+        self.config, self.ranks = config, ranks
+        clips = read_list(config.data.validation, config.data)
+        check_labels(clips, config.num_classes, config.data.validation)
+
+    def figures(self, objective: Supervised) -> dict[str, float]:
+        config, ranks = self.config, self.ranks
+        found = accuracy(
+            objective.logits,
+            config.data.validation,
+            config.data,
+            num_frames=config.student.num_frames,
+            image_size=config.student.image_size,
+            batch_size=config.run.batch_size,
+            device=ranks.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        return {name: value for name, value in found if name != "clips"}
 
 
 class Classification:
@@ -213,6 +246,9 @@ class Classification:
         check_labels(clips, config.num_classes, config.data.train)
         return clip_loader(config, clips, config.student.num_frames, ranks)
 
+    def validation(self, config: FinetuneConfig, ranks: Ranks) -> LabeledValidation | None:
+        return LabeledValidation(config, ranks) if config.data.validation else None
+
     def random_batches(self, config: FinetuneConfig) -> list[dict[str, Tensor]]:
         batch = random_clips(config, config.student.num_frames)
         return [batch | {"label": random_integers(config.num_classes, len(batch["index"]))}]
@@ -229,19 +265,36 @@ class Classification:
     def describe(self, config: FinetuneConfig) -> dict[str, Any]:
         return base_description(self.name, config) | {"num_classes": config.num_classes}
 
-    def evaluate(
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyOptions(EvalOptions):
+    """How a classifier is judged."""
+
+    separator: str = ","
+    """Field separator of the list."""
+    frame_pattern: str = "img_{:05d}.jpg"
+    """File name of frame i (from 1) in a list of frame folders."""
+
+    def data(self) -> DataConfig:
+        return dataclasses.replace(super().data(), separator=self.separator, frame_pattern=self.frame_pattern)
+
+
+class Classify:
+    """Top-1 and top-5 on a list of labeled clips, one centered view of each."""
+
+    name, tasks, Options = "classify", ("classification",), ClassifyOptions
+
+    def run(
         self,
         file: WeightsFile,
         described: dict[str, Any],
         source: Path,
         list_path: Path,
         data: DataConfig,
-        options: EvalOptions,
+        options: ClassifyOptions,
         ranks: Ranks,
     ) -> dict[str, Any]:
-        """Top-1 and top-5 on labeled clips, one centered view of each."""
-        retrieval = ("top_k", "joining", "max_length", "memory_gib", "tokenizer")
-        options.refuse(retrieval, f"for retrieval, and {source} is a classifier")
+        """`top1`, `top5`, `clips`; with scores the five best classes of every clip."""
         remedy = "this classifier knows no others: give a list of its classes"
         check_labels(read_list(list_path, data), described["num_classes"], str(list_path), remedy)
         vit = vit_config(described)
@@ -273,3 +326,4 @@ class Classification:
 
 
 register(Classification())
+register_evaluation(Classify())

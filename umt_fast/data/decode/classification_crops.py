@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from umt_fast.data.decode import transforms
 from umt_fast.data.decode.erasing import draw_box
-from umt_fast.data.decode.rand_augment import Policy, augment
+from umt_fast.extras import packages_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from umt_fast.data.decode.rand_augment import Policy
 
 AREA, ASPECT = (0.08, 1.0), (0.75, 1.3333)
 """Share of the frame that a training crop covers, uniform; its width over its height, log-uniform. 1.3333 is meant."""
@@ -172,6 +176,10 @@ def training_view(
     if policy is not None:
         drawn = policy.draw(rng)
         if drawn:
+            with packages_of("video"):
+                from PIL import Image
+
+                from umt_fast.data.decode.rand_augment import augment
             pictures = [Image.fromarray(f) for f in frames] if isinstance(frames, np.ndarray) else frames
             frames = augment(pictures, drawn)
     if not isinstance(frames, np.ndarray):

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
 
 from umt_fast.config import ConfigError
+from umt_fast.extras import packages_of
+
+with packages_of("video"):
+    from PIL import Image, ImageEnhance, ImageOps
 
 MAX_LEVEL = 10.0
 _GRAY = (128, 128, 128)

@@ -242,7 +242,7 @@ class ClipLoader:
             clip = self.clips[number]
             remedy = "`scan` the list to find them all"
             if clip.shard:
-                remedy = "Repeat the `prepare` of that folder with --verify True to find them all"
+                remedy = "Repeat the `prepare` of that folder with --verify to find them all"
             elif clip.member:
                 remedy = "Fetch the tar files again"
             raise DataError(

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from umt_fast.config import DataConfig
 from umt_fast.data.decode import sampling, transforms
@@ -17,6 +16,9 @@ from umt_fast.data.decode.video import Chooser, VideoError, decode_frames, read_
 from umt_fast.data.sources.lists import Clip
 from umt_fast.data.sources.prepared import StoredChooser, read_prepared
 from umt_fast.data.sources.tars import extracted
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # How many other clips may replace an unreadable one before the loader gives up on that place of the batch.
 MAX_ATTEMPTS = 20

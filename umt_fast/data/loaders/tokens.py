@@ -12,6 +12,7 @@ from torch import Tensor
 from umt_fast.config import CLIP_TEXT_LENGTH
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.columns import Strings
+from umt_fast.extras import packages_of
 
 
 class Tokens:
@@ -63,7 +64,8 @@ class Tokens:
 
     def teacher_ids(self, rows: Tensor) -> Tensor:
         """int64 (B, l): start token, CLIP's word pieces, end token, zeros; longer captions lose their last pieces."""
-        import open_clip  # slow to import, and most runs need no such ids
+        with packages_of("train"):
+            import open_clip  # slow to import, and most runs need no such ids
 
         ids = open_clip.tokenize([self.captions[row] for row in rows.tolist()], CLIP_TEXT_LENGTH)
         # The end token has the largest id.
@@ -75,7 +77,8 @@ def load_tokenizer(name: str) -> Any:
 
     Raises DataError where it is neither.
     """
-    from transformers import BertTokenizerFast
+    with packages_of("text"):
+        from transformers import BertTokenizerFast
 
     # Of a folder without a vocabulary a tokenizer is made all the same, to which every word is unknown.
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("vocab.txt", "tokenizer.json")):

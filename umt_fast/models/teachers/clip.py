@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import kernels
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, TeacherConfig, TeacherPrecision
-from umt_fast.masking import TokenGrid, draw_uniform, flatten_frames, num_visible
+from umt_fast.masking import ClassAttention, TokenGrid, mask_named
 from umt_fast.models.attention import Attends
 from umt_fast.models.resize import bicubic
 from umt_fast.models.teachers.quantized import QuantizedLinear
@@ -227,15 +227,14 @@ class ClipTeacher(nn.Module):
                 features.append(x)
         y = last.ln_1(x)
         k, v = last.attn.project(y, slice(1, 3))
-        if mask.kind == "semantic":
+        attention, kind = None, mask_named(mask.kind)
+        if kind.needs_teacher:
             (q,) = last.attn.project(y[:, 0], slice(0, 1))
-            kept = kernels.semantic_mask(q, k.transpose(1, 2), num_visible(per_frame, mask.ratio), seed)
-            visible = flatten_frames(kept, frames, per_frame)
-        else:
-            visible = draw_uniform(mask.kind, batch, TokenGrid(frames, side, side), mask.ratio, seed)
+            attention = ClassAttention(q, k.transpose(1, 2))
+        visible = kind.draw(batch, TokenGrid(frames, side, side), mask.ratio, seed, attention)
         targets = None
         if with_targets:
-            targets = self.targets_at(visible, x, y, k, v, features, rectangular=mask.kind != "random")
+            targets = self.targets_at(visible, x, y, k, v, features, rectangular=kind.rectangular)
         return TeacherOutput(visible, targets, self._image(x, y, k, v, frames) if with_image else None)
 
     def _image(self, x: Tensor, y: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from umt_fast.extras import packages_of
+
 # Of every text tower of this layout; the parameters do not tell it.
 HEAD_WIDTH = 64
 
@@ -20,7 +22,8 @@ class ClipText(nn.Module):
         self, *, width: int, depth: int, vocab_size: int, context_length: int, output_dim: int, quick_gelu: bool
     ) -> None:
         # Here alone: no objective without text projection needs open_clip.
-        from open_clip.transformer import LayerNormFp32, QuickGELU, TextTransformer
+        with packages_of("train"):
+            from open_clip.transformer import LayerNormFp32, QuickGELU, TextTransformer
 
         super().__init__()
         self.tower = TextTransformer(
@@ -41,7 +44,8 @@ class ClipText(nn.Module):
 
     def compute_in(self, dtype: torch.dtype) -> ClipText:
         """Casts the matrix weights once, as ClipTeacher.compute_in; LayerNorms and embeddings stay fp32."""
-        from open_clip.model import convert_weights_to_lp
+        with packages_of("train"):
+            from open_clip.model import convert_weights_to_lp
 
         convert_weights_to_lp(self.tower, dtype)
         return self

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
+from umt_fast.extras import packages_of
 from umt_fast.models.weights.files import WeightsError, load_state
 
 if TYPE_CHECKING:
@@ -168,7 +169,8 @@ def load_bert(text_encoder: nn.Module, name: str) -> None:
 
     Raises WeightsError: weights that cannot be found, or of another size.
     """
-    from transformers import BertForMaskedLM
+    with packages_of("text"):
+        from transformers import BertForMaskedLM
 
     try:
         state = BertForMaskedLM.from_pretrained(name).state_dict()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from umt_fast.config import CLIP_TEXT_LENGTH, CLIP_TEXT_WORDS, TeacherConfig
+from umt_fast.extras import packages_of
 from umt_fast.models.teachers.clip import ClipTeacher
 from umt_fast.models.weights.files import WeightsError, load_state
 from umt_fast.models.weights.layouts import fit
@@ -119,7 +120,8 @@ def load_teacher_text(config: TeacherConfig) -> ClipText:
 
 def _check_plain_text(arch: str, need: str) -> None:
     """Refuses open_clip's text towers that have CLIP's names and compute something else."""
-    import open_clip
+    with packages_of("train"):
+        import open_clip
 
     from umt_fast.models.teachers.clip_text import HEAD_WIDTH
 
@@ -137,7 +139,8 @@ def _open_clip_record(weights: str) -> tuple[dict[str, Any], str]:
     The record says it, the architecture does not: open_clip builds ViT-B-16 with gelu, also for OpenAI's weights, which need
     quick_gelu.
     """
-    import open_clip
+    with packages_of("train"):
+        import open_clip
 
     arch, _, tag = weights.partition(":")
     if arch not in open_clip.list_models():
@@ -152,7 +155,8 @@ def _open_clip_record(weights: str) -> tuple[dict[str, Any], str]:
 
 def _fetch(weights: str, record: dict[str, Any]) -> str:
     """The file of `ARCH:TAG`, from open_clip's cache or the network. It is read here: open_clip takes no TorchScript."""
-    from open_clip import factory
+    with packages_of("train"):
+        from open_clip import factory
 
     try:
         return factory.download_pretrained(record)
