@@ -199,8 +199,9 @@ def load_states(
         name: {key: _like(value, parameters[name]) for key, value in values.items()}
         for name, values in state["state"].items()
     }
-    # torch makes moments by a step before it loads them; with this, the step changes no weight.
-    optimizer.found_inf = torch.ones((), device=optimizer.param_groups[0]["params"][0].device)
+    # torch makes moments by a step before it loads them, of no rate and no gradient, which changes no weight. It must not be a
+    # skipped one: apex does not count the step after that.
+    optimizer.found_inf = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
     set_state_dict(
         module,
         optimizer,
