@@ -9,7 +9,6 @@ import base64
 import io
 import json
 import logging
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from umt_fast.config import ConfigError
 from umt_fast.extras import packages_of
+from umt_fast.files import write_text
 
 with packages_of("video"):
     from PIL import Image
@@ -304,7 +304,5 @@ def write_report(folder: str | Path) -> Path:
     pages.filters["cell"] = _cell
     page = pages.get_template("report.html.jinja").render(name=folder.resolve().name, **content)
     out = folder / "report.html"
-    temporary = out.with_name("report.html.partial")
-    temporary.write_text(page + "\n", encoding="utf-8")
-    os.replace(temporary, out)
+    write_text(out, page + "\n")
     return out

@@ -7,7 +7,6 @@ a one-file checkpoint has. Any layout and any one rank alone can read it. All ra
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
 import threading
@@ -26,8 +25,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from umt_fast.engine.checkpoint import CheckpointError, sync_folder
+from umt_fast.engine.checkpoint import CheckpointError
 from umt_fast.engine.distributed import gather
+from umt_fast.files import WriteError, atomic_path, put
 
 REST = "rest.pt"
 # Said of every save and load of one process, also from the thread of one in the background.
@@ -129,20 +129,15 @@ class Save:
         if self.first:
             shutil.rmtree(self.partial, ignore_errors=True)  # of a save that was killed
             self.partial.mkdir()
-            with open(self.partial / REST, "wb") as file:
-                torch.save(rest, file)
-                file.flush()
-                os.fsync(file.fileno())
+            with atomic_path(self.partial / REST, errors=(RuntimeError,)) as temporary:
+                torch.save(rest, temporary)
 
     def _end(self, written: Future) -> None:
         """What follows when this rank's part is on disk; on the first rank all ranks' parts are then."""
         try:
             written.result()
             if self.first:
-                sync_folder(self.partial)
-                shutil.rmtree(self.path, ignore_errors=True)  # a damaged one that was passed over
-                os.replace(self.partial, self.path)
-                sync_folder(self.path.parent)
+                put(self.partial, self.path)  # also in place of a damaged one that was passed over
                 self.published(self.path)
         except BaseException as error:  # in a thread: wait raises it
             self.error = error
@@ -166,10 +161,8 @@ class Save:
             shutil.rmtree(self.partial, ignore_errors=True)
         if not isinstance(error, (OSError, RuntimeError, CheckpointException)):
             raise error
-        reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
-        raise CheckpointError(
-            f"checkpoint {self.path} cannot be written: {reason}. Earlier checkpoints are whole; make room and run again"
-        ) from error
+        reason = WriteError(self.path, error)
+        raise CheckpointError(f"checkpoint {reason}. Earlier checkpoints are whole; make room and run again") from error
 
 
 def write(path: Path, tensors: dict[str, Tensor], rest: dict[str, Any], *, first: bool) -> Path:

@@ -8,7 +8,6 @@ to five decimals, and in the order of the key frames, because between equal scor
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from umt_fast.data.decode.boxes import Size
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.detections import AVA_CLASSES, KeyFrames
 from umt_fast.engine.distributed import gather
+from umt_fast.files import atomic_path
 from umt_fast.models.attention import use_attention
 from umt_fast.models.detector import Detector
 from umt_fast.models.weights import WeightsError, load_detector
@@ -215,13 +215,9 @@ def write_result(path: str | Path, rows: Boxes) -> None:
     The file appears as a whole or not at all.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".writing")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         columns: Sequence[list] = (rows.boxes.tolist(), rows.classes.tolist(), rows.scores.tolist())
         for (movie, second), box, label, score in zip(rows.frames, *columns, strict=True):
             numbers = [f"{value:.{_DECIMALS}f}" for value in (*box, score)]
             writer.writerow([movie, f"{second:04d}", *numbers[:4], label, numbers[4]])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
