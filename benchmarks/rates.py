@@ -1,8 +1,7 @@
-"""The rates every prediction hangs on: `python -m benchmarks.rates machine`, then `... products SIZE ...`; gpu.py runs both.
+"""The rates of bounds and plans: `python -m benchmarks.rates machine`, then `... products SIZE ...`; gpu.py runs both.
 
 A step's matrix products at their real shapes, forward and for both gradients, in bf16 and 8 bits; attention by backend; a
-copy. Writes rates.jsonl and rates.json, one line, which `python -m umt_fast plan --measured` takes once steps are measured and
-`python -m benchmarks.predict --measured` takes as it is.
+copy. Writes rates.jsonl and rates.json, one line, which `python -m umt_fast plan --measured` takes once steps are measured.
 """
 
 from __future__ import annotations

@@ -38,6 +38,6 @@ cat "$folder/lowest.txt" >&2
 
 # The heart: kernels, parity with the official code, models, data, a run and its continuation, the API, the commands.
 tests=(tests/kernels tests/models tests/reference tests/config tests/data tests/objectives tests/engine/test_trainer.py
-    tests/engine/test_optim.py tests/tasks tests/test_hub.py tests/test_predict.py tests/test_cli.py tests/test_compiled.py)
+    tests/engine/test_optim.py tests/tasks tests/test_hub.py tests/test_counted.py tests/test_cli.py)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD"
 "$folder/bin/python" -m pytest -q "${@:-${tests[@]}}"

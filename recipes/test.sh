@@ -4,6 +4,7 @@
 # Without --all: the everyday tier, all but the tests marked slow. Several processes share the work where pytest-xdist is
 # installed; on a GPU, which the tests measure and fill, one does it.
 set -euo pipefail
+NEEDS="torch open_clip transformers av tyro tensorboard pytest hypothesis"
 source "$(dirname "$0")/environment.sh"
 cd "$ROOT"
 # Small work on several threads waits for the slowest of them, long where the machine is shared.

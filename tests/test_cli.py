@@ -268,6 +268,7 @@ def test_out_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.Captur
     assert "file" in fails(capsys, "train", TINY, "--data.train", tiny_list, "--run.out", blocked / "run")
 
 
+@pytest.mark.process
 def test_train_leaves_checkpoint_and_metrics(tmp_path: Path, tiny_list: Path) -> None:
     """The whole command in a process of its own, worker processes included."""
     out = tmp_path / "run"
@@ -280,14 +281,34 @@ def test_train_leaves_checkpoint_and_metrics(tmp_path: Path, tiny_list: Path) ->
     assert len(lines) == 3 and '"loss"' in lines[-1]
 
 
-def over_two_ranks(*arguments: object) -> dict:
-    """What `eval` prints under torchrun, which must be one line."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "umt_fast"]
-    words = [str(argument) for argument in ("eval", *arguments, "--workers", "0", "--device", "cpu")]
-    done = subprocess.run([*command, *words], cwd=REPOSITORY, capture_output=True, text=True)
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluation", ["classify", "retrieve"])
+def test_two_ranks_judge_as_one_process(
+    evaluation: str, tmp_path: Path, tiny_list: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Figures and scores, of which torchrun prints one line."""
+    table, page, data = tiny_list, f"{TINY}:classes", ["--data.train", str(tiny_list)]
+    if evaluation == "retrieve":
+        table, page = tiny_list.with_name("captions.json"), f"{TINY}:captions"
+        table.write_text(
+            json.dumps([{"video": f"video{n}.mp4", "caption": "a red thing"[: 3 + 2 * n]} for n in (0, 1)])
+        )
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "thing"]
+        (tmp_path / "vocab.txt").write_text("\n".join(words))
+        data = ["--videos", str(table), "--tokenizer", str(tmp_path)]
+    assert main(["train", page, *data, "--run.out", str(tmp_path / "run"), "--run.max_steps", "1"]) == 0
+    (newest,) = (tmp_path / "run").glob("checkpoint-*1.pt")
+    words = ["eval", evaluation, str(newest), str(table), "--workers", "0", "--device", "cpu", "--scores"]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    capsys.readouterr()
+    assert main([*words, str(one)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "umt_fast"]
+    done = subprocess.run([*launch, *words, str(two)], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (line,) = done.stdout.splitlines()
-    return json.loads(line)
+    assert json.loads(line) == printed and json.loads(two.read_text()) == json.loads(one.read_text())
 
 
 def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, capsys: pytest.CaptureFixture) -> None:
@@ -309,12 +330,11 @@ def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, c
     (newest_tuned,) = tuned.glob("checkpoint-*3.pt")
     capsys.readouterr()
     figures = tmp_path / "figures.json"
-    arguments = ["eval", "classify", str(newest_tuned), str(tiny_list), "--workers", "0", "--out", str(figures)]
-    assert main(arguments) == 0
+    scores = tmp_path / "scores.json"
+    outputs = ["--out", str(figures), "--scores", str(scores)]
+    assert main(["eval", "classify", str(newest_tuned), str(tiny_list), "--workers", "0", *outputs]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(figures.read_text()) and printed["clips"] == 2 and printed["top5"] == 1.0
-    scores = tmp_path / "scores.json"
-    assert over_two_ranks("classify", newest_tuned, tiny_list, "--scores", scores) == printed
     clips = json.loads(scores.read_text())["clips"]
     assert [(clip["clip"], clip["label"]) for clip in clips] == [(str(tmp_path / f"video{n}.mp4"), n) for n in (0, 1)]
     assert sum(clip["found"][0][0] == clip["label"] for clip in clips) == 2 * printed["top1"]
@@ -384,12 +404,12 @@ def test_stage_2_from_stage_1_weights_and_resumed(
     assert "vision_encoder.encoder.norm.weight" in saved and "text_encoder.cls.predictions.decoder.weight" in saved
     newest = next((tmp_path / "whole").glob("checkpoint-*6.pt"))
     capsys.readouterr()
-    assert main(["eval", "retrieve", str(newest), str(table), "--workers", "0", "--top_k", "2"]) == 0
+    scores = tmp_path / "scores.json"
+    options = ["--workers", "0", "--top_k", "2", "--scores", str(scores)]
+    assert main(["eval", "retrieve", str(newest), str(table), *options]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["clips"] == 2 and figures["captions"] == 4
     assert {"dual_t2v_r1", "match_t2v_r1", "match_v2t_median_rank", "match_r_mean"} <= figures.keys()
-    scores = tmp_path / "scores.json"
-    assert over_two_ranks("retrieve", newest, table, "--top_k", "2", "--scores", scores) == figures
     written = json.loads(scores.read_text())
     assert len(written["t2v"]) == 4 and len(written["v2t"][0]["found"]) == 2 and not list(tmp_path.glob("*.writing"))
     for arguments, expected in (

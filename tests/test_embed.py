@@ -166,6 +166,8 @@ def test_sources(tmp_path: Path, clips: Path) -> None:
     assert again[1] == found["list"][1] and alike.argmax(1).tolist() == [0, 1]
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_ranks_share_the_clips(tmp_path: Path, clips: Path) -> None:
     weights, _ = saved(tmp_path, "captions")
     assert embed(clips, weights, tmp_path / "one.safetensors") == 0
@@ -173,10 +175,9 @@ def test_ranks_share_the_clips(tmp_path: Path, clips: Path) -> None:
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc_per_node",
         "2",
-        "--master_port",
-        "29671",
         "-m",
         "umt_fast",
         "embed",

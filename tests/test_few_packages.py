@@ -49,6 +49,8 @@ MODULES = (
     "umt_fast.tasks.detection",
     "umt_fast.data.decode.detection_clip",
     "umt_fast.data.decode.detection_view",
+    "umt_fast.data.decode.movies",
+    "umt_fast.sample_world.boxes",
     "benchmarks.gpu",
     "benchmarks.rates",
     "benchmarks.checks",
@@ -56,7 +58,7 @@ MODULES = (
     "benchmarks.trainer_run",
     "benchmarks.bench_kernels",
     "benchmarks.report",
-    "benchmarks.predict",
+    "benchmarks.counted",
 )
 
 
@@ -123,6 +125,10 @@ refused("TensorBoard", lambda: __import__("umt_fast.engine.logging").engine.logg
     __import__("pathlib").Path({str(tmp_path)!r}), 0, True))
 refused("a report", lambda: __import__("umt_fast.report"))
 refused("boxes", lambda: __import__("umt_fast.models.detector").models.detector._roi_align())
+import contextlib, io
+with contextlib.redirect_stderr(io.StringIO()) as printed:
+    status = __import__("umt_fast.cli.main").cli.main.main(["scan", "list.csv", "--out", "x"])
+said["a command"] = ["ConfigError", printed.getvalue().strip() if status == 2 else str(status)]
 print(json.dumps(said))
 """
     said = json.loads(run(program, EXTRAS))
@@ -133,6 +139,7 @@ print(json.dumps(said))
         "a tokenizer": ("transformers", "text"),
         "a teacher by name": ("open_clip_torch", "train"),
         "TensorBoard": ("tensorboard", "train"),
+        "a command": ("tyro", "cli"),
         "a report": ("pillow", "video"),
         "boxes": ("torchvision", "detection"),
     }

@@ -21,7 +21,7 @@ from umt_fast.data.sources.clip import DataError
 from umt_fast.data.sources.lists import read_list
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.description import MODELS
-from umt_fast.models.weights import WeightsError, save_state
+from umt_fast.models.weights import WeightsError, load_state, save_state
 from umt_fast.tasks import task_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -260,6 +260,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(description.STUDENTS, name, tower)
     text = {"width": 32, "depth": 2, "fusion_layer": 1, "num_heads": 2, "vocab_size": None, "max_positions": None}
     monkeypatch.setitem(MODELS, "umt_b16", lambda: {**description._video_text("b16", 64, 2, 1), "text": dict(text)})
+    monkeypatch.setitem(MODELS, "umt_b16_ret", lambda: {**description._retrieval("b16", 64, 2, 1), "text": dict(text)})
 
 
 @torch.no_grad()
@@ -288,7 +289,14 @@ def test_official_files(tmp_path: Path, tiny_list: Path, monkeypatch: pytest.Mon
     }
     torch.save({"model": downstream}, tmp_path / "ret.pth")
     model = umt_fast.load_model("ret_msrvtt_b16_25m", weights=tmp_path / "ret.pth", device="cpu", image_size=32)
-    assert model.vit.num_frames == 12 and model.description["num_layers"] == 0
+    assert model.vit.num_frames == 12 and isinstance(model, umt_fast.TunedVideoTextModel)
+    model = umt_fast.load_model("umt_b16_ret", weights=tmp_path / "ret.pth", device="cpu", **sizes)
+    assert torch.equal(model.features(video).tokens.flatten(1, 3), tokens)
+    # Out in the official layout, and in again.
+    model.save_pretrained(tmp_path / "folder")
+    again = umt_fast.from_pretrained(tmp_path / "folder", device="cpu")
+    assert torch.equal(again.features(video).tokens, model.features(video).tokens)
+    assert load_state(tmp_path / "folder" / "model.safetensors").keys() >= downstream.keys()
     model = umt_fast.load_model("umt_b16", weights=tmp_path / "ret.pth", device="cpu", **sizes)
     assert torch.equal(model.features(video).tokens.flatten(1, 3), tokens)
 

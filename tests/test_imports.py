@@ -17,11 +17,12 @@ ALLOWED = {
     "files": set(),
     "workers": set(),
     "data": {"config", "extras", "files", "workers"},
-    "models": {"config", "extras", "files", "masking"},
+    "models": {"config", "extras", "files", "masking", "registry"},
     "engine": {"config", "extras", "files", "interrupts"},
     "tasks": {"config", "extras", "files", "masking", "data", "models", "engine"},
     "reference": {"config", "masking"},
     "bench": {"config", "masking", "models", "engine", "tasks", "reference"},
+    "demo": {"config", "extras", "data", "tasks", "pretrained"},
 }
 FILES = sorted((REPOSITORY / "umt_fast").rglob("*.py")) + sorted((REPOSITORY / "kernels").rglob("*.py"))
 
@@ -65,6 +66,7 @@ def test_configurations_need_no_torch() -> None:
     assert run(program).strip() == "[]"
 
 
+@pytest.mark.process
 def test_kernels_stand_alone() -> None:
     program = (
         "import sys; sys.modules['umt_fast'] = None\n"
@@ -74,6 +76,8 @@ def test_kernels_stand_alone() -> None:
     assert run(program).strip() == "[[[4.0, 5.0]]]"
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_transformers_and_open_clip_import_beside_kernels() -> None:
     program = (
         "import kernels, transformers, open_clip\n"
@@ -84,6 +88,7 @@ def test_transformers_and_open_clip_import_beside_kernels() -> None:
     assert run(program).strip() == "kernels.token_gather"
 
 
+@pytest.mark.process
 def test_another_kernels_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")

@@ -92,6 +92,7 @@ def files(wheel: Path) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
+@pytest.mark.slow
 def test_the_wheels_share_no_file_and_are_typed(wheels: dict[str, Path]) -> None:
     """None is a distribution named kernels either: libraries that look for Hugging Face's must not find ours."""
     assert set(wheels) == {"umt_fast", "umt_kernels"}
@@ -108,6 +109,7 @@ def test_the_wheels_share_no_file_and_are_typed(wheels: dict[str, Path]) -> None
     assert pages == {path.name for path in (REPOSITORY / "recipes").glob("*.py")}
 
 
+@pytest.mark.slow
 def test_umt_kernels_alone_runs_every_example_of_its_page(wheels: dict[str, Path], fresh: Path, tmp_path: Path) -> None:
     """pip finds what it needs in this environment, bounds included; umt_fast must not be asked for."""
     pip(fresh, "install", "-q", "--no-index", str(wheels["umt_kernels"]))
@@ -125,6 +127,7 @@ def test_umt_kernels_alone_runs_every_example_of_its_page(wheels: dict[str, Path
     assert int(attempted) > 15 and int(failed) == 0
 
 
+@pytest.mark.slow
 def test_umt_fast_finds_its_recipes_and_its_own_kernels(wheels: dict[str, Path], fresh: Path, tmp_path: Path) -> None:
     """In a folder that has a `kernels` folder of its own, with no module in it; and where umt-kernels comes and goes."""
     (tmp_path / "kernels").mkdir()

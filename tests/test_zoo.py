@@ -63,7 +63,6 @@ def test_the_zoo_agrees_with_the_published_pages() -> None:
         (("umt_b16_ft",), {"weights": "untrained"}, "needs num_classes"),
         (("umt_b16_stage1",), {"weights": "untrained", "num_classes": 3}, "no classifier"),
         (("qa_msvd_b16_25m",), {}, "qa_msvd_b16_25m is for question answering .* does not build"),
-        (("b16_ptk710_ftk710_ftava_f8_res224",), {}, "is for detection"),
     ],
 )
 def test_refused_names(arguments: tuple, options: dict, message: str) -> None:
@@ -100,14 +99,19 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 def test_untrained_models_have_official_sizes() -> None:
     """Against the counts of parameters that the official code has when it builds its models."""
-    built = {name: hub._untrained(name, None, None, None, 400 if "ft" in name else None) for name in zoo.ARCHITECTURES}
+    built = {
+        name: hub._untrained(name, None, None, None, 400 if name.endswith(("_ft", "_ava")) else None)
+        for name in zoo.ARCHITECTURES
+    }
     counted = {
         "umt_b16_stage1": 88_005_888,
         "umt_l16_stage1": 307_806_720,
         "umt_b16_ft": 85_944_976,
         "umt_l16_ft": 303_484_304,
     }
+    counted |= {"umt_b16_ava": counted["umt_b16_ft"], "umt_l16_ava": counted["umt_l16_ft"]}  # norm in place of fc_norm
     classes = {"pretraining": umt_fast.StudentModel, "classification": umt_fast.ClassifierModel}
+    classes["detection"] = umt_fast.DetectorModel
     with torch.device("meta"):
         for name, count in counted.items():
             network = classes[built[name]["task"]].empty(built[name])

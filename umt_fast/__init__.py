@@ -23,8 +23,10 @@ if TYPE_CHECKING:
         Predictions,
         PretrainedModel,
         StudentModel,
+        TunedVideoTextModel,
         VideoTextModel,
     )
+    from umt_fast.pretrained_detector import DetectorModel
     from umt_fast.zoo import list_models
 
 __version__ = "0.1.0"
@@ -33,10 +35,12 @@ __all__ = [
     "ClassifierModel",
     "ConfigError",
     "DataError",
+    "DetectorModel",
     "Features",
     "Predictions",
     "PretrainedModel",
     "StudentModel",
+    "TunedVideoTextModel",
     "VideoTextModel",
     "WeightsError",
     "from_pretrained",
@@ -50,7 +54,16 @@ _MODULES = {
     "data.sources.clip": ("DataError",),
     "hub": ("from_pretrained", "load_model", "load_teacher"),
     "models.weights": ("WeightsError",),
-    "pretrained": ("ClassifierModel", "Features", "Predictions", "PretrainedModel", "StudentModel", "VideoTextModel"),
+    "pretrained": (
+        "ClassifierModel",
+        "Features",
+        "Predictions",
+        "PretrainedModel",
+        "StudentModel",
+        "TunedVideoTextModel",
+        "VideoTextModel",
+    ),
+    "pretrained_detector": ("DetectorModel",),
     "zoo": ("list_models",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

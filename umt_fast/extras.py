@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from umt_fast.config import ConfigError
 
 # Where a module is named otherwise than the package that brings it.
-_PACKAGES = {"PIL": "pillow", "open_clip": "open_clip_torch"}
+_PACKAGES = {"PIL": "pillow", "open_clip": "open_clip_torch", "faiss": "faiss-cpu", "werkzeug": "flask"}
 
 
 class MissingPackageError(ConfigError):

@@ -28,11 +28,20 @@ from umt_fast.engine.precision import device_of
 from umt_fast.files import checksum, write_json
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.description import found_in, text_config, vit_config
+from umt_fast.models.downstream import RetrievalModel
 from umt_fast.models.outputs import Features, Predictions
 from umt_fast.models.student import Student
 from umt_fast.models.video_text import VideoText
 from umt_fast.models.vit import VisionTransformer, position_table
-from umt_fast.models.weights import WeightsError, fit, fit_classifier, fit_video_text, load_state, save_state
+from umt_fast.models.weights import (
+    WeightsError,
+    fit,
+    fit_classifier,
+    fit_retrieval,
+    fit_video_text,
+    load_state,
+    save_state,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -409,7 +418,25 @@ class VideoTextModel(PretrainedModel):
         return self.__dict__["_loaded_words"]
 
 
-_CLASSES: dict[str, type[PretrainedModel]] = {cls.task: cls for cls in (StudentModel, VideoTextModel, ClassifierModel)}
+class TunedVideoTextModel(VideoTextModel):
+    """A stage-2 model fine-tuned for retrieval: the same, without the heads that only stage 2 trains."""
+
+    task = "retrieval"
+    network: RetrievalModel
+
+    @classmethod
+    def empty(cls, description: dict[str, Any]) -> RetrievalModel:
+        return RetrievalModel(vit_config(description), text_config(description), embed_dim=description["embed_dim"])
+
+    @classmethod
+    def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+        fit_retrieval(network, state, source)
+
+
+CLASSES: dict[str, type[PretrainedModel]] = {
+    cls.task: cls for cls in (StudentModel, VideoTextModel, TunedVideoTextModel, ClassifierModel)
+}
+"""By task; pretrained_detector adds its own."""
 
 
 def build(
@@ -426,9 +453,9 @@ def build(
     Raises ConfigError: a kind of model that is not built, a wrong device or dtype. WeightsError: weights that do not fit.
     """
     task = description["task"]
-    require(task in _CLASSES, f"{source} is of task {task!r}; models of {', '.join(_CLASSES)} are built")
-    cls = _CLASSES[task]
-    usual = description["dtype"] if cls is ClassifierModel else "fp32"  # as each is judged by `eval`
+    require(task in CLASSES, f"{source} is of task {task!r}; models of {', '.join(CLASSES)} are built")
+    cls = CLASSES[task]
+    usual = description["dtype"] if "num_classes" in description else "fp32"  # as each is judged by `eval`
     require(
         dtype is None or dtype in DTYPES, f"dtype is {dtype!r}; give 'bf16', 'fp32', torch.bfloat16 or torch.float32"
     )

@@ -331,6 +331,8 @@ def test_a_missing_shard_costs_its_clips_alone(table: Path, tmp_path: Path) -> N
         list(strict)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_killed_preparation_ends_with_the_same_bytes(table: Path, tmp_path: Path) -> None:
     """A real SIGKILL to the whole process group, at two places, the second with torn writes."""
     names = [f"{'ab'[number % 2]}{number}.mp4" for number in range(40)]

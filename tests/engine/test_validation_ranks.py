@@ -18,6 +18,8 @@ from umt_fast.engine.checkpoint import read_file
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.train import train
 
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FIGURES = ("val_top1", "val_top5")
 

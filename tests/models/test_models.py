@@ -21,7 +21,9 @@ from umt_fast.masking import TokenGrid, mask_named, num_visible
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.models.student import Student
-from umt_fast.models.teachers.clip import ClipTeacher, Mlp
+from umt_fast.models.teachers import load_teacher
+from umt_fast.models.teachers.clip import ClipTeacher
+from umt_fast.models.teachers.frame_tower import Mlp
 from umt_fast.models.text import TextEncoder
 from umt_fast.models.video_text import VideoText
 from umt_fast.models.vit import Block, VisionTransformer, path_factors, resized_table, sinusoid_table
@@ -32,7 +34,6 @@ from umt_fast.models.weights import (
     load_encoder,
     load_state,
     load_student,
-    load_teacher,
     load_video_text,
     save_state,
 )
@@ -287,7 +288,7 @@ def test_teacher_takes_clip_layouts_and_resizes_its_grid(prefix: str, tmp_path: 
     save_state({prefix + key: value for key, value in large.items()}, tmp_path / "clip.pth")
     config = TeacherConfig(**(_fields(TEACHER) | {"weights": str(tmp_path / "clip.pth")}))
     teacher = ClipTeacher(config, 1)
-    load_teacher(teacher, config)
+    load_teacher(teacher)
     assert torch.equal(teacher.conv1.weight.squeeze(2), large["conv1.weight"])
     assert torch.equal(teacher.positional_embedding[0], large["positional_embedding"][0])
     assert teacher.positional_embedding.shape == (5, 32)
@@ -317,7 +318,7 @@ def test_unknown_open_clip_names(tmp_path: Path) -> None:
         with torch.device("meta"):
             teacher = ClipTeacher(config, 1)
         with pytest.raises(WeightsError, match=expected):
-            load_teacher(teacher, config)
+            load_teacher(teacher)
 
 
 def _fields(config: TeacherConfig) -> dict:

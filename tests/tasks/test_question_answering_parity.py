@@ -204,6 +204,8 @@ def batches(
         yield {name: batch[name][part] for name in ("video", "ids", "mask")} | {"row": part}
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_parity_of_answers_over_ranks_one_of_them_without_questions(case: _Case, tmp_path: Path) -> None:
     config, tensors, model = case
     one = answer_questions(

@@ -329,6 +329,8 @@ open(f"{out}/{what}{rank}", "w").write(said)
 """
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
@@ -384,6 +386,9 @@ def test_every_task_has_a_case(variant: str) -> None:
     assert difference(seen, observe(tuning.build_case(task, changed, exact=True)), "bf16")
 
 
+@pytest.mark.process
+@pytest.mark.compile
+@pytest.mark.slow
 def test_the_machine_decides(tmp_path: Path, tiny_list: Path) -> None:
     """Nothing in anything's place: children measure, one is chosen, trained with and saved."""
     out = tmp_path / "run"

@@ -10,6 +10,7 @@ Commands:
   eval NAME FILE LIST [...]                figures of a model on unseen clips: `eval --help` lists the evaluations
   embed LIST|FOLDER|FILE --weights FILE --out FEATURES   one vector for each clip, of any trained model
   search TEXT --in FEATURES --weights FILE  the clips that are nearest to a text, or to a clip (--clip PATH)
+  demo --features FEATURES --weights FILE   a page that searches those clips and plays what it finds
   convert FILE OUT                         the weights of a checkpoint, in the official layout, as safetensors or .pth
   report RUN                               write RUN/report.html from a run's metrics and results
   quickstart [--out DIR] [--seed N] [--stage2]   the sample world from nothing to report
@@ -27,6 +28,7 @@ import sys
 
 from umt_fast import interrupts
 from umt_fast.config import ConfigError
+from umt_fast.extras import packages_of
 
 # The module of this folder, imported when it is asked for, and the function in it that takes the arguments.
 COMMANDS = {
@@ -38,6 +40,7 @@ COMMANDS = {
     "eval": "eval.main",
     "embed": "embed.main",
     "search": "search.main",
+    "demo": "demo.main",
     "convert": "convert.main",
     "report": "report.report",
     "quickstart": "report.quickstart",
@@ -87,6 +90,8 @@ def _run(name: str, rest: list[str]) -> int:
             near = difflib.get_close_matches(name, COMMANDS, 1, 0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown command {name!r}{hint} Commands: {', '.join(COMMANDS)}")
+        with packages_of("cli"):
+            import tyro  # noqa: F401  by the command's module, which is not where a reader learns what to install
         module, _, function = COMMANDS[name].partition(".")
         getattr(importlib.import_module(f"umt_fast.cli.{module}"), function)(rest)
     except SystemExit as stop:  # tyro has said why

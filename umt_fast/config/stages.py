@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from umt_fast.config.augment import AugmentConfig, MixConfig, no_mix
 from umt_fast.config.core import check_numbers, require
 from umt_fast.config.models import AlignConfig, MaskConfig, Stage2Losses, TeacherConfig, TextConfig, VitConfig
 from umt_fast.config.run import DataConfig, OptimConfig, RunConfig
@@ -99,9 +100,18 @@ class FinetuneConfig:
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=2e-4, min_lr=1e-6, warmup_lr=1e-6, betas=(0.9, 0.999), layer_decay=0.75)
     )
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mix: MixConfig = field(default_factory=no_mix)
     num_classes: int = 710
     init: str = ""
-    """Encoder weights to start from (stage-1, classifier or stage-2 file); empty: from scratch."""
+    """Weights to start from (stage-1, classifier or stage-2 file, or a deepspeed checkpoint folder); empty: from scratch."""
+    init_as: Literal["encoder", "classifier", "new_head"] = "encoder"
+    """What is taken of `init`. `encoder`: the encoder, and `fc_norm` and `head` where the file has them in this size; a stored
+    position table is built anew. The others start as the official fine-tuning does, with the file's position table and
+    `fc_norm`: `classifier` also with its head, of whose 710 rows (Kinetics-710) 400 classes take the first 400, and 600 or 700
+    those of `label_map`; another number of classes is refused. `new_head`: with a fresh head."""
+    label_map: str = ""
+    """JSON list that has a Kinetics-710 row for each of 600 or 700 classes (the official label_mixto600.json)."""
     freeze: bool = False
     """Train the final norm and head alone (a linear probe)."""
     label_smoothing: float = 0.1

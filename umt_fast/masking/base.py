@@ -46,6 +46,15 @@ def num_visible(tokens: int, mask_ratio: float) -> int:
     return tokens - int(tokens * mask_ratio)
 
 
+def flatten_frames(visible: Tensor, frames: int, per_frame: int) -> Tensor:
+    """Per-frame indices (B*T, m) in [0, L) -> flat clip indices (B, T*m) int32, still ascending."""
+    import torch  # whoever has a tensor has imported it; configurations need none
+
+    rows = visible.view(-1, frames, visible.shape[-1])
+    offset = torch.arange(frames, device=visible.device, dtype=torch.int32) * per_frame
+    return (rows + offset[:, None]).flatten(1)
+
+
 class Limit(NamedTuple):
     """What one draw of a mask chooses from: `tokens` of `where` (`a frame`, `a clip`), of which it can take `most`."""
 

@@ -104,6 +104,12 @@ def _vit(size: str, num_frames: int | None, image_size: int | None) -> dict[str,
     return tower | plain | {"num_frames": num_frames, "image_size": image_size, "position_grid": []}
 
 
+def _retrieval(size: str, width: int, depth: int, fusion_layer: int) -> dict[str, Any]:
+    stage2 = _video_text(size, width, depth, fusion_layer)
+    del stage2["num_layers"], stage2["output_dim"]
+    return stage2 | {"task": "retrieval", "vit": _vit(size, 12, 224)}
+
+
 def _video_text(size: str, width: int, depth: int, fusion_layer: int) -> dict[str, Any]:
     text = {"width": width, "depth": depth, "fusion_layer": fusion_layer, "num_heads": width // 64}
     return {
@@ -124,6 +130,21 @@ def _classifier(size: str) -> dict[str, Any]:
     # Official tables for more frames or pixels are the one of 8 frames at 224 pixels, resized.
     vit = _vit(size, None, None) | {"position_grid": [8, 14, 14]}
     return {"version": VERSION, "task": "classification", "dtype": "fp32", "vit": vit, "num_classes": None}
+
+
+def _detector(size: str) -> dict[str, Any]:
+    vit = _vit(size, 8, 224) | {"position_grid": [8, 14, 14]}
+    clips = {"sparse": True, "frames": "released", "stride": 8, "short_side": 256}
+    # B/16 was trained in fp16, L/16 in fp32.
+    dtype = "bf16" if size == "b16" else "fp32"
+    return {
+        "version": VERSION,
+        "task": "detection",
+        "dtype": dtype,
+        "vit": vit,
+        "num_classes": None,
+        "clips": clips,
+    }
 
 
 def _pretraining(size: str) -> dict[str, Any]:
@@ -147,10 +168,19 @@ MODELS: dict[str, Callable[[], dict[str, Any]]] = {
     "umt_l16": lambda: _video_text("l16", 1024, 24, 19),
     "umt_b16_ft": lambda: _classifier("b16"),
     "umt_l16_ft": lambda: _classifier("l16"),
+    "umt_b16_ret": lambda: _retrieval("b16", 768, 12, 9),
+    "umt_l16_ret": lambda: _retrieval("l16", 1024, 24, 19),
+    "umt_b16_ava": lambda: _detector("b16"),
+    "umt_l16_ava": lambda: _detector("l16"),
 }
-"""umt_*: the stage-2 models, 4 frames at 224 pixels. umt_*_ft: the classifiers."""
+"""umt_*: the stage-2 models, 4 frames at 224 pixels. umt_*_ft: the classifiers. umt_*_ret: stage-2 models fine-tuned for
+retrieval, 12 frames. umt_*_ava: the detectors of AVA."""
 # The tokenizer whose words each text encoder knows.
-TOKENIZERS = {"umt_b16": "bert-base-uncased", "umt_l16": "bert-large-uncased"}
+TOKENIZERS = {
+    f"umt_{size}{suffix}": name
+    for suffix in ("", "_ret")
+    for size, name in (("b16", "bert-base-uncased"), ("l16", "bert-large-uncased"))
+}
 # What official classifiers are trained on.
 _FRAMES, _PIXELS = (8, 16), (224, 384)
 

@@ -37,11 +37,19 @@ def tower_flops(vit: VitConfig, visible: int, *, num_layers: int, output_dim: in
     return 3 * (vit.depth * block + heads) + 2 * patch
 
 
-def teacher_flops(
-    clip: TeacherConfig, vit: VitConfig, mask: MaskConfig, *, num_layers: int, with_image: bool = False
+def frame_tower_flops(
+    clip: TeacherConfig,
+    vit: VitConfig,
+    mask: MaskConfig,
+    *,
+    num_layers: int,
+    with_image: bool = False,
+    projects: bool = True,
 ) -> float:
-    """The frozen CLIP tower over a clip: targets of num_layers blocks (0: none) at the visible tokens, and the draw's own."""
+    """A frozen tower over the frames of a clip (teachers/frame_tower.py): targets of num_layers blocks (0: none) at the
+    visible tokens, and the draw's own. projects: outputs go through a projection to clip.output_dim."""
     grid, c, kind = grid_of(vit), clip.width, mask_named(mask.kind)
+    out = clip.output_dim if projects else 0
     tokens = grid.per_frame + 1
     whole = 24 * tokens * c * c + 4 * tokens * tokens * c
     kept = visible_of(vit, mask) / grid.frames
@@ -53,9 +61,9 @@ def teacher_flops(
     if kind.needs_teacher:
         last += 2 * c * c + 2 * tokens * c
     if with_image:
-        last += 20 * c * c + 4 * tokens * c + 2 * c * clip.output_dim
+        last += 20 * c * c + 4 * tokens * c + 2 * c * out
     patch = grid.per_frame * c * 6 * vit.tubelet_size * clip.patch_size**2
-    targets = num_layers * 2 * kept * c * clip.output_dim
+    targets = num_layers * 2 * kept * c * out
     return grid.frames * ((clip.depth - 1) * whole + last + patch + targets)
 
 

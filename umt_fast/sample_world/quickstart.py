@@ -41,8 +41,7 @@ from umt_fast.engine.checkpoint import checkpoints
 from umt_fast.engine.distributed import current_ranks
 from umt_fast.engine.precision import pick_device
 from umt_fast.files import write_json
-from umt_fast.models.teachers.clip import ClipTeacher
-from umt_fast.models.weights import load_teacher
+from umt_fast.models.teachers import build_teacher
 from umt_fast.report import read_results, require_packages, write_report
 from umt_fast.sample_world import small_clip
 from umt_fast.sample_world import world as sample_world
@@ -189,8 +188,7 @@ def draw_masks(out: Path, config: Stage1Config, clips: int = 96) -> dict[str, np
         every, data, num_frames=vit.num_frames, image_size=vit.image_size, batch_size=len(every), train=False
     )
     (batch,) = list(loader)
-    teacher = ClipTeacher(config.teacher, config.align.num_layers)
-    load_teacher(teacher, config.teacher)
+    teacher = build_teacher(config.teacher, config.align.num_layers)
     frames = sparse_center(sample_world.FRAMES, vit.num_frames)
     patch, side = vit.patch_size, vit.image_size // vit.patch_size
     shapes = np.stack(

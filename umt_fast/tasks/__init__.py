@@ -1,6 +1,17 @@
 """The kinds of training. Importing this package makes them known; see base.py."""
 
-from umt_fast.tasks import classification, pretraining, retrieve, video_text
+from umt_fast.tasks import (  # one a line
+    choosing,
+    classification,
+    classify,
+    detect,
+    detection,
+    pretraining,
+    recognition,
+    retrieval_tuning,
+    retrieve,
+    video_text,
+)
 from umt_fast.tasks.base import (
     EVALUATIONS,
     TASKS,
@@ -30,12 +41,18 @@ __all__ = [
     "Task",
     "Validation",
     "check_used",
+    "choosing",
     "classification",
+    "classify",
+    "detect",
+    "detection",
     "evaluation_named",
     "evaluations_of",
     "pretraining",
+    "recognition",
     "register",
     "register_evaluation",
+    "retrieval_tuning",
     "retrieve",
     "task_named",
     "task_of",

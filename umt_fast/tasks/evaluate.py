@@ -11,6 +11,7 @@ from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
 from umt_fast.models.description import MODELS, complete, found_in
 from umt_fast.models.weights import UnreadableError, WeightsError, WeightsFile, kind_of, read_weights
+from umt_fast.models.weights.finetune import deepspeed_file, is_deepspeed
 from umt_fast.tasks.base import EvalOptions, evaluation_named, evaluations_of
 
 
@@ -22,6 +23,8 @@ def read_checkpoint(path: Path) -> WeightsFile:
     if not (path.is_file() or path.is_dir()):
         raise WeightsError(f"no checkpoint at {path}")
     try:
+        if is_deepspeed(path):
+            path = deepspeed_file(path)
         if path.is_file():
             return read_weights(path)
         content = read_sharded(path)

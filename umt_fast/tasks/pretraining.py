@@ -19,9 +19,9 @@ from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description
 from umt_fast.models.student import Student
-from umt_fast.models.teachers.clip import ClipTeacher
+from umt_fast.models.teachers import build_teacher, teacher_kind
 from umt_fast.models.teachers.quantized import require_precision
-from umt_fast.models.weights import load_student, load_teacher
+from umt_fast.models.weights import load_student
 from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import listed_clips, listed_or_assumed, random_clips
 
@@ -34,8 +34,7 @@ class UnmaskedAlignment(nn.Module):
         self.config = config
         vit, layers = config.student, config.align.num_layers
         self.student = Student(vit, layers, config.teacher.output_dim)
-        self.teacher = ClipTeacher(config.teacher, layers, vit.tubelet_size)
-        load_teacher(self.teacher, config.teacher)
+        self.teacher = build_teacher(config.teacher, layers, vit.tubelet_size)
         if config.init:
             load_student(self.student, config.init)
         if config.run.dtype == "bf16":
@@ -86,7 +85,7 @@ class UnmaskedAlignment(nn.Module):
         vit, layers = config.student, config.align.num_layers
         visible = flops.visible_of(vit, config.mask)
         student = flops.tower_flops(vit, visible, num_layers=layers, output_dim=config.teacher.output_dim)
-        return student + flops.teacher_flops(config.teacher, vit, config.mask, num_layers=layers)
+        return student + teacher_kind(config.teacher).flops(config.teacher, vit, config.mask, num_layers=layers)
 
 
 class Pretraining:

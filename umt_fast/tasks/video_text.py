@@ -37,10 +37,10 @@ from umt_fast.masking import mask_named
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description, text_description
-from umt_fast.models.teachers.clip import ClipTeacher
+from umt_fast.models.teachers import build_teacher, teacher_kind
 from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.models.video_text import VideoText
-from umt_fast.models.weights import load_bert, load_teacher, load_teacher_text, start_video_text
+from umt_fast.models.weights import load_bert, start_video_text
 from umt_fast.tasks import video_text_losses as vision_text
 from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
@@ -61,9 +61,10 @@ class VideoTextPretraining(nn.Module):
         )
         self.teacher = None
         if config.runs_teacher:
-            self.teacher = ClipTeacher(config.teacher, layers, vit.tubelet_size)
-            load_teacher(self.teacher, config.teacher)
-        self.teacher_text = load_teacher_text(config.teacher) if config.losses.text_projection else None
+            self.teacher = build_teacher(config.teacher, layers, vit.tubelet_size)
+        self.teacher_text = None
+        if config.losses.text_projection:
+            self.teacher_text = teacher_kind(config.teacher).load_text(config.teacher)
         with_text = bool(config.init) and start_video_text(self.model, config.init)
         if config.bert != "untrained" and not with_text:
             load_bert(self.model.text_encoder, config.bert)
@@ -177,7 +178,7 @@ class VideoTextPretraining(nn.Module):
         heads = layers if losses.uta else 0
         total = flops.tower_flops(vit, visible, num_layers=heads, output_dim=config.teacher.output_dim)
         if config.runs_teacher:
-            total += flops.teacher_flops(
+            total += teacher_kind(config.teacher).flops(
                 config.teacher, vit, mask, num_layers=heads, with_image=losses.vision_projection > 0
             )
         batch = config.run.batch_size

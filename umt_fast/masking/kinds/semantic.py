@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from umt_fast.masking.base import MAX_TOKENS, ClassAttention, Limit, TokenGrid, num_visible, register
+from umt_fast.masking.base import MAX_TOKENS, ClassAttention, Limit, TokenGrid, flatten_frames, num_visible, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,6 @@ class Semantic:
         self, batch: int, grid: TokenGrid, ratio: float, seed: Tensor, attention: ClassAttention | None = None
     ) -> Tensor:
         import kernels
-        from umt_fast.masking.frames import flatten_frames
 
         if attention is None:
             raise ValueError("mask kind 'semantic' is drawn from a teacher's attention; without one choose 'tube'")

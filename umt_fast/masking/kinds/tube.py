@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from umt_fast.masking.base import MAX_SCORES, ClassAttention, Limit, TokenGrid, num_visible, register
+from umt_fast.masking.base import MAX_SCORES, ClassAttention, Limit, TokenGrid, flatten_frames, num_visible, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,6 @@ class Tube:
         import torch
 
         import kernels
-        from umt_fast.masking.frames import flatten_frames
 
         scores = torch.ones(batch, grid.per_frame, device=seed.device)
         tube = kernels.sample_visible(scores, num_visible(grid.per_frame, ratio), seed)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("umt_fast.weights")
 
-Kind = Literal["stage-1", "stage-2", "downstream", "classifier", "CLIP", "unknown"]
+Kind = Literal["stage-1", "stage-2", "downstream", "classifier", "detector", "CLIP", "unknown"]
 # Constant, and not in every file.
 _POSITION_IDS = "text_encoder.bert.embeddings.position_ids"
 
@@ -31,6 +31,7 @@ def kind_of(state: dict[str, Tensor]) -> Kind:
 
     `stage-1`: tower and alignment heads. `stage-2`: tower, text encoder, masked-language head. `downstream`: the same without
     that head and the alignment heads, as stage-2 models are after official fine-tuning. `classifier`: tower and head.
+    `detector`: the same with the tower's own norm, and none of its averaged tokens.
     """
     patch = "patch_embed.proj.weight"
     if f"vision_encoder.encoder.{patch}" in state:
@@ -38,7 +39,8 @@ def kind_of(state: dict[str, Tensor]) -> Kind:
     if f"encoder.{patch}" in state:
         return "stage-1"
     if patch in state:
-        return "classifier"
+        detects = {"norm.weight", "head.weight"} <= state.keys() and "fc_norm.weight" not in state
+        return "detector" if detects else "classifier"
     if "conv1.weight" in state or "visual.conv1.weight" in state:
         return "CLIP"
     return "unknown"
