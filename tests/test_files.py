@@ -1,6 +1,7 @@
 """Files are there as a whole or not at all: after a kill, on a full disk, and beside others who write them."""
 
 import os
+import pickle
 import shutil
 import stat
 import subprocess
@@ -72,8 +73,11 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_reason_is_told_where_it_cannot_begin(tmp_path: Path) -> None:
-    with pytest.raises(WriteError, match="none/a.json cannot be written: No such file or directory$"):
+    with pytest.raises(WriteError, match="none/a.json cannot be written: No such file or directory$") as caught:
         write_json(tmp_path / "none" / "a.json", 1)
+    # Ranks tell each other.
+    told = pickle.loads(pickle.dumps(caught.value))
+    assert str(told) == str(caught.value) and told.reason == "No such file or directory"
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])

@@ -17,12 +17,17 @@ log = logging.getLogger("umt_fast")
 
 
 class WriteError(OSError):
-    """A file that cannot be written; the message names it and the reason. What was there before is as it was."""
+    """A file that cannot be written; the message names it and the reason, as `reason` does alone. It is as it was before."""
 
-    def __init__(self, path: Path, error: BaseException) -> None:
+    reason = ""
+
+    @classmethod
+    def of(cls, path: Path, error: BaseException) -> WriteError:
         said = str(error).strip().splitlines()
-        self.reason = getattr(error, "strerror", None) or (said[-1] if said else type(error).__name__)
-        super().__init__(f"{path} cannot be written: {self.reason}")
+        reason = getattr(error, "strerror", None) or (said[-1] if said else type(error).__name__)
+        made = cls(f"{path} cannot be written: {reason}")
+        made.reason = reason
+        return made
 
 
 class LockedError(OSError):
@@ -56,7 +61,7 @@ def atomic_path(path: str | Path, *, shared: bool = False, errors: tuple[type[Ex
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, *errors)):
-            raise WriteError(path, error) from error
+            raise WriteError.of(path, error) from error
         raise
 
 

@@ -165,18 +165,21 @@ def test_in_the_background_older_checkpoints_go_when_the_newer_is_whole(
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [6] and not list(tmp_path.glob("*.partial"))
 
 
-def test_a_full_disk_in_the_background_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("last", [4, 6])
+def test_a_full_disk_in_the_background_is_told(last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next save, or by the end of the run."""
     write = FileSystemWriter.write_data
 
     def full(writer: FileSystemWriter, *given: Any) -> Any:
-        if "00000004" in str(writer.path):
+        if f"{last:08d}" in str(writer.path):
             raise OSError(28, "No space left on device")
         return write(writer, *given)
 
     monkeypatch.setattr(FileSystemWriter, "write_data", full)
-    with pytest.raises(checkpoint.CheckpointError, match="00000004.sharded cannot be written: .*No space left"):
+    with pytest.raises(checkpoint.CheckpointError, match=f"{last:08d}.sharded cannot be written: .*No space left"):
         train(tmp_path, checkpoint="sharded", save_every=2, max_steps=6, async_save=True)
-    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2] and not list(tmp_path.glob("*.partial"))
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == list(range(2, last, 2))
+    assert not list(tmp_path.glob("*.partial"))
 
 
 KILLED = """

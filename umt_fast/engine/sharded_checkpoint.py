@@ -161,7 +161,7 @@ class Save:
             shutil.rmtree(self.partial, ignore_errors=True)
         if not isinstance(error, (OSError, RuntimeError, CheckpointException)):
             raise error
-        reason = WriteError(self.path, error)
+        reason = WriteError.of(self.path, error)
         raise CheckpointError(f"checkpoint {reason}. Earlier checkpoints are whole; make room and run again") from error
 
 

@@ -99,7 +99,7 @@ def evaluate(
     # The first rank alone judges: all boxes of AVA's test set with all classes are millions of rows.
     judged = gather(judged)[0]
     if isinstance(judged, OSError):
-        raise DataError(f"{result} cannot be written: {judged}") from judged
+        raise DataError(str(judged)) from judged
     return judged
 
 
