@@ -6,8 +6,6 @@ All runs of two ranks happen once, in one launch (`every_run`), and the tests re
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tests.ranks import run_ranks
 from umt_fast.__main__ import main
 from umt_fast.config import (
     AlignConfig,
@@ -217,21 +216,11 @@ def every_run(out: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    script = out / "ranks.py"
-    script.write_text(
-        "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/engine']\n"
-        "from pathlib import Path\nfrom test_sharding import every_run\nevery_run(Path(sys.argv[1]))\n"
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from tests.engine.test_sharding import every_run\nevery_run(Path(sys.argv[1]))\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(out), str(REPOSITORY)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    (out / "stderr").write_text(done.stderr)
+    (out / "stderr").write_text(run_ranks(out / "ranks.py", program, out).stderr)
     return out
 
 
