@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tests.ranks import run_ranks
+from tests.small_models import small_text
 from umt_fast.__main__ import main
 from umt_fast.config import (
     AlignConfig,
@@ -25,7 +26,6 @@ from umt_fast.config import (
     Stage1Config,
     Stage2Config,
     TeacherConfig,
-    TextConfig,
     VitConfig,
 )
 from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
@@ -63,16 +63,7 @@ def stage1(run: RunConfig) -> nn.Module:
 
 
 def stage2(run: RunConfig) -> nn.Module:
-    text = TextConfig(
-        width=32,
-        depth=2,
-        fusion_layer=1,
-        num_heads=2,
-        vocab_size=20,
-        max_positions=8,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
+    text = small_text(depth=2, vocab_size=20)
     config = Stage2Config(
         run=run,
         student=VitConfig(**VIT),

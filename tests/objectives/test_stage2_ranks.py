@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tests.parity_files import parity_files
 from tests.ranks import run_ranks
-from umt_fast.config import Stage2Losses, TextConfig, VitConfig
+from tests.small_models import small_text
+from umt_fast.config import Stage2Losses, VitConfig
 from umt_fast.models.video_text import VideoText
 from umt_fast.tasks import video_text_losses as vision_text
 from umt_fast.tasks.video_text_losses import stage2_losses
@@ -21,16 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def small_model() -> VideoText:
     torch.manual_seed(3)
     vit = VitConfig(width=32, depth=2, num_heads=2, image_size=32, num_frames=2, drop_path=0.0)
-    text = TextConfig(
-        width=32,
-        depth=3,
-        fusion_layer=1,
-        num_heads=2,
-        vocab_size=50,
-        max_positions=8,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
+    text = small_text()
     return VideoText(vit, text, num_layers=2, output_dim=16, embed_dim=12)
 
 
