@@ -11,7 +11,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.process
 
 # What extras bring (pyproject.toml), by the name it is imported with.
-EXTRAS = ("av", "PIL", "tyro", "tensorboard", "open_clip", "transformers", "cv2", "torchvision", "timm", "nvidia.dali")
+EXTRAS = (
+    *("av", "PIL", "tyro", "tensorboard", "open_clip", "transformers", "cv2", "torchvision", "timm", "nvidia.dali"),
+    "matplotlib",
+)
 BLOCKED = """
 import builtins, os, sys
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -20,7 +23,7 @@ for name in BLOCKED:
 """
 # A lent GPU machine has torch, triton, transformers, numpy, pillow, safetensors and pytest alone. transformers needs
 # huggingface_hub itself: what our own files import of it is refused instead.
-LENT = ("open_clip", "av", "tyro", "tensorboard", "hypothesis", "nvidia.dali", "cv2", "torchvision")
+LENT = ("open_clip", "av", "tyro", "tensorboard", "hypothesis", "nvidia.dali", "cv2", "torchvision", "matplotlib")
 WITHOUT_HUB = """
 plain = builtins.__import__
 def checked(name, globals=None, *rest, **named):
