@@ -28,6 +28,7 @@ from umt_fast.models.weights import load_question
 from umt_fast.tasks.answering import answer_list, chooser, right_rows, shares_of
 from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
+from umt_fast.tasks.matching import whole_frames
 
 _IGNORED = -100
 
@@ -146,7 +147,7 @@ class AnswerValidation:
     def figures(self, objective: QuestionTuning) -> dict[str, float]:
         """The list of answers is prepared anew: it depends on the weights."""
         config, model = self.config, objective.model
-        whole = dataclasses.replace(config.data, augment="whole", flip=None, num_sample=1, reader="cpu")
+        whole = whole_frames(dataclasses.replace(config.data, flip=None, num_sample=1, reader="cpu"))
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=config.run.dtype == "bf16"):
             found = answer_list(
                 model,

@@ -226,6 +226,8 @@ class RetrievalTask:
         refuse("data.train", "retrieval reads caption lists: give them with --videos")
         refuse("data.root", "caption lists carry their folders: give LIST=FOLDER")
         refuse("data.separator data.frame_pattern", "caption lists have neither columns nor frame folders")
+        if not config.run.validate_epochs:
+            refuse("select_on_test", "run.validate_epochs is 0, so that nothing is judged during training")
         if not config.losses.vtc:
             refuse("losses.gather", "losses.vtc is 0, and no other loss gathers")
         require(
