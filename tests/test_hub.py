@@ -216,7 +216,7 @@ def test_a_pushed_repository_comes_back(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(hub_mixin, "HfApi", Api)
     assert model.push_to_hub("somebody/tiny") == "done"
     monkeypatch.setattr(hub_mixin, "hf_hub_download", lambda repo_id, filename, **options: str(remote / filename))
-    monkeypatch.setattr("umt_fast.pretrained.snapshot_download", lambda repo_id, **options: str(remote))
+    monkeypatch.setattr("umt_fast.pretrained.base.snapshot_download", lambda repo_id, **options: str(remote))
     assert umt_fast.from_pretrained("somebody/tiny", device="cpu").fingerprint() == model.fingerprint()
 
     def gone(*names: object, **options: object) -> str:

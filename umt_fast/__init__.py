@@ -16,22 +16,24 @@ if TYPE_CHECKING:
     from umt_fast.config import ConfigError
     from umt_fast.data.sources.clip import DataError
     from umt_fast.hub import from_pretrained, load_model, load_teacher
+    from umt_fast.models.outputs import Features, Predictions
     from umt_fast.models.weights import WeightsError
     from umt_fast.pretrained import (
+        Answer,
         ClassifierModel,
-        Features,
-        Predictions,
+        DetectorModel,
         PretrainedModel,
+        QuestionAnsweringModel,
         StudentModel,
         TunedVideoTextModel,
         VideoTextModel,
     )
-    from umt_fast.pretrained_detector import DetectorModel
     from umt_fast.zoo import list_models
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "ClassifierModel",
     "ConfigError",
     "DataError",
@@ -39,6 +41,7 @@ __all__ = [
     "Features",
     "Predictions",
     "PretrainedModel",
+    "QuestionAnsweringModel",
     "StudentModel",
     "TunedVideoTextModel",
     "VideoTextModel",
@@ -53,17 +56,18 @@ _MODULES = {
     "config": ("ConfigError",),
     "data.sources.clip": ("DataError",),
     "hub": ("from_pretrained", "load_model", "load_teacher"),
+    "models.outputs": ("Features", "Predictions"),
     "models.weights": ("WeightsError",),
     "pretrained": (
+        "Answer",
         "ClassifierModel",
-        "Features",
-        "Predictions",
+        "DetectorModel",
         "PretrainedModel",
+        "QuestionAnsweringModel",
         "StudentModel",
         "TunedVideoTextModel",
         "VideoTextModel",
     ),
-    "pretrained_detector": ("DetectorModel",),
     "zoo": ("list_models",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

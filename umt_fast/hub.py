@@ -15,7 +15,6 @@ from umt_fast.models.sizes import TEACHERS, teacher_size
 from umt_fast.models.teachers import Teacher, build_teacher
 from umt_fast.models.weights import WeightsError, WeightsFile, kind_of
 from umt_fast.pretrained import CONFIG, DTYPES, Dtype, PretrainedModel, build
-from umt_fast.pretrained_detector import DetectorModel  # noqa: F401, makes its task known
 from umt_fast.tasks.evaluate import read_checkpoint
 from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
 
@@ -26,6 +25,7 @@ _OFFICIAL = {"b16": 512, "l16": 768}
 _KINDS = {
     "pretraining": ("stage-1",),
     "video_text": ("stage-2", "downstream"),
+    "question_answering": ("question-answering",),
     "classification": ("classifier",),
     "retrieval": ("downstream", "stage-2"),
     "detection": ("detector",),
@@ -44,12 +44,11 @@ def load_model(
     num_classes: int | None = None,
     tokenizer: str | Path | None = None,
 ) -> PretrainedModel:
-    """A trained model, ready to be used: StudentModel, VideoTextModel or ClassifierModel (umt_fast/pretrained.py), or
-    DetectorModel (pretrained_detector.py).
+    """A trained model, ready to be used, of the class of its task (umt_fast/pretrained).
 
     Args:
         name: an architecture or a released file of list_models. None: the file says by itself what it is of.
-        weights: a checkpoint, converted or bare weights of ours, an official file of stage 1, stage 2 or a classifier, a folder
+        weights: a checkpoint, converted or bare weights of ours, an official file of stage 1, stage 2 or fine-tuned, a folder
             that save_pretrained wrote, or a released file by name, which is then fetched from Hugging Face. None: the released
             file that `name` is. `untrained`: random weights.
         device: `auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:1`, or a torch.device.
@@ -254,10 +253,10 @@ def _untrained(
     if classes:
         require(num_classes is not None and num_classes >= 1, f"an untrained {name} needs num_classes, at least 1")
         return described | {"num_classes": num_classes}
-    if "num_layers" in described:
-        described |= {"num_layers": 6, "output_dim": width}
+    own = {"num_layers": 6, "output_dim": width, "embed_dim": width}
+    described |= {name: value for name, value in own.items() if name in described}
     if "text" in described:
-        described |= {"embed_dim": width, "text": described["text"] | {"vocab_size": 30522, "max_positions": 512}}
+        described |= {"text": described["text"] | {"vocab_size": 30522, "max_positions": 512}}
     return described
 
 

@@ -18,6 +18,8 @@ REPOSITORY = "OpenGVLab/UMT"
 ARCHITECTURES: dict[str, str] = {
     "umt_b16": "stage 2, ViT-B/16 and BERT base: clips, texts, their similarity",
     "umt_l16": "stage 2, ViT-L/16 and BERT large: clips, texts, their similarity",
+    "umt_b16_qa": "question answering, ViT-B/16 and BERT base: answers to questions about clips",
+    "umt_l16_qa": "question answering, ViT-L/16 and BERT large: answers to questions about clips",
     "umt_b16_stage1": "stage 1, ViT-B/16: features of clips",
     "umt_l16_stage1": "stage 1, ViT-L/16: features of clips",
     "umt_b16_ft": "classifier, ViT-B/16",
@@ -128,7 +130,7 @@ def _retrieval(size: str, name: str, data: str, score: float, note: str = "") ->
 def _answers(size: str, name: str, data: str, score: float, note: str = "") -> ZooFile:
     return ZooFile(
         name=f"qa_{name}_{size}_25m",
-        model="",
+        model=f"umt_{size}_qa",
         task="question answering",
         data=data,
         frames=12,

@@ -27,6 +27,7 @@ from umt_fast.config.models import (
     TextConfig,
     VitConfig,
 )
+from umt_fast.config.question import QuestionConfig
 from umt_fast.config.retrieval import RetrievalConfig, RetrievalLosses
 from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
@@ -52,6 +53,7 @@ __all__ = [
     "OptimConfig",
     "RetrievalConfig",
     "RetrievalLosses",
+    "QuestionConfig",
     "RunConfig",
     "Stage1Config",
     "Stage2Config",

@@ -1,12 +1,14 @@
 """The kinds of training. Importing this package makes them known; see base.py."""
 
 from umt_fast.tasks import (  # one a line
+    answer,
     choosing,
     classification,
     classify,
     detect,
     detection,
     pretraining,
+    question_answering,
     recognition,
     retrieval_tuning,
     retrieve,
@@ -40,6 +42,7 @@ __all__ = [
     "Objective",
     "Task",
     "Validation",
+    "answer",
     "check_used",
     "choosing",
     "classification",
@@ -50,6 +53,7 @@ __all__ = [
     "evaluations_of",
     "pretraining",
     "recognition",
+    "question_answering",
     "register",
     "register_evaluation",
     "retrieval_tuning",

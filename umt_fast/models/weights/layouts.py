@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("umt_fast.weights")
 
-Kind = Literal["stage-1", "stage-2", "downstream", "classifier", "detector", "CLIP", "unknown"]
+Kind = Literal["stage-1", "stage-2", "downstream", "question-answering", "classifier", "detector", "CLIP", "unknown"]
 # Constant, and not in every file.
 _POSITION_IDS = "text_encoder.bert.embeddings.position_ids"
 
@@ -30,12 +30,15 @@ def kind_of(state: dict[str, Tensor]) -> Kind:
     """What a file holds, told by its keys.
 
     `stage-1`: tower and alignment heads. `stage-2`: tower, text encoder, masked-language head. `downstream`: the same without
-    that head and the alignment heads, as stage-2 models are after official fine-tuning. `classifier`: tower and head.
-    `detector`: the same with the tower's own norm, and none of its averaged tokens.
+    that head and the alignment heads, as stage-2 models are after official fine-tuning; `question-answering`: that, with a
+    decoder of answers and nothing to compare clips with texts. `classifier`: tower and head. `detector`: the same with the
+    tower's own norm, and none of its averaged tokens.
     """
     patch = "patch_embed.proj.weight"
     if f"vision_encoder.encoder.{patch}" in state:
-        return "downstream" if any(key.startswith("text_encoder.embeddings.") for key in state) else "stage-2"
+        if not any(key.startswith("text_encoder.embeddings.") for key in state):
+            return "stage-2"
+        return "question-answering" if any(key.startswith("text_decoder.") for key in state) else "downstream"
     if f"encoder.{patch}" in state:
         return "stage-1"
     if patch in state:

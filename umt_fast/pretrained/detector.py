@@ -19,7 +19,7 @@ from umt_fast.models.description import vit_config
 from umt_fast.models.detector import Detector
 from umt_fast.models.vit import VisionTransformer
 from umt_fast.models.weights import fit_detector
-from umt_fast.pretrained import CLASSES, PretrainedModel
+from umt_fast.pretrained.base import PretrainedModel
 
 
 class DetectorModel(PretrainedModel):
@@ -99,6 +99,3 @@ def _corners(boxes: np.ndarray | Tensor | list) -> Tensor:
         box = corners[wrong][0].tolist()
         raise DataError(f"a box is {box}; it must be finite, with left <= right and top <= bottom")
     return corners
-
-
-CLASSES[DetectorModel.task] = DetectorModel

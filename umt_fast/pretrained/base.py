@@ -22,24 +22,15 @@ from torch import Tensor, nn
 
 from umt_fast.config import ConfigError, DataConfig, require
 from umt_fast.data.loaders.given import Videos, pixels_of
-from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
-from umt_fast.data.sources.captions import clean_caption
+from umt_fast.data.loaders.tokens import load_tokenizer
 from umt_fast.data.sources.clip import DataError
 from umt_fast.engine.precision import device_of
 from umt_fast.files import write_json
-from umt_fast.models.classifier import Classifier
-from umt_fast.models.description import found_in, text_config, vit_config
-from umt_fast.models.downstream import RetrievalModel
-from umt_fast.models.outputs import Features, Predictions
-from umt_fast.models.student import Student
-from umt_fast.models.video_text import VideoText
-from umt_fast.models.vit import VisionTransformer, position_table
+from umt_fast.models.description import found_in, vit_config
+from umt_fast.models.outputs import Features
+from umt_fast.models.vit import VisionTransformer
 from umt_fast.models.weights import (
     WeightsError,
-    fit,
-    fit_classifier,
-    fit_retrieval,
-    fit_video_text,
     load_state,
     save_state,
 )
@@ -48,6 +39,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 Dtype = Literal["bf16", "fp32"] | torch.dtype
 DTYPES: dict[Any, str] = {torch.bfloat16: "bf16", torch.float32: "fp32", "bf16": "bf16", "fp32": "fp32"}
+
+CLASSES: dict[str, type[PretrainedModel]] = {}
+"""The model of each task, which its class statement puts here."""
 
 _CARD = """---
 {{ card_data }}
@@ -84,6 +78,11 @@ class PretrainedModel(
         self.network, self.description, self.compute, self.words = network, description, compute, words
         self.vit = vit_config(description)
         self.requires_grad_(False).eval()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.task:
+            CLASSES[cls.task] = cls
 
     @classmethod
     @abstractmethod
@@ -167,6 +166,22 @@ class PretrainedModel(
     def _grid(self, tokens: Tensor) -> Tensor:
         grid = self.tower.grid
         return tokens.float().unflatten(1, (grid.frames, grid.rows, grid.columns))
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of a model that reads texts, loaded when it is first needed."""
+        if "_loaded_words" not in self.__dict__:
+            require(
+                bool(self.words),
+                "which tokenizer this model was trained with is not known; give it: tokenizer= (search: --tokenizer)",
+            )
+            found, limit = load_tokenizer(self.words), self.description["text"]["vocab_size"]
+            require(
+                len(found) <= limit,
+                f"the tokenizer {self.words} has {len(found)} words, but the model knows {limit}; give its own",
+            )
+            self.__dict__["_loaded_words"] = found
+        return self.__dict__["_loaded_words"]
 
     # Folders and repositories
 
@@ -258,186 +273,6 @@ class PretrainedModel(
         model = build(described, state, str(folder / WEIGHTS), device=device, dtype=dtype, words=words)
         require(isinstance(model, cls), f"{model_id} is a {type(model).__name__}, no {cls.__name__}")
         return model
-
-
-class StudentModel(PretrainedModel):
-    """The student of stage 1. `pooled` is the plain mean of its tokens: stage 1 trains no norm of it."""
-
-    task = "pretraining"
-    network: Student
-
-    @classmethod
-    def empty(cls, description: dict[str, Any]) -> Student:
-        return Student(vit_config(description), description["num_layers"], description["output_dim"])
-
-    @classmethod
-    def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
-        fit(network, state, source)
-
-    @property
-    def tower(self) -> VisionTransformer:
-        return self.network.encoder
-
-    def _finish(self, last: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.tower.norm(last)
-        return tokens, tokens.mean(1)
-
-
-class ClassifierModel(PretrainedModel):
-    """A fine-tuned classifier: one centered view of each clip, as `eval` judges it."""
-
-    task = "classification"
-    network: Classifier
-
-    @classmethod
-    def empty(cls, description: dict[str, Any]) -> Classifier:
-        return Classifier(vit_config(description), description["num_classes"])
-
-    @classmethod
-    def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
-        with torch.no_grad():
-            fit_classifier(network, state, source)
-
-    @property
-    def tower(self) -> VisionTransformer:
-        return self.network
-
-    @torch.no_grad()
-    def logits(self, videos: Videos) -> Tensor:
-        """(B, K) logits; videos and errors as for features."""
-        with self._autocast():
-            return self.network(self.pixels(videos)).float()
-
-    def predict(self, videos: Videos, top: int = 5) -> Predictions:
-        """The `top` most probable classes of each clip, or all there are. Raises as features; ConfigError: top below 1."""
-        require(top >= 1, f"top is {top}; it must be at least 1")
-        shares, classes = self.logits(videos).softmax(1).topk(min(top, self.description["num_classes"]))
-        return Predictions(classes, shares)
-
-    def _finish(self, last: Tensor) -> tuple[Tensor, Tensor]:
-        return last, self.network.fc_norm(last.mean(1))
-
-    def _state(self) -> dict[str, Tensor]:
-        state, table = self.network.state_dict(), self.network.position
-        # A file's own position table is used as it is; it may differ from the one that the description makes.
-        own = torch.equal(table.cpu(), position_table(self.network.config))
-        return state if own else state | {"pos_embed": table[None]}
-
-
-class VideoTextModel(PretrainedModel):
-    """A stage-2 model: clips, texts, and how well they go together. `pooled` has gone through `pool_norm`."""
-
-    task = "video_text"
-    sampling, augment = "intervals", "whole"
-    network: VideoText
-
-    @classmethod
-    def empty(cls, description: dict[str, Any]) -> VideoText:
-        sizes = {name: description[name] for name in ("num_layers", "output_dim", "embed_dim")}
-        return VideoText(vit_config(description), text_config(description), **sizes)
-
-    @classmethod
-    def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
-        fit_video_text(network, state, source)
-
-    @property
-    def tower(self) -> VisionTransformer:
-        return self.network.vision_encoder.encoder
-
-    def _finish(self, last: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = self.tower.norm(last)
-        return tokens, self.network.vision_encoder.pool(tokens)[:, 0]
-
-    def _embedding(self, tokens: Tensor) -> Tensor:
-        return self.network.project_vision(self.network.vision_encoder.pool(tokens, self.tower.grid.frames))
-
-    @torch.no_grad()
-    def vectors(self, videos: Videos) -> dict[str, Tensor]:
-        with self._autocast():
-            tokens, pooled = self._finish(self._outputs(self.pixels(videos), 1)[-1])
-            return {"pooled": pooled.float(), "embedding": self._embedding(tokens)}
-
-    def encode_video(self, videos: Videos) -> Tensor:
-        """(B, E), as retrieval compares them: unit vectors of the frames, averaged. videos and errors as for features."""
-        return self.vectors(videos)["embedding"]
-
-    @torch.no_grad()
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """(N, E) unit vectors of the texts, cleaned as captions are.
-
-        Raises:
-            ConfigError: no tokenizer is known, or not the model's; one text in place of a list.
-            DataError: an empty list, a text without a word, a tokenizer that cannot be had.
-        """
-        with self._autocast():
-            return self.network.project_text(self._read(texts)[0])
-
-    def similarity(self, videos: Videos, texts: Sequence[str]) -> Tensor:
-        """(B, N): products of the embeddings, the score that retrieval ranks by first. Raises as the two encoders."""
-        return self.encode_video(videos) @ self.encode_text(texts).t()
-
-    @torch.no_grad()
-    def match(self, videos: Videos, texts: Sequence[str]) -> Tensor:
-        """(B, N): logits of the matching head, by which retrieval re-ranks. Every pair goes through the fusion layers."""
-        text = self.network.text_encoder
-        with self._autocast():
-            hidden, mask = self._read(texts)
-            rows = []
-            for clip in self._finish(self._outputs(self.pixels(videos), 1)[-1])[0].split(1):
-                fused = text.fuse(hidden[:, None], mask[:, None], text.clip_keys(clip))
-                rows.append(self.network.match(fused[:, 0])[:, 1].float())
-        return torch.stack(rows)
-
-    def _read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Text layers' outputs (N, l, W) and mask (N, l)."""
-        require(not isinstance(texts, str), f"texts is one text, {str(texts)[:60]!r}; give a list of texts")
-        cleaned = [clean_caption(text) for text in texts]
-        if not cleaned:
-            raise DataError("no texts: the list is empty; give at least one")
-        wordless = next((text for text, clean in zip(texts, cleaned, strict=True) if not clean.strip()), None)
-        if wordless is not None:
-            raise DataError(f"the text {wordless!r} has no word; leave it out")
-        described = self.description
-        tokens = Tokens(cleaned, self.tokenizer, max_length=described["max_length"], sep=described["sep_token"])
-        ids, mask = (part.to(self.device) for part in tokens[torch.arange(len(cleaned))])
-        return self.network.text_encoder.encode(ids, mask), mask
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer, loaded when it is first needed."""
-        if "_loaded_words" not in self.__dict__:
-            require(
-                bool(self.words),
-                "which tokenizer this model was trained with is not known; give it: tokenizer= (search: --tokenizer)",
-            )
-            found, limit = load_tokenizer(self.words), self.description["text"]["vocab_size"]
-            require(
-                len(found) <= limit,
-                f"the tokenizer {self.words} has {len(found)} words, but the model knows {limit}; give its own",
-            )
-            self.__dict__["_loaded_words"] = found
-        return self.__dict__["_loaded_words"]
-
-
-class TunedVideoTextModel(VideoTextModel):
-    """A stage-2 model fine-tuned for retrieval: the same, without the heads that only stage 2 trains."""
-
-    task = "retrieval"
-    network: RetrievalModel
-
-    @classmethod
-    def empty(cls, description: dict[str, Any]) -> RetrievalModel:
-        return RetrievalModel(vit_config(description), text_config(description), embed_dim=description["embed_dim"])
-
-    @classmethod
-    def fill(cls, network: nn.Module, state: dict[str, Tensor], source: str) -> None:
-        fit_retrieval(network, state, source)
-
-
-CLASSES: dict[str, type[PretrainedModel]] = {
-    cls.task: cls for cls in (StudentModel, VideoTextModel, TunedVideoTextModel, ClassifierModel)
-}
-"""By task; pretrained_detector adds its own."""
 
 
 def build(
