@@ -17,7 +17,9 @@ DEFAULT = "motions"
 def motions() -> DetectionConfig:
     """Four frames, four apart, around the middle of a clip of two seconds; no mirror, which would turn left into right."""
     return DetectionConfig(
-        run=RunConfig(batch_size=16, epochs=15, warmup_epochs=2, dtype="fp32", log_every=30, keep=1, tensorboard=False),
+        run=RunConfig(
+            batch_size=16, epochs=4, warmup_epochs=0.5, dtype="fp32", log_every=30, keep=1, tensorboard=False
+        ),
         data=DataConfig(workers=1),
         clips=KeyFrameConfig(
             movies="whole",

@@ -46,6 +46,14 @@ def ends(leader: int, seconds: float = 30.0) -> bool:
     return not group(leader)
 
 
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C: the process says one line, and its whole group ends."""
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and said.splitlines() == ["umt_fast: interrupted"], said
+    assert ends(process.pid)
+
+
 @contextmanager
 def under_way(command: str, tiny_list: Path) -> Iterator[subprocess.Popen]:
     """The command on a list that takes long, in a process group of its own, its workers at work."""
@@ -70,10 +78,7 @@ def under_way(command: str, tiny_list: Path) -> Iterator[subprocess.Popen]:
 @pytest.mark.parametrize("command", ["scan", "prepare"])
 def test_ctrl_c_is_one_line_and_ends_everything(command: str, tiny_list: Path) -> None:
     with under_way(command, tiny_list) as process:
-        os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode == 130 and said.splitlines() == ["umt_fast: interrupted"], said
-        assert ends(process.pid)
+        interrupt(process)
 
 
 @pytest.mark.slow
@@ -128,10 +133,7 @@ def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
     ) as process:
         process.stdout.readline()
         time.sleep(1)  # the server is importing torch, which takes seconds
-        os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode == 130 and said.splitlines() == ["umt_fast: interrupted"], said
-        assert ends(process.pid)
+        interrupt(process)
 
 
 @pytest.mark.slow
