@@ -72,7 +72,7 @@ class _Blocks:
     """Scores of queries (Q, E) on a device, block by block of items: pairs of the first item and (Q, b); many times over."""
 
     def __init__(self, queries: Tensor, items: Tensor, *, cosine: bool = False) -> None:
-        """cosine: items are brought to unit length, a block at a time."""
+        """cosine: scores are divided by the lengths of items."""
         self.queries, self.items, self.cosine = queries, items, cosine
         self.held = list(self._computed()) if len(items) <= _ITEMS else None
 
@@ -82,7 +82,9 @@ class _Blocks:
     def _computed(self) -> Iterator[tuple[int, Tensor]]:
         for first in range(0, len(self.items), _ITEMS):
             block = self.items[first : first + _ITEMS].to(self.queries.device)
-            yield first, self.queries @ (F.normalize(block, dim=1) if self.cosine else block).t()
+            scores = self.queries @ block.t()
+            # Dividing the few scores copies no items, as bringing these to unit length would.
+            yield first, scores / block.norm(dim=1).clamp_min(1e-12) if self.cosine else scores
 
 
 def nearest(
