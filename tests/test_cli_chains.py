@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_cli import at_repository as at_repository
+from tests.test_cli import fails
 from umt_fast.__main__ import main
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = "tests/assets/tiny.py"
-LONG = "/folder" * 30  # longer than a line of a terminal
-from tests.test_cli import at_repository as at_repository
-from tests.test_cli import fails
 
 
 @pytest.mark.process
