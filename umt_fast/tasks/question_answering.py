@@ -123,15 +123,10 @@ class QuestionTuning(nn.Module):
         return {"loss": (batch["answer_weights"] * losses).sum() / len(batch["video"])}
 
     def flops_per_clip(self) -> float:
-        """Matrix-product FLOPs of a clip, its question and its answers, forward and backward (see models/flops.py)."""
-        vit, text, w, length, n = self.vit, self.text, self.text.width, self.max_length, flops.grid_of(self.vit).size
-        above, each = text.depth - text.fusion_layer, self.max_answer - 1
-        answer = self.answers * each
-        own = text.depth * (24 * length * w * w + 4 * length * length * w)
-        own += above * (4 * length * w * w + 4 * length * n * w + 4 * n * vit.width * w)
-        own += above * (28 * answer * w * w + 4 * answer * each * w + 4 * length * w * w + 4 * answer * length * w)
-        own += 2 * answer * (w * w + w * text.vocab_size)
-        return flops.tower_flops(vit, n, num_layers=0, output_dim=0) + 3 * own
+        """Matrix-product FLOPs of a clip, its question and its answers, forward and backward."""
+        return flops.question_flops(
+            self.vit, self.text, length=self.max_length, answers=self.answers, answer=self.max_answer - 1
+        )
 
 
 class AnswerValidation:
