@@ -7,7 +7,7 @@
 
 `bash recipes/quickstart_motions.sh` trains them from pre-training and from scratch, with three seeds, and prints the frame mAP
 of each on 480 unseen clips with 1158 boxes. After one pre-training three seeds gave 56.3, 61.1 and 53.0 from pre-training,
-and 29.9, 29.0 and 29.0 for `still` from pre-training; one seed gave 46.9 from scratch. Guessing gives about 25.
+and 29.9, 29.0 and 29.0 for `still` from pre-training; two seeds gave 46.9 and 42.2 from scratch. Guessing gives about 25.
 """
 
 from umt_fast.config import DataConfig, DetectionConfig, KeyFrameConfig, OptimConfig, RunConfig, VitConfig
