@@ -96,8 +96,6 @@ def test_models_alone(tmp_path: Path) -> None:
     """torch, triton, numpy, safetensors and huggingface_hub are enough for models on decoded frames; the rest is named."""
     program = f"""
 import json, torch, umt_fast
-from umt_fast.models.description import complete
-from umt_fast.pretrained import build
 frames = torch.zeros(2, 8, 32, 32, 3, dtype=torch.uint8)
 said = {{}}
 def refused(name, call):

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from umt_fast import __main__ as command_line
+from umt_fast.cli import main as command_line
 
 pytestmark = pytest.mark.process
 
@@ -108,7 +109,7 @@ def test_ctrl_c_while_a_command_starts(module: str, tmp_path: Path) -> None:
 def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
     program = (
         "import sys\n"
-        "from umt_fast import __main__ as command_line\n"
+        "from umt_fast.cli import data, main as command_line\n"
         "from umt_fast import interrupts\n"
         "from umt_fast import workers\n"
         "def scan(rest):\n"
@@ -117,7 +118,7 @@ def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
         "    with workers.worker_pool(1, 'umt_fast.data.loaders.captions') as pool:\n"
         "        pool.submit(abs, 1).result()\n"
         "        raise AssertionError('not interrupted')\n"
-        "command_line.COMMANDS['scan'] = scan\n"
+        "data.scan = scan\n"
         "if __name__ == '__main__':\n"
         "    sys.exit(command_line.main(['scan']))\n"
     )
@@ -149,6 +150,7 @@ def test_ctrl_c_in_every_command(name: str, monkeypatch: pytest.MonkeyPatch, cap
     def interrupted(rest: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(command_line.COMMANDS, name, interrupted)
+    module = SimpleNamespace(**{command_line.COMMANDS[name].partition(".")[2]: interrupted})
+    monkeypatch.setattr(command_line.importlib, "import_module", lambda _: module)
     assert command_line.main([name]) == 130
     assert capsys.readouterr().err == "umt_fast: interrupted\n"
