@@ -105,6 +105,8 @@ class Work:
     trained: int
     frozen: int
     activation_bytes: float
+    views: int = 1
+    """How often the trained tower sees each clip in a step."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,11 @@ def work_of(config: Any) -> Work:
     kept = vit.depth - vit.checkpoint_blocks
     per_token = kept * ACTIVATION_BYTES * vit.width + vit.checkpoint_blocks * 4 * vit.width
     # Two thirds of what is trained is backward; the blocks' products stand for the rest in proportion.
-    n = task_of(config).visible_tokens(config)
+    n, views = task_of(config).visible_tokens(config), getattr(objective, "views_per_clip", 1)
     span = n if vit.attention == "joint" else n // (vit.num_frames // vit.tubelet_size)
     block = n * vit.width**2 * (8 + 4 * vit.mlp_ratio) + 4 * n * span * vit.width
-    backward = min(1.0, 2 * vit.depth * block / flops)
-    return Work(flops, backward, trained, frozen, n * per_token)
+    backward = min(1.0, 2 * vit.depth * views * block / flops)
+    return Work(flops, backward, trained, frozen, views * n * per_token, views)
 
 
 def project(
@@ -260,6 +262,8 @@ def report(name: str, config: Any, options: PlanOptions) -> str:
         ("decode", "beside the rest"),
     ):
         lines.append(f"  {part:<8}{1e3 * found.seconds[part]:8.0f} ms  {note}")
+    if work.views > 1:
+        lines.insert(2, f"{rate * work.views:.0f} views/s: the student sees each clip {work.views} times in a step")
     room = (
         "fits"
         if found.fits

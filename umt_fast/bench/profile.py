@@ -5,7 +5,7 @@ run. FLOPs and bytes are counted from shapes: matrix products, and what these an
 when every elementwise operation is fused into a neighbor. The parts are timed eagerly within whole steps, the device
 waited for at each boundary.
 
-Legend: B clips, T frames, L patches a frame, N = T * L, n visible tokens a clip, C width, K aligned layers, D output width.
+Legend: B clips, T frames, L patches a frame, N = T * L, n visible tokens a view, C width, K aligned layers, D output width.
 """
 
 from __future__ import annotations
@@ -46,19 +46,21 @@ def costs(config: Stage1Config, trained: int) -> dict[str, Cost]:
     grid = TokenGrid.of(
         num_frames=vit.num_frames, tubelet_size=vit.tubelet_size, image_size=vit.image_size, patch_size=vit.patch_size
     )
-    n = visible_per_clip(config.mask.kind, grid, config.mask.ratio)
+    n, views = visible_per_clip(config.mask.kind, grid, config.mask.ratio), config.mask.per_clip
     size = 2 if config.run.dtype == "bf16" else 4
     c, d, frames = clip.width, clip.output_dim, grid.frames
-    tokens, kept = grid.per_frame + 1, n / frames
+    tokens, kept = grid.per_frame + 1, views * n / frames
     rows, patch = batch * frames * tokens, 3 * vit.tubelet_size * clip.patch_size**2
     teacher_weight = size if clip.precision == "native" else 1
     inner = clip.depth - 1
-    # Keys and values of all tokens, the rest for those kept, and the class token's attention that draws them.
+    # Keys and values of all tokens, the rest for those kept (all, where views see more than there are), and the class token's
+    # attention that draws them.
+    done = kept if views == 1 or kept < grid.per_frame else tokens
     last = (
-        batch * frames * (tokens * c * c * 4 + kept * c * c * 20 + 4 * kept * tokens * c + 2 * c * c + 2 * tokens * c)
+        batch * frames * (tokens * c * c * 4 + done * c * c * 20 + 4 * done * tokens * c + 2 * c * c + 2 * tokens * c)
     )
     width, student_patch = vit.width, 3 * vit.tubelet_size * vit.patch_size**2
-    seen, span = batch * n, n if vit.attention == "joint" else n // frames
+    seen, span = batch * views * n, n if vit.attention == "joint" else n // frames
     block = Cost(
         seen * width * (width * (8 + 4 * vit.mlp_ratio) + 4 * span),
         size * (seen * BLOCK_TRAFFIC * width + (4 + 2 * vit.mlp_ratio) * width**2),

@@ -40,16 +40,18 @@ def tower_flops(vit: VitConfig, visible: int, *, num_layers: int, output_dim: in
 def teacher_flops(
     clip: TeacherConfig, vit: VitConfig, mask: MaskConfig, *, num_layers: int, with_image: bool = False
 ) -> float:
-    """The frozen CLIP tower over a clip: targets of num_layers blocks (0: none) at the visible tokens, and the draw's own."""
+    """The frozen CLIP tower over a clip: targets of num_layers blocks (0: none) at the visible tokens of each of
+    mask.per_clip views, and the draw's own."""
     grid, c = grid_of(vit), clip.width
     tokens = grid.per_frame + 1
     whole = 24 * tokens * c * c + 4 * tokens * tokens * c
-    kept = visible_of(vit, mask) / grid.frames
+    kept = mask.per_clip * visible_of(vit, mask) / grid.frames
     # Keys and values of all tokens; queries, attention, projection and MLP of the visible ones. Frames of a `random` mask
-    # differ in those, and are finished whole.
+    # differ in those, and are finished whole; so are those whose views see more tokens than there are.
     last = 4 * tokens * c * c
     if num_layers:
-        last = last + kept * (20 * c * c + 4 * tokens * c) if mask.kind != "random" else whole
+        by_token = mask.kind != "random" and (mask.per_clip == 1 or kept < grid.per_frame)
+        last = last + kept * (20 * c * c + 4 * tokens * c) if by_token else whole
     if mask.kind == "semantic":
         last += 2 * c * c + 2 * tokens * c
     if with_image:

@@ -52,7 +52,8 @@ class Student(nn.Module):
         return torch.stack([head.norm.bias for head in self.clip_decoder])
 
     def forward(self, video: Tensor, visible: Tensor) -> Tensor:
-        """(K, B, n, D) outputs of the heads before their LayerNorm; see VisionTransformer.forward for the arguments."""
+        """(K, B, n, D) outputs of the heads before their LayerNorm, or (K, B * M, n, D) of M views of each clip; see
+        VisionTransformer.forward for the arguments."""
         features = self.encoder(video, visible, len(self.clip_decoder))
         position = self.position[visible]
         return self.heads(features, position, self.encoder.norm)

@@ -250,6 +250,7 @@ class VisionTransformer(nn.Module):
 
         video: uint8 (B, T, H, W, 3) or normalized floating (B, 3, T, H, W). visible: int32 (B, n) ascending flat
         indices, or None for all N. With spatial attention every frame must have the same number of visible tokens.
+        visible may also be (B * M, n), M views of each clip, the views of a clip side by side: outputs are then (B * M, n, C).
         """
         visible = self.all_visible(video.shape[0]) if visible is None else visible
         x = self._tokens(video, visible)
@@ -270,8 +271,9 @@ class VisionTransformer(nn.Module):
         return self._blocks(torch.cat([x.flatten(0, 1) for x in tokens]), num_layers, packing), packing
 
     def _tokens(self, video: Tensor, visible: Tensor) -> Tensor:
-        # The fp32 table keeps the residual stream fp32 under autocast.
-        return self.patch_embed(video, visible) + self.position[visible]
+        # All views of a clip are read from the same pixels. The fp32 table keeps the residual stream fp32 under autocast.
+        tokens = self.patch_embed(video, visible.reshape(video.shape[0], -1))
+        return tokens.view(*visible.shape, -1) + self.position[visible]
 
     def _blocks(self, x: Tensor, num_layers: int, packing: Packing | None = None) -> list[Tensor]:
         features = []

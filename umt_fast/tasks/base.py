@@ -121,7 +121,7 @@ class Task(Protocol, Generic[C]):
         """Clips of an epoch and where that number is from, for plans; None: only the user knows."""
 
     def visible_tokens(self, config: C) -> int:
-        """Tokens of a clip that the trained tower sees."""
+        """Tokens of a clip that the trained tower sees at a time: of one view, where it sees several."""
 
     def describe(self, config: C) -> dict[str, Any]:
         """What a file of these weights is of, as plain values; see models/description.py."""

@@ -60,7 +60,8 @@ class UnmaskedAlignment(nn.Module):
             seed: int64 (1,) on the device; decides the mask.
 
         Returns:
-            fp32 device scalars: `loss`, and `loss_layer_{k}` (detached), k counting from the shallowest aligned layer.
+            fp32 device scalars: `loss`, the mean over clips and their mask.per_clip views, and `loss_layer_{k}` (detached),
+            k counting from the shallowest aligned layer.
         """
         video, align = batch["video"], self.config.align
         target = self.teacher(video, self.config.mask, seed)
@@ -77,17 +78,23 @@ class UnmaskedAlignment(nn.Module):
         )
         return {"loss": layers.mean()} | {f"loss_layer_{k}": layer for k, layer in enumerate(layers.detach())}
 
+    @property
+    def views_per_clip(self) -> int:
+        """How often the student sees each clip in a step."""
+        return self.config.mask.per_clip
+
     def flops_per_clip(self) -> float:
         """Matrix-product FLOPs this objective spends on a clip."""
         return self.flops_of(self.config)
 
     @staticmethod
     def flops_of(config: Stage1Config) -> float:
-        """Matrix-product FLOPs of a clip: teacher forward, student forward and backward (three times forward)."""
+        """Matrix-product FLOPs of a clip: teacher forward, student forward and backward (three times forward) of every
+        view."""
         vit, layers = config.student, config.align.num_layers
         visible = flops.visible_of(vit, config.mask)
         student = flops.tower_flops(vit, visible, num_layers=layers, output_dim=config.teacher.output_dim)
-        return student + flops.teacher_flops(config.teacher, vit, config.mask, num_layers=layers)
+        return config.mask.per_clip * student + flops.teacher_flops(config.teacher, vit, config.mask, num_layers=layers)
 
 
 class Pretraining:

@@ -1,7 +1,7 @@
 """The frozen CLIP visual tower, computing only what pre-training uses.
 
-Legend: R = B * T frames, L patch tokens per frame, m visible tokens per frame, n = T * m per clip, C width, K layers,
-D output width. Parameter names are those of OpenAI CLIP's `visual.` part.
+Legend: R = B * T frames, L patch tokens per frame, m visible tokens per frame, n = T * m per view, M views (masks) of a clip,
+C width, K layers, D output width. Parameter names are those of OpenAI CLIP's `visual.` part.
 
 What it leaves out of the textbook forward (all of it exact): the last block's attention map except the class token's
 row; that block's queries, output projection and MLP at hidden tokens; ln_post and the projection at hidden tokens of all
@@ -18,15 +18,16 @@ from torch import Tensor, nn
 
 import kernels
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, TeacherConfig, TeacherPrecision
-from umt_fast.masking import TokenGrid, draw_uniform, flatten_frames, num_visible
+from umt_fast.masking import TokenGrid, draw_uniform, flatten_frames, num_visible, seed_of_view
 from umt_fast.models.attention import Attends
 from umt_fast.models.resize import bicubic
 from umt_fast.models.teachers.quantized import QuantizedLinear
 
 
 class TeacherOutput(NamedTuple):
-    """visible: int32 (B, n) ascending flat indices. targets: (K, B, n, D) projected, not normalized. image: fp32 (B, D),
-    CLIP's own unit image embeddings averaged over frames. The last two where they were asked for."""
+    """visible: int32 (B * M, n) ascending flat indices, the M views of a clip side by side. targets: (K, B * M, n, D)
+    projected, not normalized. image: fp32 (B, D), CLIP's own unit image embeddings averaged over frames. The last two where
+    they were asked for."""
 
     visible: Tensor
     targets: Tensor | None
@@ -209,7 +210,7 @@ class ClipTeacher(nn.Module):
         Args:
             video: uint8 (B, T, H, W, 3), or ImageNet-normalized (B, 3, T, H, W); CLIP is fed ImageNet statistics, as in
                 the official code.
-            mask: which tokens stay visible.
+            mask: which tokens stay visible, and in how many views of each clip.
             seed: int64 (1,) on the video's device.
             with_image: give the image embedding too.
             with_targets: give the targets; without them only the mask is drawn.
@@ -227,15 +228,22 @@ class ClipTeacher(nn.Module):
                 features.append(x)
         y = last.ln_1(x)
         k, v = last.attn.project(y, slice(1, 3))
+        seeds = [seed_of_view(seed, view) for view in range(mask.per_clip)]
         if mask.kind == "semantic":
             (q,) = last.attn.project(y[:, 0], slice(0, 1))
-            kept = kernels.semantic_mask(q, k.transpose(1, 2), num_visible(per_frame, mask.ratio), seed)
-            visible = flatten_frames(kept, frames, per_frame)
+            m, several = num_visible(per_frame, mask.ratio), len(seeds) > 1
+            first = kernels.semantic_mask(q, k.transpose(1, 2), m, seed, return_scores=several)
+            kept, scores = first if several else (first, None)
+            drawn = [kept, *(kernels.sample_visible(scores, m, other) for other in seeds[1:])]
+            drawn = [flatten_frames(kept, frames, per_frame) for kept in drawn]
         else:
-            visible = draw_uniform(mask.kind, batch, TokenGrid(frames, side, side), mask.ratio, seed)
+            grid = TokenGrid(frames, side, side)
+            drawn = [draw_uniform(mask.kind, batch, grid, mask.ratio, each) for each in seeds]
+        visible = drawn[0] if len(drawn) == 1 else torch.stack(drawn, 1).flatten(0, 1)
         targets = None
         if with_targets:
-            targets = self.targets_at(visible, x, y, k, v, features, rectangular=mask.kind != "random")
+            rectangular = mask.kind != "random"
+            targets = self.targets_at(visible, x, y, k, v, features, views=len(seeds), rectangular=rectangular)
         return TeacherOutput(visible, targets, self._image(x, y, k, v, frames) if with_image else None)
 
     def _image(self, x: Tensor, y: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
@@ -246,29 +254,49 @@ class ClipTeacher(nn.Module):
         return F.normalize(found.float(), dim=-1).view(-1, frames, found.shape[-1]).mean(1)
 
     def targets_at(
-        self, visible: Tensor, x: Tensor, y: Tensor, k: Tensor, v: Tensor, features: list[Tensor], *, rectangular: bool
+        self,
+        visible: Tensor,
+        x: Tensor,
+        y: Tensor,
+        k: Tensor,
+        v: Tensor,
+        features: list[Tensor],
+        *,
+        views: int = 1,
+        rectangular: bool,
     ) -> Tensor:
-        """Targets (K, B, n, D) at visible (B, n), from the last block's input x, its norm y, its keys and values.
+        """Targets (K, B * M, n, D) at visible (B * M, n), from the last block's input x, its norm y, its keys and values.
 
         rectangular: every frame has the same number of visible tokens. Otherwise frames differ, no batch of queries
-        per frame is rectangular, and the last block is finished for all tokens.
+        per frame is rectangular, and the last block is finished for all tokens; so it is where views see more than there are.
         """
         last = self.blocks[-1]
-        batch, n = visible.shape
+        batch, n = visible.shape[0] // views, visible.shape[1]
         frames, per_frame = x.shape[0] // batch, x.shape[1] - 1
-        if rectangular:
+        if rectangular and views == 1:
             kept = visible.view(x.shape[0], -1) % per_frame + 1
             (q,) = last.attn.project(kernels.token_gather(y, kept), slice(0, 1))
             rows = [self._normed(feature, kept) for feature in features]
             rows.append(self.ln_post(last.finish(kernels.token_gather(x, kept), q, k, v)))
         else:
-            (q,) = last.attn.project(y, slice(0, 1))
             # Past one class token per frame, flat indices move on by the frame's number plus one.
-            kept = visible + visible // per_frame + 1
-            whole = [*features, last.finish(x, q, k, v)]
-            rows = [self._normed(feature.view(batch, frames * (per_frame + 1), -1), kept) for feature in whole]
+            kept = (visible + visible // per_frame + 1).view(batch, -1)
+            rows = [self._normed(feature.view(batch, frames * (per_frame + 1), -1), kept) for feature in features]
+            if rectangular and views * n < frames * per_frame:
+                # Frame by frame the tokens of all its views; from (B, T, M, m) back to the views' order on the way.
+                by_frame = visible.view(batch, views, frames, -1).transpose(1, 2)
+                flat = by_frame.flatten(2).flatten(0, 1) % per_frame + 1
+                (q,) = last.attn.project(kernels.token_gather(y, flat), slice(0, 1))
+                done = last.finish(kernels.token_gather(x, flat), q, k, v).view(batch, views * n, -1)
+                order = torch.arange(views * n, dtype=torch.int32, device=x.device)
+                order = order.view(frames, views, -1).transpose(0, 1).reshape(1, -1).expand(batch, -1)
+                rows.append(self._normed(done, order))
+            else:
+                (q,) = last.attn.project(y, slice(0, 1))
+                done = last.finish(x, q, k, v).view(batch, frames * (per_frame + 1), -1)
+                rows.append(self._normed(done, kept))
         # Of matrices, a compiler lets the products write their rows of the result, and copies none.
-        return torch.cat([row.flatten(0, 1) @ self.proj for row in rows]).view(len(rows), batch, n, -1)
+        return torch.cat([row.flatten(0, 1) @ self.proj for row in rows]).view(len(rows), batch * views, n, -1)
 
     def _normed(self, feature: Tensor, kept: Tensor) -> Tensor:
         """ln_post of the kept rows of intermediate features."""
