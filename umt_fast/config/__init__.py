@@ -26,7 +26,7 @@ from umt_fast.config.models import (
     TextConfig,
     VitConfig,
 )
-from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, OptimConfig, RunConfig
+from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, LinearBackend, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "DataConfig",
     "Dtype",
     "FinetuneConfig",
+    "LinearBackend",
     "MaskConfig",
     "MaskKind",
     "OptimConfig",

@@ -49,7 +49,8 @@ def shortlist(space: list[Candidate], given: Candidate, mode: Mode) -> list[Cand
     """The candidates to measure, the given one first.
 
     space: all that is possible, `given` (what the configuration says) among them. `full` takes it all; `fast` at most
-    MAX_FAST: compiled, that with a CUDA graph, its other teacher precisions, a CUDA graph alone, its other attention backends.
+    MAX_FAST: compiled, that with a CUDA graph, its other teacher precisions, its fused linear layers, a CUDA graph alone, its
+    other attention backends.
     """
     rest = [candidate for candidate in space if candidate != given]
     if mode == "full":
@@ -68,7 +69,7 @@ def shortlist(space: list[Candidate], given: Candidate, mode: Mode) -> list[Cand
         if changed <= {"compile", "cuda_graph"}:
             return {2: 1, 3: 2, 1: 4}.get(way(candidate), 0)
         if way(candidate) == last and len(changed - {"compile", "cuda_graph"}) == 1:
-            return 3 if "precision" in changed else 5
+            return 3 if "precision" in changed else 3.5 if "linear" in changed else 5
         return None
 
     listed = [candidate for candidate in rest if turn(candidate) is not None]

@@ -180,5 +180,8 @@ def check_used(config: Any, world_size: int) -> None:
     """Raises ConfigError for an option set away from its default that a run on world_size ranks would not read."""
     refuse = refuser(config)
     refuse_unread(config, refuse, world_size)
-    task_of(config).refuse_unread(config, refuse, world_size)
+    task = task_of(config)
+    if not getattr(task, "fuses_linear", False):
+        refuse("run.linear", f"only stage 1 has products that carry what follows them, not task {task.name}")
+    task.refuse_unread(config, refuse, world_size)
     config.data.require_used()

@@ -19,6 +19,7 @@ from umt_fast.engine.precision import pick_device
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description
+from umt_fast.models.linear import use_linear
 from umt_fast.models.student import Student
 from umt_fast.models.teachers.clip import ClipTeacher
 from umt_fast.models.teachers.quantized import require_precision
@@ -39,6 +40,8 @@ class UnmaskedAlignment(nn.Module):
         load_teacher(self.teacher, config.teacher)
         if config.init:
             load_student(self.student, config.init)
+        dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
+        use_linear(self, config.run.linear, dtype)
         if config.run.dtype == "bf16":
             self.teacher.compute_in(torch.bfloat16)
         use_attention(self, config.run.attention)
@@ -102,6 +105,7 @@ class Pretraining:
 
     name = "pretraining"
     Config = Stage1Config
+    fuses_linear = True
 
     def settled(self, config: Stage1Config) -> Stage1Config:
         require_precision(config.teacher, pick_device(config.run.device))

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels import library
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, TeacherConfig, TeacherPrecision
 from umt_fast.masking import TokenGrid, draw_uniform, flatten_frames, num_visible, seed_of_view
 from umt_fast.models.attention import Attends
+from umt_fast.models.linear import Multiplies
 from umt_fast.models.resize import bicubic
 from umt_fast.models.teachers.quantized import QuantizedLinear
 
@@ -42,6 +44,8 @@ class LayerNorm(nn.LayerNorm):
         if x.is_cuda and x.dtype != torch.float32 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             rows = x.reshape(-1, *x.shape[-2:])
             return kernels.gather_norm(rows, None, self.weight, self.bias, eps=self.eps).view(x.shape)
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            return super().forward(x)  # one pass, its statistics in fp32 too
         return super().forward(x.float()).to(x.dtype)
 
 
@@ -64,7 +68,11 @@ class Attention(Attends):
             out = self.in_proj(x)
         else:
             rows = slice(parts.start * width, parts.stop * width)
-            out = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+            if parts == slice(0, 3) and not torch.is_grad_enabled():
+                # A slice is made anew at each call: only the whole weight can be kept packed.
+                out = kernels.frozen_linear(x, self.in_proj_weight, self.in_proj_bias)
+            else:
+                out = kernels.library_linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
         return out.unflatten(-1, (parts.stop - parts.start, self.num_heads, -1)).unbind(-3)
 
 
@@ -91,7 +99,7 @@ class Mlp(nn.Module):
         return out.view(*x.shape)
 
 
-class Block(nn.Module):
+class Block(Multiplies):
     """A CLIP block, whole or finished for some tokens only."""
 
     def __init__(self, config: TeacherConfig) -> None:
@@ -103,8 +111,32 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, 1 + L, C) -> the same."""
-        q, k, v = self.attn.project(self.ln_1(x), slice(0, 3))
+        if self.linear_backend == "fused":
+            qkv = self._after_norm(x, "in_proj", "none")
+            q, k, v = qkv.unflatten(-1, (3, self.attn.num_heads, -1)).unbind(-3)
+        else:
+            q, k, v = self.attn.project(self.ln_1(x), slice(0, 3))
         return self.finish(x, q, k, v)
+
+    def fuse(self, dtype: torch.dtype) -> None:
+        """Computes by fused products from now on. A block in 8 bits has its own products and stays as it is."""
+        attn, mlp = self.attn, self.mlp
+        if attn.in_proj is not None:
+            return
+        super().fuse(dtype)
+        for name, norm, weight, bias in (
+            ("in_proj", self.ln_1, attn.in_proj_weight, attn.in_proj_bias),
+            ("c_fc", self.ln_2, mlp.c_fc.weight, mlp.c_fc.bias),
+        ):
+            weight, bias, deferred = kernels.defer_norm(weight, bias, norm.weight, norm.bias, norm.eps, dtype)
+            for part, value in (("weight", weight), ("bias", bias), ("column", deferred.column)):
+                self.register_buffer(f"{name}_{part}", value, persistent=False)
+
+    def _after_norm(self, x: Tensor, name: str, activation: str) -> Tensor:
+        """act(LayerNorm(x) @ W.T + b) of the layer `name`, its norm deferred behind its product."""
+        weight, bias, column = (getattr(self, f"{name}_{part}") for part in ("weight", "bias", "column"))
+        norm = kernels.DeferredNorm(column, self.ln_1.eps)
+        return kernels.linear(x, weight, bias, activation=activation, norm=norm, backend="triton")
 
     def quantize(self, precision: TeacherPrecision) -> None:
         """Puts the four large matrices into 8 bits; for a block that is always computed whole."""
@@ -117,8 +149,31 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The block's output for the tokens x (R, m, C) whose queries are q (R, m, H, d), given all keys and values."""
-        x = x + self.attn.out_proj(kernels.attention(q, k, v, prefer=self.attn.attention_backend).flatten(2))
-        return x + self.mlp(self.ln_2(x))
+        heads = kernels.attention(q, k, v, prefer=self.attn.attention_backend).flatten(2)
+        out = self.attn.out_proj
+        if self.linear_backend == "fused":
+            x = kernels.linear(heads, out.weight, out.bias, residual=x, backend="triton")
+            hidden = self._after_norm(x, "c_fc", self.mlp.activation)
+            second = self.mlp.c_proj
+            return kernels.linear(hidden, second.weight, second.bias, residual=x, backend="triton")
+        if torch.is_grad_enabled() or isinstance(out, QuantizedLinear) or not library.packs(x, out.weight):
+            x = x + out(heads)
+            return x + self.mlp(self.ln_2(x))
+        x = x + kernels.frozen_linear(heads, out.weight, out.bias)
+        return self._packed_mlp(x)
+
+    def _packed_mlp(self, x: Tensor) -> Tensor:
+        """x + mlp(ln_2(x)), each of the two products with all that follows it up to the other."""
+        norm, first, second = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
+        if self.mlp.activation == "gelu":
+            hidden = kernels.frozen_linear(norm(x), first.weight, first.bias, activation="gelu")
+            return x + kernels.frozen_linear(hidden, second.weight, second.bias)
+        # x * sigmoid(ax) = silu(ax) / a: the one factor rides on the norm, the other on the sum.
+        factor = 1.702
+        y = F.layer_norm(x, norm.normalized_shape, norm.weight * factor, norm.bias * factor, norm.eps)
+        hidden = kernels.frozen_linear(y, first.weight, first.bias * factor, activation="silu")
+        out = kernels.frozen_linear(hidden, second.weight, second.bias * factor)
+        return torch.add(x, out, alpha=1 / factor)
 
 
 class ClipTeacher(nn.Module):
@@ -197,7 +252,7 @@ class ClipTeacher(nn.Module):
         rows = kernels.patch_gather(
             video, every, patch_size=weight.shape[-1], tubelet_size=tubelet, dtype=weight.dtype, **pixels
         )
-        x = F.linear(rows.view(-1, per_frame, rows.shape[-1]), weight.flatten(1))
+        x = kernels.library_linear(rows.view(-1, per_frame, rows.shape[-1]), weight.flatten(1))
         first = self.class_embedding.expand(x.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
 
@@ -296,7 +351,8 @@ class ClipTeacher(nn.Module):
                 done = last.finish(x, q, k, v).view(batch, frames * (per_frame + 1), -1)
                 rows.append(self._normed(done, kept))
         # Of matrices, a compiler lets the products write their rows of the result, and copies none.
-        return torch.cat([row.flatten(0, 1) @ self.proj for row in rows]).view(len(rows), batch * views, n, -1)
+        rows = [kernels.library_product(row.flatten(0, 1), self.proj.t()) for row in rows]
+        return torch.cat(rows).view(len(rows), batch * views, n, -1)
 
     def _normed(self, feature: Tensor, kept: Tensor) -> Tensor:
         """ln_post of the kept rows of intermediate features."""
