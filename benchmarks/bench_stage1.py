@@ -25,7 +25,7 @@ def test_stage1_step(benchmark, implementation: str) -> None:
     side, frames = config.student.image_size, config.student.num_frames
     video = torch.randint(256, (BATCH, frames, side, side, 3), dtype=torch.uint8).to(DEVICE)
     if implementation == "fast":
-        step, _ = fast_steps(config, video, DEVICE, False)
+        step, _ = fast_steps(config, video, DEVICE)
     else:
         step, _ = plain_steps(config, video, DEVICE)
 

@@ -3,15 +3,20 @@
 An operation reads each of its tensors once and writes each of its results once; views and allocations are free; one that
 picks rows reads these alone; one in place reads and writes what it changes. What a kernel keeps to itself (scratch space, a
 second pass over its input) is not seen. It works on real tensors and on those of fake_gpu.py.
+
+`count` runs a stage-1 step of either implementation of `bench stage1` on a GPU that is not there, and counts it: what
+changes in a step then shows in a test, and a wait of the host too.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -22,8 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.fake_gpu import running_node
+from benchmarks.fake_gpu import fake_gpu, running_node
 from kernels.align_loss import rows_per_program
+from umt_fast.bench.measure import random_video
+from umt_fast.bench.stage1 import fast_steps, plain_steps
+from umt_fast.config import Stage1Config
+from umt_fast.engine.distributed import Ranks
+from umt_fast.masking import num_visible
 
 aten, ours = torch.ops.aten, torch.ops.umt_kernels
 # The caching allocator gives out whole multiples of this.
@@ -61,10 +71,6 @@ class Operation:
     products: float
     products8: float
     bytes: float
-
-    def seconds(self, matmul: float, copy: float) -> float:
-        """Its bound: the larger of FLOPs over the matmul rate (twice that rate in 8 bits) and bytes over the copy rate."""
-        return max((self.products + self.products8 / 2) / matmul, self.bytes / copy)
 
 
 @dataclass(slots=True)
@@ -302,3 +308,30 @@ class Counter(TorchDispatchMode):
             self._note_host(func, args, kwargs, out)
         self._note(func, args, kwargs, out)
         return out
+
+
+def count(config: Stage1Config, implementation: Literal["fast", "plain"], capability: tuple[int, int]) -> Counts:
+    """A step of run.batch_size clips on a GPU of this compute capability, the optimizer's state already there."""
+    log = logging.getLogger("umt_fast")
+    level = log.level
+    log.setLevel(logging.ERROR)  # that the teacher is untrained does not matter here
+    vit = config.student
+    per_frame = (vit.image_size // vit.patch_size) ** 2
+    share = (num_visible(per_frame, config.mask.ratio), per_frame)
+    try:
+        with (
+            fake_gpu(capability) as device,
+            Counter(device, share) as counter,
+            mock.patch("torch.cuda.synchronize", counter.wait),
+            mock.patch("umt_fast.engine.trainer.current_ranks", lambda run: Ranks(0, 1, device)),
+            # Clips that are on the device need no way to it.
+            mock.patch("umt_fast.engine.trainer.CudaLane"),
+        ):
+            video = random_video(config.run.batch_size, vit.num_frames, vit.image_size, device)
+            step = (fast_steps if implementation == "fast" else plain_steps)(config, video, device)[0]
+            step(0)
+            counter.restart()
+            step(1)
+            return counter.finish()
+    finally:
+        log.setLevel(level)

@@ -103,7 +103,7 @@ for size in $SIZES; do
         into "parts_$size"
         for dtype in $DTYPES; do
             for precision in native $int8; do
-                bench "parts_$size" stage1 --model "$size" --steps 3 --dtype "$dtype" --precision "$precision" --profile True
+                bench "parts_$size" stage1 --model "$size" --steps 3 --dtype "$dtype" --precision "$precision" --profile
             done
         done
         keep "parts_$size"

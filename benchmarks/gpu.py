@@ -3,7 +3,7 @@
 gpu.sh launches it. Each phase is a process with its own limit; a crash or a hang costs that phase alone. Figures are written
 into the output folder line by line as they are measured, so that whatever ends a run leaves what it had:
 
-    rates.json     the device, its versions, and the rates that predictions hang on (`plan --measured`, `predict --measured`)
+    rates.json     the device, its versions, and the rates that bounds and plans hang on (`plan --measured`)
     rates.jsonl    each matrix product and attention timed for it
     checks.jsonl   kernel tests; attention by backend against float64; a recorded step beside an eager one
     steps.jsonl    whole training steps in turns, where their time goes, the real Trainer, the official code

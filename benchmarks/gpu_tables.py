@@ -150,7 +150,7 @@ def medians(rows: list[Row]) -> dict[str, Row]:
 
 
 def step_table(rows: list[Row], bound_of: Callable[[str, int], float | None]) -> str:
-    """Whole steps; bound_of(model, clips): clips/s at most at this machine's rates, predicted."""
+    """Whole steps; bound_of(model, clips): clips/s at most at this machine's rates."""
     lines = []
     for (model, clips), group in by([r for r in rows if r["bench"] == "step"], "model", "batch_size").items():
         found, bound = medians(group), bound_of(model, clips)
@@ -192,7 +192,7 @@ def step_table(rows: list[Row], bound_of: Callable[[str, int], float | None]) ->
         "ms a step (10 to 90%)",
         "ms to issue it",
     ]
-    return table([*head, "of the matmul rate", "predicted clips/s at most, reached", "peak GiB", "clocks"], lines)
+    return table([*head, "of the matmul rate", "bound in clips/s, reached", "peak GiB", "clocks"], lines)
 
 
 def profile_tables(rows: list[Row]) -> list[str]:
@@ -289,18 +289,20 @@ def _microseconds(row: Row | None) -> str:
     return "failed" if "error" in row else f"{row['seconds'] * 1e6:.1f}"
 
 
-def predicted(about: Row) -> Callable[[str, int], float | None]:
+def bound_at(about: Row) -> Callable[[str, int], float | None]:
     """(model, clips) -> clips/s at most: every elementwise pass fused, at the measured rates of the model's own products."""
 
     def bound(model: str, clips: int) -> float | None:
-        from benchmarks.predict import fused
+        from umt_fast.bench.profile import costs
         from umt_fast.bench.stage1 import stage1_config
+        from umt_fast.plan import work_of
 
         rate = next(iter(about.get("products", {}).get(model, {}).values()), about.get("matmul_tflops"))
         if not rate or not about.get("copy_gb_per_s"):
             return None
         config = stage1_config(model, clips, "bf16")
-        return fused(config, 0.0, rate * 1e12, about["copy_gb_per_s"] * 1e9)["clips_per_s_at_most"]
+        parts = costs(config, work_of(config).trained).values()
+        return clips / sum(max(cost.flops / rate / 1e12, cost.bytes / about["copy_gb_per_s"] / 1e9) for cost in parts)
 
     return bound
 
@@ -314,7 +316,7 @@ def tables(folder: Path, read: Callable[[Path], list[Row]]) -> list[str]:
     }
     parts = [header(about)] + ([phase_table(rows["phases"])] if rows["phases"] else [])
     if any(row["bench"] == "step" for row in rows["steps"]):
-        parts.append(step_table(rows["steps"], predicted(about)))
+        parts.append(step_table(rows["steps"], bound_at(about)))
     parts += trainer_table(rows["steps"]) + check_tables(rows["checks"]) + rate_tables(rows["rates"])
     parts += [kernel_table(rows["kernels"])] if rows["kernels"] else []
     return parts + profile_tables(rows["steps"])

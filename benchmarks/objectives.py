@@ -1,6 +1,6 @@
 """What each objective of stage 2 gives, in the sample world: `python -m benchmarks.objectives runs/quickstart [EPOCHS]`.
 
-Takes a finished `quickstart --stage2 True`, trains its stage 2 once with all objectives and once without each of them (paper
+Takes a finished `quickstart --stage2`, trains its stage 2 once with all objectives and once without each of them (paper
 Table 6 in miniature), and prints zero-shot retrieval on unseen clips as a Markdown table. A table cut short goes on.
 """
 

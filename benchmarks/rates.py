@@ -1,8 +1,7 @@
-"""The rates every prediction hangs on: `python -m benchmarks.rates machine`, then `... products SIZE ...`; gpu.py runs both.
+"""The rates of bounds and plans: `python -m benchmarks.rates machine`, then `... products SIZE ...`; gpu.py runs both.
 
 A step's matrix products at their real shapes, forward and for both gradients, in bf16 and 8 bits; attention by backend; a
-copy. Writes rates.jsonl and rates.json, one line, which `python -m umt_fast plan --measured` takes once steps are measured and
-`python -m benchmarks.predict --measured` takes as it is.
+copy. Writes rates.jsonl and rates.json, one line, which `python -m umt_fast plan --measured` takes once steps are measured.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from benchmarks.bench_kernels import spans_of
 from benchmarks.timing import DEVICE, GPU, Clocks, Lines, Row, about, out_folder, short, spread
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.engine.precision import cpu_has_bf16
-from umt_fast.masking import TokenGrid, visible_per_clip
+from umt_fast.models.flops import grid_of, visible_of
 
 DTYPE = torch.bfloat16 if GPU or cpu_has_bf16() else torch.float32
 NAME = "bf16" if DTYPE == torch.bfloat16 else "fp32"
@@ -61,13 +60,8 @@ def shapes_of(model: str) -> list[Shape]:
     """The student's four layers and the teacher's widest, at the batch that steps.py times."""
     config = stage1_config(model, CLIPS[model], "bf16")
     student, clip = config.student, config.teacher
-    grid = TokenGrid.of(
-        num_frames=student.num_frames,
-        tubelet_size=student.tubelet_size,
-        image_size=student.image_size,
-        patch_size=student.patch_size,
-    )
-    rows, c, d = CLIPS[model] * visible_per_clip(config.mask.kind, grid, config.mask.ratio), student.width, clip.width
+    grid = grid_of(student)
+    rows, c, d = CLIPS[model] * visible_of(student, config.mask), student.width, clip.width
     every = CLIPS[model] * grid.frames * (1 + (clip.image_size // clip.patch_size) ** 2)
     return [
         Shape(model, "student qkv", rows, c, 3 * c, "bias"),
@@ -205,14 +199,8 @@ def attention_shapes(model: str) -> dict[str, tuple[int, int, int, int]]:
     """(batch, tokens, heads, width) that student, teacher and a fine-tuned classifier ask for."""
     config, clips = stage1_config(model, CLIPS[model], "bf16"), CLIPS[model]
     vit, clip = config.student, config.teacher
-    every = vit.num_frames // vit.tubelet_size * (vit.image_size // vit.patch_size) ** 2
-    grid = TokenGrid.of(
-        num_frames=vit.num_frames, tubelet_size=vit.tubelet_size, image_size=vit.image_size, patch_size=vit.patch_size
-    )
-    visible, frame = (
-        visible_per_clip(config.mask.kind, grid, config.mask.ratio),
-        (clip.image_size // clip.patch_size) ** 2,
-    )
+    grid, visible = grid_of(vit), visible_of(vit, config.mask)
+    every, frame = grid.size, (clip.image_size // clip.patch_size) ** 2
     return {
         "student": (clips, visible, vit.num_heads, vit.width // vit.num_heads),
         "teacher": (clips * grid.frames, 1 + frame, clip.num_heads, clip.width // clip.num_heads),

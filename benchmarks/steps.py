@@ -26,6 +26,7 @@ from benchmarks.profile_step import traced
 from benchmarks.timing import DEVICE, GPU, Clocks, Lines, Row, back_to_back, out_folder, seconds_left, short, spread
 from umt_fast.bench.measure import random_video
 from umt_fast.bench.stage1 import plain_steps, stage1_config
+from umt_fast.bench.trained import trainer_of
 from umt_fast.config import Stage1Config
 from umt_fast.engine.host_memory import keep_freed_memory
 from umt_fast.engine.trainer import Trainer
@@ -53,40 +54,10 @@ VARIANTS: dict[str, dict[str, object]] = {
 Step = Callable[[int], object]
 
 
-class OneBatch:
-    """What the Trainer asks of a loader and of what feeds it: the same clips, on the device already, at every step."""
-
-    waited, state = 0.0, {}
-
-    def __init__(self, video: Tensor) -> None:
-        self.index = torch.arange(len(video))
-        self.batch = {"video": video, "index": self.index}
-
-    def __len__(self) -> int:
-        return 10_000
-
-    def __next__(self) -> dict[str, Tensor]:
-        return self.batch
-
-    def state_dict(self) -> dict[str, object]:
-        return {}
-
-    def take(self) -> OneBatch:
-        return self
-
-    def stage(self) -> None:
-        """Nothing is fetched ahead."""
-
-
 def trainer_step(config: Stage1Config, video: Tensor) -> tuple[Step, Trainer]:
     """The Trainer's own step on one batch, as it runs between two log lines; config.run says how."""
-    trainer = Trainer(config.run, config.optim, UnmaskedAlignment(config), OneBatch(video))
-    run_step = trainer._wrapped()
-
-    def step(number: int) -> None:
-        trainer._train_step(run_step, trainer.loader, 0)
-
-    return step, trainer
+    trainer, step = trainer_of(config, UnmaskedAlignment(config), {"video": video}, DEVICE)
+    return lambda number: step(), trainer
 
 
 def losses_of(trainer: Trainer) -> list[float]:

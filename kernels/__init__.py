@@ -15,6 +15,8 @@ from kernels.quantized_linear import quantize_weight, quantized_backend, quantiz
 from kernels.semantic_mask import class_attention, sample_visible, semantic_mask
 from kernels.token_gather import gather_norm, token_gather
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AttentionBackend",
     "DeferredNorm",

@@ -1,6 +1,7 @@
 # Sourced by the other recipes: finds or makes the environment and sets PYTHON.
 #
 #   UMT_PYTHON=/path/to/python   use this interpreter as it is (it must have torch, open_clip, ...); nothing is installed
+#   an active environment        (venv or conda) is used if it has the packages in NEEDS; one line says so, or what it lacks
 #   otherwise                    use .venv in the repository, made from constraints.txt when missing or out of date
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -24,9 +25,29 @@ make_environment() {
     PYTHON="$ROOT/.venv/bin/python"
 }
 
+# Sets PYTHON to the active environment's, or returns 1.
+active_environment() {
+    local active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}} lacks
+    if [ -z "$active" ] || [ "$active" -ef "$ROOT/.venv" ] || [ ! -x "$active/bin/python" ]; then
+        return 1
+    fi
+    lacks=$("$active/bin/python" - "$@" <<'EOF'
+import importlib.util, sys
+print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None], sep=", ")
+EOF
+    ) || return 1
+    if [ -n "$lacks" ]; then
+        echo "The active environment $active lacks $lacks; using $ROOT/.venv in its place." >&2
+        return 1
+    fi
+    echo "Using the active environment $active" >&2
+    PYTHON="$active/bin/python"
+    export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+}
+
 if [ -n "${UMT_PYTHON:-}" ]; then
     PYTHON=$UMT_PYTHON
     export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-else
+elif ! active_environment ${NEEDS:-torch open_clip transformers av tyro tensorboard}; then
     make_environment || exit 1
 fi

@@ -5,7 +5,10 @@
 | stage1     | pre-training of the student against the sample world's own small CLIP        |
 | motion     | fine-tuning on motion labels (4 classes), from pre-training or from scratch  |
 | scene      | linear probe on scene labels (24 classes)                                    |
-| stage2     | captions and clips, from the stage-1 weights (only with `--stage2 True`)     |
+| stage2     | captions and clips, from the stage-1 weights (only with `--stage2`)          |
+| retrieval  | fine-tuning on captions, from the stage-2 weights (see quickstart_captions.sh) |
+| choices    | the same, the best epoch kept by multiple choice                             |
+| questions  | questions about clips, from the stage-2 weights (quickstart_questions.sh)    |
 
 Expected, on average over three seeds: see the README. Each takes one to five minutes on two cores.
 """
@@ -16,6 +19,8 @@ from umt_fast.config import (
     FinetuneConfig,
     MaskConfig,
     OptimConfig,
+    QuestionConfig,
+    RetrievalConfig,
     RunConfig,
     Stage1Config,
     Stage2Config,
@@ -89,4 +94,39 @@ def stage2() -> Stage2Config:
         embed_dim=64,
         bert="untrained",
         max_length=16,
+    )
+
+
+def retrieval() -> RetrievalConfig:
+    """Captions of the clips of stage 2, whole clips now; no flip here either."""
+    pretraining = stage2()
+    return RetrievalConfig(
+        run=RunConfig(batch_size=32, epochs=4, warmup_epochs=0.5, dtype="fp32", log_every=25, tensorboard=False),
+        data=DataConfig(workers=1, flip=False, sampling="intervals", augment="random_resized_crop"),
+        student=pretraining.student,
+        text=pretraining.text,
+        optim=pretraining.optim,
+        embed_dim=pretraining.embed_dim,
+        max_length=pretraining.max_length,
+    )
+
+
+def choices() -> RetrievalConfig:
+    """The same, half as long."""
+    config = retrieval()
+    config.run.epochs, config.validate = 2, "choices"
+    return config
+
+
+def questions() -> QuestionConfig:
+    """Questions about the clips of stage 2; no flip here either."""
+    pretraining = stage2()
+    return QuestionConfig(
+        run=RunConfig(batch_size=32, epochs=4, warmup_epochs=0.5, dtype="fp32", log_every=25, tensorboard=False),
+        data=DataConfig(workers=1, flip=False, sampling="intervals", augment="random_resized_crop"),
+        student=pretraining.student,
+        text=pretraining.text,
+        optim=pretraining.optim,
+        max_length=12,
+        max_answer=3,
     )

@@ -1,5 +1,6 @@
-"""Where only torch, triton, transformers, numpy, pillow, safetensors and pytest are installed, as on a lent GPU machine."""
+"""Which packages each use needs: models alone, a lent GPU machine, and one clear error that names the extra of the rest."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,12 +8,20 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# transformers needs huggingface_hub itself: what our own files import of it is refused instead.
-WITHOUT = """
+pytestmark = pytest.mark.process
+
+# What extras bring (pyproject.toml), by the name it is imported with.
+EXTRAS = ("av", "PIL", "tyro", "tensorboard", "open_clip", "transformers", "cv2", "torchvision", "timm", "nvidia.dali")
+BLOCKED = """
 import builtins, os, sys
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-for name in ("open_clip", "av", "tyro", "tensorboard", "hypothesis", "nvidia.dali", "cv2", "torchvision"):
+for name in BLOCKED:
     sys.modules[name] = None
+"""
+# A lent GPU machine has torch, triton, transformers, numpy, pillow, safetensors and pytest alone. transformers needs
+# huggingface_hub itself: what our own files import of it is refused instead.
+LENT = ("open_clip", "av", "tyro", "tensorboard", "hypothesis", "nvidia.dali", "cv2", "torchvision")
+WITHOUT_HUB = """
 plain = builtins.__import__
 def checked(name, globals=None, *rest, **named):
     ours = str((globals or {}).get("__file__", "")).startswith(REPOSITORY)
@@ -21,45 +30,121 @@ def checked(name, globals=None, *rest, **named):
     return plain(name, globals, *rest, **named)
 builtins.__import__ = checked
 """
+MODULES = (
+    "umt_fast.models.teachers.clip_text",
+    "umt_fast.models.weights",
+    "umt_fast.tasks.video_text",
+    "umt_fast.engine.trainer",
+    "umt_fast.bench.stage1",
+    "umt_fast.bench.stage2",
+    "umt_fast.train",
+    "umt_fast.plan",
+    "umt_fast.data.loaders.captions",
+    "umt_fast.data.prepare.shards",
+    "umt_fast.tasks.retrieval",
+    "umt_fast.sample_world.quickstart",
+    "umt_fast.tasks.detection",
+    "umt_fast.data.decode.detection_clip",
+    "umt_fast.data.decode.detection_view",
+    "umt_fast.data.decode.movies",
+    "umt_fast.sample_world.boxes",
+    "benchmarks.gpu",
+    "benchmarks.rates",
+    "benchmarks.checks",
+    "benchmarks.steps",
+    "benchmarks.trainer_run",
+    "benchmarks.bench_kernels",
+    "benchmarks.report",
+    "benchmarks.counted",
+)
 
 
-def run(program: str) -> str:
-    head = f"REPOSITORY = {str(REPOSITORY / 'umt_fast')!r}\n{WITHOUT}"
+def run(program: str, blocked: tuple[str, ...] = LENT) -> str:
+    head = f"REPOSITORY, BLOCKED = {str(REPOSITORY / 'umt_fast')!r}, {blocked!r}\n{BLOCKED}"
+    head += WITHOUT_HUB if blocked is LENT else ""
     done = subprocess.run([sys.executable, "-c", head + program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "umt_fast.models.teachers.clip_text",
-        "umt_fast.models.weights",
-        "umt_fast.tasks.video_text",
-        "umt_fast.engine.trainer",
-        "umt_fast.bench.stage1",
-        "umt_fast.bench.stage2",
-        "umt_fast.train",
-        "umt_fast.plan",
-        "umt_fast.data.loaders.captions",
-        "umt_fast.data.prepare.shards",
-        "umt_fast.tasks.retrieval",
-        "umt_fast.sample_world.quickstart",
-        "umt_fast.tasks.detection",
-        "umt_fast.data.decode.detection_clip",
-        "umt_fast.data.decode.detection_view",
-        "benchmarks.gpu",
-        "benchmarks.rates",
-        "benchmarks.checks",
-        "benchmarks.steps",
-        "benchmarks.trainer_run",
-        "benchmarks.bench_kernels",
-        "benchmarks.report",
-        "benchmarks.predict",
-    ],
-)
-def test_modules_import(name: str) -> None:
-    assert run(f"import {name}\nprint({name}.__name__)").strip() == name
+@pytest.fixture(scope="module")
+def imported() -> dict[str, str]:
+    """Of each module what importing it raised, or nothing; each in a process of its own, split off after torch is there."""
+    program = f"""
+import json, torch, transformers, numpy
+found = {{}}
+for name in {MODULES!r}:
+    ours, theirs = os.pipe()
+    if not (child := os.fork()):
+        try:
+            __import__(name)
+            said = ""
+        except BaseException as error:
+            said = f"{{type(error).__name__}}: {{error}}"
+        os.write(theirs, said.encode() + b".")
+        os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as pipe:
+        found[name] = pipe.read().decode()
+    os.waitpid(child, 0)
+print(json.dumps(found))
+"""
+    return json.loads(run(program))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_import(name: str, imported: dict[str, str]) -> None:
+    assert imported[name] == "."
+
+
+def test_models_alone(tmp_path: Path) -> None:
+    """torch, triton, numpy, safetensors and huggingface_hub are enough for models on decoded frames; the rest is named."""
+    program = f"""
+import json, torch, umt_fast
+from umt_fast.models.description import complete
+from umt_fast.pretrained import build
+frames = torch.zeros(2, 8, 32, 32, 3, dtype=torch.uint8)
+said = {{}}
+def refused(name, call):
+    try:
+        call()
+    except umt_fast.ConfigError as error:
+        said[name] = [type(error).__name__, str(error)]
+model = umt_fast.load_model("umt_b16_stage1", weights="untrained", device="cpu", image_size=32)
+said["features"] = list(model.features(frames, layers=[0]).pooled.shape)
+refused("a file", lambda: model.features("pyproject.toml"))
+refused("a resize", lambda: model.features(frames[..., :24, :, :]))
+classes = umt_fast.load_model("umt_b16_ft", weights="untrained", device="cpu", image_size=32, num_classes=5)
+said["logits"] = list(classes.logits(frames).shape)
+refused("a tokenizer", lambda: __import__("umt_fast.data.loaders.tokens").data.loaders.tokens.load_tokenizer("x"))
+refused("a teacher by name", lambda: umt_fast.load_teacher("clip_b16"))
+refused("TensorBoard", lambda: __import__("umt_fast.engine.logging").engine.logging.MetricsLog(
+    __import__("pathlib").Path({str(tmp_path)!r}), 0, True))
+refused("a report", lambda: __import__("umt_fast.report"))
+refused("boxes", lambda: __import__("umt_fast.models.detector").models.detector._roi_align())
+import contextlib, io
+with contextlib.redirect_stderr(io.StringIO()) as printed:
+    status = __import__("umt_fast.cli.main").cli.main.main(["scan", "list.csv", "--out", "x"])
+said["a command"] = ["ConfigError", printed.getvalue().strip() if status == 2 else str(status)]
+print(json.dumps(said))
+"""
+    said = json.loads(run(program, EXTRAS))
+    assert said.pop("features") == [2, 768] and said.pop("logits") == [2, 5]
+    extras = {
+        "a file": ("av", "video"),
+        "a resize": ("pillow", "video"),
+        "a tokenizer": ("transformers", "text"),
+        "a teacher by name": ("open_clip_torch", "train"),
+        "TensorBoard": ("tensorboard", "train"),
+        "a command": ("tyro", "cli"),
+        "a report": ("pillow", "video"),
+        "boxes": ("torchvision", "detection"),
+    }
+    assert said.keys() == extras.keys()
+    for name, (package, extra) in extras.items():
+        kind, message = said[name]
+        assert kind in ("MissingPackageError", "ConfigError"), name
+        assert package in message and f"umt_fast[{extra}]" in message and len(message.splitlines()) == 1, message
 
 
 def test_frame_folders_are_prepared_and_read(tmp_path: Path) -> None:
@@ -80,6 +165,7 @@ print(all(clip.shard for clip in loader.clips), [tuple(b["video"].shape) for b i
     assert run(program).startswith("True [(2, 8, 32, 32, 3)]")
 
 
+@pytest.mark.slow
 def test_kernels_and_objectives_are_collected_and_run() -> None:
     options = ["-q", "-p", "no:cacheprovider", "tests/kernels", "tests/objectives"]
     program = "import pytest\nsys.exit(pytest.main({}))"

@@ -271,21 +271,11 @@ def test_tables_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert 'width="380.0"' in plot and 'width="76.0"' in plot, "50 and 10 clips/s"
 
 
-def test_a_bound_is_predicted_at_the_models_own_rates() -> None:
+def test_a_bound_is_of_the_models_own_rates() -> None:
     about = {"matmul_tflops": 900.0, "copy_gb_per_s": 3000.0, "products": {"b16": {"bf16": 450.0}}}
-    slow = gpu_tables.predicted(about)("b16", 64)
-    fast = gpu_tables.predicted(about | {"products": {"b16": {"bf16": 900.0}}})("b16", 64)
+    slow = gpu_tables.bound_at(about)("b16", 64)
+    fast = gpu_tables.bound_at(about | {"products": {"b16": {"bf16": 900.0}}})("b16", 64)
     assert 1 < fast / slow < 2, "products alone get faster, bytes do not"
-
-
-def test_predictions_take_measured_rates(tmp_path: Path) -> None:
-    from benchmarks.predict import measured_rates
-    from umt_fast.config import ConfigError
-
-    (tmp_path / "rates.json").write_text('{"products": {"b16": {"bf16": 450.0}}, "copy_gb_per_s": 3000.0}\n')
-    assert measured_rates(str(tmp_path / "rates.json"), "b16") == (450.0, 3000.0)
-    with pytest.raises(ConfigError, match="no rates.json of benchmarks/gpu.sh with products of l16"):
-        measured_rates(str(tmp_path / "rates.json"), "l16")
 
 
 def test_every_product_is_made_and_the_means_are_of_all_together(

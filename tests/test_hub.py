@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import BertTokenizerFast
 
 import umt_fast
+from tests.videos import write_video
 from umt_fast import recipe
 from umt_fast.__main__ import main
 from umt_fast.config import ConfigError, DataConfig
@@ -21,7 +21,7 @@ from umt_fast.data.sources.clip import DataError
 from umt_fast.data.sources.lists import read_list
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.description import MODELS
-from umt_fast.models.weights import WeightsError, save_state
+from umt_fast.models.weights import WeightsError, load_state, save_state
 from umt_fast.tasks import task_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -48,13 +48,8 @@ def tiny_list(tmp_path: Path) -> Path:
     """Two small videos whose every part and frame differs, so that frames, crops and filters show in the features."""
     rng, lines = np.random.default_rng(0), []
     for number in range(2):
-        with av.open(str(tmp_path / f"video{number}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=10)
-            stream.width, stream.height, stream.pix_fmt = 48, 40, "yuv420p"
-            for _ in range(12):
-                picture = rng.integers(0, 256, (10, 12, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
+        pictures = (rng.integers(0, 256, (10, 12, 3), np.uint8).repeat(4, 0).repeat(4, 1) for _ in range(12))
+        write_video(tmp_path / f"video{number}.mp4", pictures)
         lines.append(f"video{number}.mp4,{number}\n")
     table = tmp_path / "tiny.csv"
     table.write_text("".join(lines))
@@ -221,7 +216,7 @@ def test_a_pushed_repository_comes_back(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(hub_mixin, "HfApi", Api)
     assert model.push_to_hub("somebody/tiny") == "done"
     monkeypatch.setattr(hub_mixin, "hf_hub_download", lambda repo_id, filename, **options: str(remote / filename))
-    monkeypatch.setattr("umt_fast.pretrained.snapshot_download", lambda repo_id, **options: str(remote))
+    monkeypatch.setattr("umt_fast.pretrained.base.snapshot_download", lambda repo_id, **options: str(remote))
     assert umt_fast.from_pretrained("somebody/tiny", device="cpu").fingerprint() == model.fingerprint()
 
     def gone(*names: object, **options: object) -> str:
@@ -265,6 +260,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(description.STUDENTS, name, tower)
     text = {"width": 32, "depth": 2, "fusion_layer": 1, "num_heads": 2, "vocab_size": None, "max_positions": None}
     monkeypatch.setitem(MODELS, "umt_b16", lambda: {**description._video_text("b16", 64, 2, 1), "text": dict(text)})
+    monkeypatch.setitem(MODELS, "umt_b16_ret", lambda: {**description._retrieval("b16", 64, 2, 1), "text": dict(text)})
 
 
 @torch.no_grad()
@@ -293,7 +289,14 @@ def test_official_files(tmp_path: Path, tiny_list: Path, monkeypatch: pytest.Mon
     }
     torch.save({"model": downstream}, tmp_path / "ret.pth")
     model = umt_fast.load_model("ret_msrvtt_b16_25m", weights=tmp_path / "ret.pth", device="cpu", image_size=32)
-    assert model.vit.num_frames == 12 and model.description["num_layers"] == 0
+    assert model.vit.num_frames == 12 and isinstance(model, umt_fast.TunedVideoTextModel)
+    model = umt_fast.load_model("umt_b16_ret", weights=tmp_path / "ret.pth", device="cpu", **sizes)
+    assert torch.equal(model.features(video).tokens.flatten(1, 3), tokens)
+    # Out in the official layout, and in again.
+    model.save_pretrained(tmp_path / "folder")
+    again = umt_fast.from_pretrained(tmp_path / "folder", device="cpu")
+    assert torch.equal(again.features(video).tokens, model.features(video).tokens)
+    assert load_state(tmp_path / "folder" / "model.safetensors").keys() >= downstream.keys()
     model = umt_fast.load_model("umt_b16", weights=tmp_path / "ret.pth", device="cpu", **sizes)
     assert torch.equal(model.features(video).tokens.flatten(1, 3), tokens)
 

@@ -10,16 +10,19 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What each part of umt_fast may import of umt_fast, besides itself.
 ALLOWED = {
-    "config": set(),
+    "registry": set(),
+    "masking": {"registry"},
+    "config": {"masking"},
+    "extras": {"config"},
     "files": set(),
-    "masking": {"config"},
     "workers": set(),
-    "data": {"config", "workers"},
-    "models": {"config", "masking"},
-    "engine": {"config", "interrupts"},
-    "tasks": {"config", "files", "masking", "data", "models", "engine"},
+    "data": {"config", "extras", "workers"},
+    "models": {"config", "extras", "masking", "registry"},
+    "engine": {"config", "extras", "interrupts"},
+    "tasks": {"config", "extras", "files", "masking", "data", "models", "engine"},
     "reference": {"config", "masking"},
     "bench": {"config", "masking", "models", "engine", "tasks", "reference"},
+    "demo": {"config", "extras", "data", "tasks", "pretrained"},
 }
 FILES = sorted((REPOSITORY / "umt_fast").rglob("*.py")) + sorted((REPOSITORY / "kernels").rglob("*.py"))
 
@@ -58,6 +61,12 @@ def run(program: str) -> str:
     return done.stdout
 
 
+def test_configurations_need_no_torch() -> None:
+    program = "import sys, umt_fast.config, umt_fast.recipe; print(sorted({'torch', 'kernels'} & set(sys.modules)))"
+    assert run(program).strip() == "[]"
+
+
+@pytest.mark.process
 def test_kernels_stand_alone() -> None:
     program = (
         "import sys; sys.modules['umt_fast'] = None\n"
@@ -67,6 +76,8 @@ def test_kernels_stand_alone() -> None:
     assert run(program).strip() == "[[[4.0, 5.0]]]"
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_transformers_and_open_clip_import_beside_kernels() -> None:
     program = (
         "import kernels, transformers, open_clip\n"
@@ -77,6 +88,7 @@ def test_transformers_and_open_clip_import_beside_kernels() -> None:
     assert run(program).strip() == "kernels.token_gather"
 
 
+@pytest.mark.process
 def test_another_kernels_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")

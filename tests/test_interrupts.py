@@ -13,6 +13,8 @@ import pytest
 
 from umt_fast import __main__ as command_line
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -74,6 +76,7 @@ def test_ctrl_c_is_one_line_and_ends_everything(command: str, tiny_list: Path) -
         assert ends(process.pid)
 
 
+@pytest.mark.slow
 def test_a_background_command_goes_on(tiny_list: Path) -> None:
     """A script starts `command &` deaf to Ctrl-C; its workers must be so too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -83,6 +86,7 @@ def test_a_background_command_goes_on(tiny_list: Path) -> None:
         assert process.returncode == 0 and "1500 good clips" in said, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["tyro", "torch"])
 def test_ctrl_c_while_a_command_starts(module: str, tmp_path: Path) -> None:
     """A module stands in that is interrupted while it is imported, and aborts then, as C++ may."""
@@ -90,11 +94,12 @@ def test_ctrl_c_while_a_command_starts(module: str, tmp_path: Path) -> None:
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    os.abort()\n"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
-    words = [sys.executable, "-m", "umt_fast", "eval", "a.pt", "list.csv"]
+    words = [sys.executable, "-m", "umt_fast", "eval", "classify", "a.pt", "list.csv"]
     done = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 130 and done.stderr == "umt_fast: interrupted\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
     program = (
         "import sys\n"
@@ -129,6 +134,7 @@ def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
         assert ends(process.pid)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_scan(tiny_list: Path) -> None:
     with under_way("scan", tiny_list) as process:
         process.kill()

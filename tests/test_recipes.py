@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from umt_fast import recipe
+
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -48,3 +52,38 @@ def test_stage_2_recipe_scripts_pass_every_corpus_on(corpus: str, tmp_path: Path
     del environment[names[corpus][-1]]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and f"set {names[corpus][-1]}" in done.stderr
+
+
+def test_the_detection_recipe_script_names_what_it_needs(tmp_path: Path) -> None:
+    echo = tmp_path / "echo.sh"
+    echo.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    echo.chmod(0o755)
+    given = {"DATA": "train.csv", "MOVIES": "/data/movies", "INIT": "k710.pth", "OUT": "runs/ava"}
+    environment = {**os.environ, "UMT_PYTHON": str(echo), "NGPU": "1", "MODEL": "l16", **given}
+    script = ["bash", "recipes/ava.sh", "--run.seed", "7"]
+    words = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    passed = {words[n]: words[n + 1] for n in range(len(words)) if words[n].startswith("--")}
+    expected = {
+        "--data.train": "train.csv",
+        "--data.root": "/data/movies",
+        "--init": "k710.pth",
+        "--run.out": "runs/ava",
+    }
+    assert passed == expected | {"--run.seed": "7"}
+    assert words[words.index("train") + 1].endswith("recipes/ava.py:l16")
+    for name in given:
+        missing = {key: value for key, value in environment.items() if key != name}
+        done = subprocess.run(script, env=missing, capture_output=True, text=True)
+        assert done.returncode != 0 and f"set {name}" in done.stderr
+
+
+def test_the_published_detection_settings() -> None:
+    """The official scripts' numbers that differ between the variants."""
+    found = {}
+    for name in ("b16", "l16", "b16_k400", "l16_k400"):
+        config = recipe.load(f"ava:{name}")
+        run, optim = config.run, config.optim
+        found[name] = (run.batch_size, run.epochs, run.dtype, run.seed, optim.layer_decay, config.student.drop_path)
+        assert (run.warmup_epochs, optim.lr, optim.weight_decay, config.num_classes) == (5, 2.5e-4, 0.05, 80)
+    assert found["b16"] == found["b16_k400"] == (8, 30, "bf16", 0, 0.75, 0.2)
+    assert found["l16"] == found["l16_k400"] == (4, 25, "fp32", 6666, 0.85, 0.4)

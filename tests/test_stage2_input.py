@@ -140,7 +140,7 @@ def test_more_queries_than_clips_and_more_candidates_than_there_are(world: Path,
         {"video": "video1.mp4", "caption": ["a red thing", "thing"]},
     ]
     (world / "test.json").write_text(json.dumps(entries))
-    evaluating = ["eval", str(checkpoint), str(world / "test.json"), "--workers", "0", "--device", "cpu"]
+    evaluating = ["eval", "retrieve", str(checkpoint), str(world / "test.json"), "--workers", "0", "--device", "cpu"]
     figures = []
     for top_k in (5, 128):
         capsys.readouterr()
@@ -162,7 +162,7 @@ def test_more_queries_than_clips_and_more_candidates_than_there_are(world: Path,
 def test_a_tokenizer_that_has_moved(world: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([str(argument) for argument in training(world, [VIDEO] * 2)]) == 0
     (checkpoint,) = (world / "run").glob("checkpoint-*.pt")
-    evaluating = ["eval", str(checkpoint), str(world / "videos.json"), "--workers", "0", "--device", "cpu"]
+    evaluating = ["eval", "retrieve", str(checkpoint), str(world / "videos.json"), "--workers", "0", "--device", "cpu"]
     moved = world / "moved"
     moved.mkdir()
     (world / "vocab.txt").rename(moved / "vocab.txt")

@@ -12,9 +12,8 @@ from umt_fast.config import ConfigError, require
 from umt_fast.engine.precision import device_of, usable_dtype
 from umt_fast.models.description import MODELS, STAGE1_MODELS, TOKENIZERS, complete, found_in
 from umt_fast.models.sizes import TEACHERS, teacher_size
-from umt_fast.models.teachers.clip import ClipTeacher
+from umt_fast.models.teachers import Teacher, build_teacher
 from umt_fast.models.weights import WeightsError, WeightsFile, kind_of
-from umt_fast.models.weights import load_teacher as fill_teacher
 from umt_fast.pretrained import CONFIG, DTYPES, Dtype, PretrainedModel, build
 from umt_fast.tasks.evaluate import read_checkpoint
 from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
@@ -22,10 +21,14 @@ from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
 _UNTRAINED = "untrained"
 # What official models have where a description leaves it to the tensors.
 _OFFICIAL = {"b16": 512, "l16": 768}
+# What a file of each task may hold; the first is what that task itself saves.
 _KINDS = {
     "pretraining": ("stage-1",),
     "video_text": ("stage-2", "downstream"),
+    "question_answering": ("question-answering",),
     "classification": ("classifier",),
+    "retrieval": ("downstream", "stage-2"),
+    "detection": ("detector",),
 }
 _TEACHER_WEIGHTS = {"clip_b16": "ViT-B-16:openai", "clip_l14": "ViT-L-14:openai"}
 
@@ -41,17 +44,17 @@ def load_model(
     num_classes: int | None = None,
     tokenizer: str | Path | None = None,
 ) -> PretrainedModel:
-    """A trained model, ready to be used: StudentModel, VideoTextModel or ClassifierModel (umt_fast/pretrained.py).
+    """A trained model, ready to be used, of the class of its task (umt_fast/pretrained).
 
     Args:
         name: an architecture or a released file of list_models. None: the file says by itself what it is of.
-        weights: a checkpoint, converted or bare weights of ours, an official file of stage 1, stage 2 or a classifier, a folder
+        weights: a checkpoint, converted or bare weights of ours, an official file of stage 1, stage 2 or fine-tuned, a folder
             that save_pretrained wrote, or a released file by name, which is then fetched from Hugging Face. None: the released
             file that `name` is. `untrained`: random weights.
         device: `auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:1`, or a torch.device.
         dtype: `bf16` or `fp32`, or torch's. None: as `eval` computes, a classifier as it was trained, others in fp32.
         num_frames, image_size: of a clip, with `name`; None: as the file's position table, the released file or the model says.
-        num_classes: of an untrained classifier.
+        num_classes: of an untrained classifier or detector.
         tokenizer: of a stage-2 model, by name or folder; None: the one it was trained with, where that is known.
 
     Raises:
@@ -114,21 +117,21 @@ def load_teacher(
     dtype: Dtype | None = None,
     num_layers: int = 6,
     tubelet_size: int = 1,
-) -> ClipTeacher:
-    """The frozen CLIP tower that stage 1 learns from.
+) -> Teacher:
+    """The frozen tower that stage 1 learns from.
 
     Its `features(video)` takes uint8 (B, T, S, S, 3) on its device and gives the last num_layers projected outputs
     (num_layers, B, N, D) and the class token's attention (B * T, N / T).
 
     Args:
-        name: clip_b16, clip_l14 (at 196 pixels) or clip_tiny.
-        weights: `ARCH:TAG` of open_clip, a file in OpenAI's, open_clip's or the official layout, or `untrained`.
-            None: OpenAI's.
+        name: clip_b16, clip_l14 (at 196 pixels), clip_tiny, dino_s16, dino_b16, dinov2_b14 or dinov2_l14 (at 196 pixels).
+        weights: `ARCH:TAG` of open_clip, a file in OpenAI's, open_clip's or the official layout (of DINO in timm's or DINO's
+            own), or `untrained`. None: OpenAI's.
         device: as for load_model. dtype: `fp32` (None) or `bf16`, for the matrices.
         num_layers: how many of the last blocks `features` gives. tubelet_size: frames of a token.
 
     Raises:
-        ConfigError: an unknown name, no weights for clip_tiny. WeightsError: weights that cannot be had or do not fit.
+        ConfigError: an unknown name, no weights where none are usual. WeightsError: weights that cannot be had or do not fit.
     """
     near = difflib.get_close_matches(name, TEACHERS, 1, 0.3)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -139,8 +142,7 @@ def load_teacher(
     config = teacher_size(name, weights=weights)
     require(1 <= num_layers <= config.depth, f"num_layers is {num_layers}; {name} has {config.depth} blocks")
     place = device_of(device)
-    teacher = ClipTeacher(config, num_layers, tubelet_size)
-    fill_teacher(teacher, config)
+    teacher = build_teacher(config, num_layers, tubelet_size)
     if dtype is not None and usable_dtype(DTYPES[dtype], place) == "bf16":
         teacher.compute_in(torch.bfloat16)
     return teacher.to(place)
@@ -211,7 +213,7 @@ def _guess(file: WeightsFile) -> str | None:
         return None
     for name, make in (MODELS | STAGE1_MODELS).items():
         described = make()
-        if kind in _KINDS[described["task"]] and described["vit"]["width"] == len(weight):
+        if kind == _KINDS[described["task"]][0] and described["vit"]["width"] == len(weight):
             return name
     return None
 
@@ -246,16 +248,15 @@ def _untrained(
     described = _described(str(name), released, num_frames, image_size)
     vit, width = described["vit"], _OFFICIAL[str(name).split("_")[1]]
     vit |= {"num_frames": vit["num_frames"] or 8, "image_size": vit["image_size"] or 224}
-    classifier = described["task"] == "classification"
-    require(
-        classifier or num_classes is None, f"num_classes is {num_classes}, and {name} is no classifier; leave it out"
-    )
-    if classifier:
+    classes = "num_classes" in described
+    require(classes or num_classes is None, f"num_classes is {num_classes}, and {name} is no classifier; leave it out")
+    if classes:
         require(num_classes is not None and num_classes >= 1, f"an untrained {name} needs num_classes, at least 1")
         return described | {"num_classes": num_classes}
-    described |= {"num_layers": 6, "output_dim": width}
+    own = {"num_layers": 6, "output_dim": width, "embed_dim": width}
+    described |= {name: value for name, value in own.items() if name in described}
     if "text" in described:
-        described |= {"embed_dim": width, "text": described["text"] | {"vocab_size": 30522, "max_positions": 512}}
+        described |= {"text": described["text"] | {"vocab_size": 30522, "max_positions": 512}}
     return described
 
 

@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from umt_fast.config import ConfigError
+from umt_fast.extras import packages_of
+
+with packages_of("video"):
+    from PIL import Image
 
 log = logging.getLogger("umt_fast")
 
@@ -235,8 +238,15 @@ def _results_section(path: Path) -> str:
     return "".join(parts)
 
 
+def _unseen(row: dict[str, Any]) -> list[str]:
+    """The figures on unseen clips in a row: those of a validation have them, those of a step have none."""
+    return [key for key in row if key.startswith("val_")]
+
+
 def _runs_section(runs: dict[str, list[dict[str, Any]]]) -> str:
     parts = ["<h2>Curves</h2>"]
+    judged = {name: [row for row in rows if _unseen(row)] for name, rows in runs.items()}
+    runs = {name: kept for name, rows in runs.items() if (kept := [row for row in rows if not _unseen(row)])}
     for name, rows in runs.items():
         parts.append(curve({"loss": _smoothed(rows, "loss")}, f"{name}, loss"))
         layers = sorted(key for key in rows[-1] if key.startswith("loss_layer_"))
@@ -244,6 +254,9 @@ def _runs_section(runs: dict[str, list[dict[str, Any]]]) -> str:
             parts.append(curve({key: _smoothed(rows, key) for key in layers}, f"{name}, loss of each aligned layer"))
         if "top1" in rows[-1]:
             parts.append(curve({"top1": _smoothed(rows, "top1")}, f"{name}, training accuracy"))
+        for key in sorted({key for row in judged[name] for key in _unseen(row)}):
+            points = _smoothed(judged[name], key, len(judged[name]))
+            parts.append(curve({key: points}, f"{name}, {key.removeprefix('val_')} on unseen clips"))
     speeds = []
     for name, rows in runs.items():
         half = rows[len(rows) // 2 :]

@@ -16,7 +16,7 @@ from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.trainer import Trainer
 from umt_fast.models.attention import require_attention
 from umt_fast.models.linear import require_linear
-from umt_fast.tasks import check_used, task_of, tuning
+from umt_fast.tasks import check_used, task_of, tuning, validation_of
 
 
 def train(config: Any) -> Path:
@@ -50,6 +50,7 @@ def fit_objective(config: Any, objective: torch.nn.Module | Callable[[], torch.n
         own_folder(Path(config.run.out), first=ranks.first),
     ):
         loader = task.loader(config, ranks)
+        validation = validation_of(config, ranks)
         tuning.settle(config, ranks)
         towers = {name: getattr(config, name) for name in ("student", "teacher", "text") if hasattr(config, name)}
         sizes = ", ".join(f"{name}.width {tower.width} and depth {tower.depth}" for name, tower in towers.items())
@@ -67,6 +68,7 @@ def fit_objective(config: Any, objective: torch.nn.Module | Callable[[], torch.n
                 num_layers=config.student.depth + 1,
                 config_record=to_dict(config),
                 model_config=task.describe(config),
+                validation=validation,
             )
         trainer.train()
     return Path(config.run.out)

@@ -18,10 +18,16 @@ REPOSITORY = "OpenGVLab/UMT"
 ARCHITECTURES: dict[str, str] = {
     "umt_b16": "stage 2, ViT-B/16 and BERT base: clips, texts, their similarity",
     "umt_l16": "stage 2, ViT-L/16 and BERT large: clips, texts, their similarity",
+    "umt_b16_qa": "question answering, ViT-B/16 and BERT base: answers to questions about clips",
+    "umt_l16_qa": "question answering, ViT-L/16 and BERT large: answers to questions about clips",
     "umt_b16_stage1": "stage 1, ViT-B/16: features of clips",
     "umt_l16_stage1": "stage 1, ViT-L/16: features of clips",
     "umt_b16_ft": "classifier, ViT-B/16",
     "umt_l16_ft": "classifier, ViT-L/16",
+    "umt_b16_ret": "stage 2 fine-tuned for retrieval, ViT-B/16 and BERT base: clips, texts, their similarity",
+    "umt_l16_ret": "stage 2 fine-tuned for retrieval, ViT-L/16 and BERT large: clips, texts, their similarity",
+    "umt_b16_ava": "action detector, ViT-B/16",
+    "umt_l16_ava": "action detector, ViT-L/16",
 }
 """What load_model builds, by name; models/description.py has their sizes."""
 
@@ -86,11 +92,11 @@ def _classifier(
 def _detector(size: str, score: float) -> ZooFile:
     return ZooFile(
         name=f"{size}_ptk710_ftk710_ftava_f8_res224",
-        model="",
+        model=f"umt_{size}_ava",
         task="detection",
         data="AVA 2.2",
         frames=8,
-        metric="mAP",
+        metric="frame mAP at IoU 0.5",
         score=score,
     )
 
@@ -111,7 +117,7 @@ def _stage2(size: str, corpus: str, score: float) -> ZooFile:
 def _retrieval(size: str, name: str, data: str, score: float, note: str = "") -> ZooFile:
     return ZooFile(
         name=f"ret_{name}_{size}_25m",
-        model=f"umt_{size}",
+        model=f"umt_{size}_ret",
         task="retrieval",
         data=data,
         frames=12,
@@ -124,7 +130,7 @@ def _retrieval(size: str, name: str, data: str, score: float, note: str = "") ->
 def _answers(size: str, name: str, data: str, score: float, note: str = "") -> ZooFile:
     return ZooFile(
         name=f"qa_{name}_{size}_25m",
-        model="",
+        model=f"umt_{size}_qa",
         task="question answering",
         data=data,
         frames=12,

@@ -1,9 +1,12 @@
 """A stage-1 run of seconds, for tests of the command line."""
 
+import dataclasses
+
 from umt_fast.config import (
     AlignConfig,
     DataConfig,
     FinetuneConfig,
+    RetrievalConfig,
     RunConfig,
     Stage1Config,
     Stage2Config,
@@ -75,3 +78,12 @@ def long_captions() -> Stage2Config:
     config = captions()
     config.run.max_steps, config.run.save_every, config.run.epochs = 24, 3, 50
     return config
+
+
+def pairs() -> RetrievalConfig:
+    """Three steps of fine-tuning that model for retrieval, on twice its frames."""
+    stage2 = captions()
+    student = dataclasses.replace(stage2.student, num_frames=8)
+    return RetrievalConfig(
+        run=stage2.run, data=stage2.data, student=student, text=stage2.text, embed_dim=8, max_length=6
+    )

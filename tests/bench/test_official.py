@@ -69,6 +69,7 @@ def test_the_plain_step_is_the_official_one() -> None:
         assert error < 1e-3, f"gradient of {name} differs by {error:.1e}"
 
 
+@pytest.mark.slow
 @needs_official
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_official_loop_runs_and_prints_the_keys_of_our_bench(

@@ -45,7 +45,6 @@ def test_profile_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
                 "--steps",
                 "1",
                 "--profile",
-                "True",
             ]
         )
         == 0

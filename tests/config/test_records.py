@@ -125,3 +125,16 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_table(layout: str, tmp_pat
     torch.save(content, path)
     newer = run(out, tiny_list, "classes", "--run.max_steps", 4, *kind)
     assert newer.stem == "checkpoint-00000004" and grid_of(newer) == (4, 2, 2)
+
+
+def test_a_run_from_before_teachers_had_kinds_goes_on(tmp_path: Path, tiny_list: Path) -> None:
+    assert "kind" not in RECORDS["tiny"]["teacher"]
+    assert from_dict(Stage1Config, RECORDS["tiny"]).teacher.kind == "clip"
+    whole, out = run(tmp_path / "whole", tiny_list, "tiny"), tmp_path / "run"
+    path = run(out, tiny_list, "tiny", "--run.max_steps", 2)
+    content = torch.load(path, weights_only=True)
+    assert content["config"]["teacher"].pop("kind") == "clip"
+    torch.save(content, path)
+    newer = run(out, tiny_list, "tiny")
+    states = [torch.load(each, weights_only=True)["model"] for each in (whole, newer)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

@@ -21,7 +21,7 @@ from umt_fast.config import (
     VitConfig,
     to_dict,
 )
-from umt_fast.masking import TokenGrid, visible_per_clip
+from umt_fast.masking import TokenGrid, mask_named
 from umt_fast.plan import PlanOptions
 from umt_fast.tasks import check_used
 from umt_fast.train import train
@@ -74,7 +74,7 @@ def test_masks_hide_something_and_leave_something(kind: type) -> None:
     # The largest ratio there is leaves a token.
     almost = MaskConfig(ratio=1 - 2**-53)
     for side in (1, 2, 16, 27, 32):
-        assert visible_per_clip("semantic", TokenGrid(1, side, side), almost.ratio) == 1
+        assert mask_named("semantic").count(TokenGrid(1, side, side), almost.ratio) == 1
 
 
 def test_masks_of_images() -> None:

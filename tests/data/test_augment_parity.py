@@ -37,7 +37,7 @@ def test_arguments_at_every_level_parity(path: Path) -> None:
     assert {operation["name"] for operation in config["operations"]} == set(rand_augment.OPERATIONS)
     for operation in config["operations"]:
         name, ours = operation["name"], rand_augment.OPERATIONS[operation["name"]]
-        assert ours.signed == operation["sign_randomized"], name
+        assert ours.signed == operation["sign_randomised"], name
         for negative, table in ((False, "argument_at_levels"), (True, "argument_if_negated")):
             if operation[table] is None:
                 continue

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.videos import write_video
 from umt_fast.data.decode import detection_view as views
-from umt_fast.data.decode.detection_clip import SecondFiles, Temporal, movie_sizes
+from umt_fast.data.decode.detection_clip import SecondFiles, Temporal
 from umt_fast.data.decode.video import VideoError
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.detections import KeyFrame
@@ -17,15 +18,9 @@ from umt_fast.data.sources.detections import KeyFrame
 
 def encode(path: Path, levels: list[int], width: int = 48, height: int = 32) -> None:
     """A video of one gray level a frame."""
-    av = pytest.importorskip("av")
+    pytest.importorskip("av")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"crf": "0"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for level in levels:
-            picture = np.full((height, width, 3), level, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    write_video(path, (np.full((height, width, 3), level, np.uint8) for level in levels), crf="0")
 
 
 COUNTS = {897: 10, 898: 10, 899: 7, 900: 10, 901: 4, 902: 10, 903: 9, 904: 3, 905: 10, 906: 10}
@@ -118,7 +113,7 @@ def test_a_file_that_decodes_to_fewer_frames_than_it_announces(movies: Path, sha
 
 
 def test_sizes_of_movies(movies: Path) -> None:
-    assert movie_sizes(movies, ["m", "absent"]) == {"m": (48, 32)}
+    assert SecondFiles(movies).sizes(["m", "absent"]) == {"m": (48, 32)}
 
 
 @pytest.mark.parametrize(
@@ -210,12 +205,13 @@ def test_a_batch_is_padded_in_pixels_and_boxes() -> None:
     assert batch["index"].tolist() == [10, 11, 12]
     assert batch["video"].shape == (3, 2, 32, 48, 3) and batch["sizes"].tolist() == [[20, 33], [17, 16], [5, 5]]
     assert batch["video"].sum() == 9 * 2 * 3 * (20 * 33 + 17 * 16 + 25)
-    assert batch["box_clip"].tolist() == [0, 0, 2, 2, 2, 0, 0, 0, 0]
-    assert batch["box_valid"].tolist() == [True] * 5 + [False] * 4
+    assert batch["box_clip"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert batch["box_valid"].tolist() == [True, True, False, False, False, False, True, True, True]
     assert batch["boxes"].shape == (9, 4) and batch["labels"].shape == (9, 80)
-    assert torch.equal(batch["boxes"][2:5], keys[2].boxes) and not batch["boxes"][5:].any()
+    assert torch.equal(batch["boxes"][:2], keys[0].boxes) and torch.equal(batch["boxes"][6:], keys[2].boxes)
+    assert not batch["boxes"][2:6].any() and not batch["labels"][2:6].any()
     assert views.batched(samples)["boxes"].shape == (5, 4)
-    with pytest.raises(ValueError, match="5 boxes in 3 clips, and room for 1 a clip; raise boxes_per_clip"):
+    with pytest.raises(ValueError, match="a clip has 3 boxes, and there is room for 1 a clip; raise boxes_per_clip"):
         views.batched(samples, boxes_per_clip=1)
     empty = views.batched(samples[1:2])
     assert empty["boxes"].shape == (0, 4) and empty["labels"].shape == (0, 80) and empty["box_clip"].shape == (0,)

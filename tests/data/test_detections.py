@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from umt_fast.data.errors import DataError
-from umt_fast.data.sources import detections
+from umt_fast.data.sources import ava_csv, detections
 
 
 def image(number: int, movie: str = "m", second: int = 902, width: int = 100, height: int = 80) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def test_a_class_out_of_range_is_refused(tmp_path: Path, label: int) -> None:
         training(tmp_path, [image(1)], [annotation(1, [0, 0, 9, 9], 80), annotation(1, [0, 0, 9, 9], 3, label)])
     truth = written(tmp_path / "truth.csv", f"m,0902,0.1,0.1,0.5,0.5,80,0\nm,0902,0.1,0.1,0.5,0.5,{label},0\n")
     with pytest.raises(DataError, match=rf"line 2: class {label}; classes run from 1 to 80"):
-        detections.training_frames_of_csv(truth, {"m": (100, 80)})
+        ava_csv.training_frames(truth, {"m": (100, 80)})
 
 
 ONE = annotation(1, [0, 0, 9, 9], 1)
@@ -116,25 +116,3 @@ def test_images_of_other_sizes_and_unknown_annotations_are_told(
     keys = training(tmp_path, images, [annotation(2, [60.0, 0, 9, 9], 1), annotation(7, [0, 0, 9, 9], 1)])
     assert keys[0].size == (100, 80) and len(keys[0].boxes) == 1  # the first image's size, as officially
     assert "1 images have another size" in caplog.text and "1 annotations are of images" in caplog.text
-
-
-def test_ground_truth_as_csv_joins_the_classes_of_a_person(tmp_path: Path) -> None:
-    truth = written(
-        tmp_path / "truth.csv",
-        "n,0903,0.25,0.5,0.75,1.000,12,1\nm,0904,0.0,0.0,1.0,1.0,1,0\nm,0902\nn,0903,0.25,0.5,0.75,1.000,80,1\n"
-        "n,0903,0.25,0.5,0.75,1.000,3,2\n",
-    )
-    assert detections.movies_of_csv(truth) == ["m", "n"]
-    keys = detections.training_frames_of_csv(truth, {"m": (10, 10), "n": (200, 100)})
-    assert [(key.movie, key.second) for key in keys] == [("m", 904), ("n", 903)]
-    assert keys[0].boxes.tolist() == [[0, 0, 9, 9]]  # the last pixel is included
-    assert keys[1].boxes.tolist() == [[50, 50, 149, 99]] * 2
-    assert [(row.nonzero().flatten() + 1).tolist() for row in keys[1].labels] == [[12, 80], [3]]
-    with pytest.raises(DataError, match="line 2: the size of movie 'm' is not known"):
-        detections.training_frames_of_csv(truth, {"n": (200, 100)})
-    truth.write_text("m,902,0.1,0.1,0.5,1.5,3\n")
-    with pytest.raises(DataError, match=r"line 1: .*coordinates in \[0, 1\]"):
-        detections.training_frames_of_csv(truth, {"m": (10, 10)})
-    truth.write_text("m,902\n")
-    with pytest.raises(DataError, match="holds no box"):
-        detections.training_frames_of_csv(truth, {"m": (10, 10)})

@@ -51,6 +51,7 @@ def test_restored_state_gives_the_rest_of_the_epoch(clips: list[Clip]) -> None:
     assert same(list(second), whole[2:])
 
 
+@pytest.mark.process
 def test_workers_outlive_epochs_also_when_one_is_left_early(clips: list[Clip]) -> None:
     """What was prefetched of an epoch that was left must not turn up in the next one."""
     here, there = loader(clips), loader(clips, workers=2)
@@ -144,6 +145,8 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_workers_end_when_their_process_is_killed(tiny_list: Path) -> None:
     program = (
         "import sys, time\n"

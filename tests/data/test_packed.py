@@ -65,7 +65,7 @@ def test_rows_of_one_name_also_where_hashes_collide() -> None:
 
 def test_long_lists_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries and blanks cut at every place by blocks of a few characters; an entry longer than a block."""
-    monkeypatch.setattr("umt_fast.data.sources.entries._BLOCK", 7)
+    monkeypatch.setattr("umt_fast.data.sources.json_lists._BLOCK", 7)
     rng = random.Random(0)
     entries = [{"video": f"{n}.mp4", "caption": 'ä\\"[{,' * rng.randrange(9)} for n in range(40)]
     (tmp_path / "list.json").write_text("\ufeff \n" + json.dumps(entries, indent=3, ensure_ascii=False) + "\n\n ")

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.videos import write_video
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.sampling import sparse_train
 from umt_fast.data.decode.video import VideoError
@@ -37,13 +37,7 @@ KIND = {"num_frames": 4, "image_size": 32, "batch_size": 2, "seed": 3}
 
 def gray_video(path: Path, count: int, first: int = 0) -> None:
     """Frame i is gray of value first + 4 i."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"crf": "4"})
-        stream.width, stream.height, stream.pix_fmt = 80, 64, "yuv420p"
-        for number in range(count):
-            picture = np.full((64, 80, 3), first + 4 * number, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    write_video(path, (np.full((64, 80, 3), first + 4 * number, np.uint8) for number in range(count)), crf="4")
 
 
 def stored_frames(clip: Clip, choose: StoredChooser) -> np.ndarray:
@@ -333,10 +327,12 @@ def test_a_missing_shard_costs_its_clips_alone(table: Path, tmp_path: Path) -> N
     loader = ClipLoader(clips, DataConfig(workers=0, max_bad_share=1), **KIND)
     assert len(list(loader)) == 3 and list(loader.bad_files) == [clips[0].path]
     strict = ClipLoader(clips, DataConfig(workers=0, max_bad_share=0), **KIND)
-    with pytest.raises(DataError, match="Repeat the `prepare` of that folder with --verify True"):
+    with pytest.raises(DataError, match="Repeat the `prepare` of that folder with --verify"):
         list(strict)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_killed_preparation_ends_with_the_same_bytes(table: Path, tmp_path: Path) -> None:
     """A real SIGKILL to the whole process group, at two places, the second with torn writes."""
     names = [f"{'ab'[number % 2]}{number}.mp4" for number in range(40)]
@@ -345,7 +341,7 @@ def test_a_killed_preparation_ends_with_the_same_bytes(table: Path, tmp_path: Pa
     table.write_text("".join(f"{name},{number}\n" for number, name in enumerate([*names, "missing.mp4"])))
 
     def command(out: Path) -> list[str]:
-        settings = ["--workers", "0", "--segments", "4", "--shard_mib", "1", "--verify", "True"]
+        settings = ["--workers", "0", "--segments", "4", "--shard_mib", "1", "--verify"]
         return [sys.executable, "-m", "umt_fast", "prepare", str(table), "--out", str(out), *settings]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -269,6 +269,8 @@ def test_scan_without_workers(tiny_list: Path, monkeypatch: pytest.MonkeyPatch) 
     assert scan(tiny_list, tiny_list.with_name("manifest.jsonl"), workers=0)["good"] == 2
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_killed_scan_goes_on_and_ends_with_the_same_manifest(tmp_path: Path, tiny_list: Path) -> None:
     """A real SIGKILL to the whole process group, at three places; what was journalled is not decoded again."""
     names = [tiny_list.with_name(f"video{number % 2}.mp4") for number in range(60)]

@@ -22,6 +22,8 @@ from umt_fast.engine.trainer import Trainer
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 from umt_fast.tasks.video_text import VideoTextPretraining
 
+pytestmark = [pytest.mark.process, pytest.mark.compile, pytest.mark.slow]
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

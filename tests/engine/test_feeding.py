@@ -13,8 +13,6 @@ from umt_fast.engine import checkpoint
 from umt_fast.engine.feeding import Feed, PinnedRing
 from umt_fast.engine.trainer import Trainer
 
-pinned_memory = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 class LateEvent:
     """Of a copy that happens only when somebody waits for it, and waits for those before it, as a stream's do."""
@@ -206,7 +204,7 @@ def test_a_checkpoint_in_mid_epoch_has_the_loader_where_training_is(tmp_path: Pa
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
-@pinned_memory
+@pytest.mark.gpu
 def test_pinned_buffers_really_are() -> None:
     own = PinnedRing()
     packed = own.pack({"x": torch.arange(7), "y": torch.ones(3, dtype=torch.bool)})

@@ -21,6 +21,7 @@ with distributed_run(RunConfig(device="cpu")):
 """
 
 
+@pytest.mark.process
 def test_freed_blocks_are_not_mapped_again() -> None:
     """Seven blocks of 16384 pages take next to no page fault; by default each page takes one."""
     if not keep_freed_memory():

@@ -110,6 +110,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path, tiny_list: Path, 
     assert not run(capsys, *arguments)
 
 
+@pytest.mark.process
 def test_a_killed_run_holds_nothing(tmp_path: Path) -> None:
     """The system lets go of the lock, also where a program that the run had started lives on."""
     program = (
@@ -132,6 +133,8 @@ def test_a_killed_run_holds_nothing(tmp_path: Path) -> None:
             os.kill(left, signal.SIGKILL)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_every_rank_is_refused(tmp_path: Path) -> None:
     """One that was not told would wait for the others for ever."""
     script = tmp_path / "ranks.py"

@@ -237,6 +237,8 @@ def rows(folder: Path, name: str = "loss") -> list[float]:
     return [json.loads(line)[name] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_ddp_fsdp_and_one_process_have_the_same_losses(runs: Path, tmp_path: Path) -> None:
     train(tmp_path, batch=4, accumulate=2)
     one = rows(tmp_path)
@@ -247,6 +249,8 @@ def test_ddp_fsdp_and_one_process_have_the_same_losses(runs: Path, tmp_path: Pat
         assert rows(runs / parallel, "grad_norm") == pytest.approx(rows(tmp_path, "grad_norm"), rel=2e-5)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_each_rank_holds_its_shard(runs: Path) -> None:
     (whole, moments), *shards = [
         json.loads((runs / f"held_{name}").read_text()) for name in ("ddp_0", "fsdp_0", "fsdp_1")
@@ -256,11 +260,15 @@ def test_each_rank_holds_its_shard(runs: Path) -> None:
     assert all(0.4 < shard[0] / whole < 0.6 for shard in shards)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_static_graph_has_the_losses_of_one_process(runs: Path, tmp_path: Path) -> None:
     train(tmp_path, batch=4, max_steps=5)
     assert rows(runs / "static") == pytest.approx(rows(tmp_path), rel=2e-6)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_stage_2_under_fsdp(runs: Path) -> None:
     """Its temperature is a scalar outside the shards: a gradient not averaged would part the ranks and the losses."""
     ddp = rows(runs / "stage2_ddp")
@@ -269,6 +277,8 @@ def test_stage_2_under_fsdp(runs: Path) -> None:
     assert rows(runs / "stage2_crossing") == pytest.approx(ddp, rel=5e-6)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_each_layout_continues_the_other(kind: str, runs: Path) -> None:
     folder = runs / f"crossing_{kind}"
@@ -283,12 +293,16 @@ def test_shards_are_not_compiled() -> None:
         RunConfig(parallel="fsdp", compile=True)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_cut_shard_is_damage(runs: Path) -> None:
     """It was passed over on both ranks, the step repeated, and the folder replaced by a sound one."""
     assert (runs / "stderr").read_text().count("checkpoint-00000006.sharded is damaged") == 2
     assert sharded_checkpoint.read_weights(runs / "crossing_sharded" / "checkpoint-00000006.sharded")["model"]
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_sharded_and_full_hold_the_same_weights(runs: Path) -> None:
     whole = checkpoint.load_newest(runs / "crossing_full")[1]["model"]
     parts = sharded_checkpoint.read_weights(runs / "crossing_sharded" / "checkpoint-00000006.sharded")
@@ -298,18 +312,22 @@ def test_sharded_and_full_hold_the_same_weights(runs: Path) -> None:
     assert all(isinstance(value, Tensor) and type(value) is Tensor for value in whole.values())
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_the_commands_read_a_sharded_checkpoint(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = runs / "crossing_sharded" / "checkpoint-00000006.sharded"
     assert main(["convert", str(folder), str(tmp_path / "out.safetensors")]) == 0
     whole = sharded_checkpoint.read_weights(folder)["model"]
     converted = load_state(tmp_path / "out.safetensors")
     assert converted.keys() == whole.keys() and all(torch.equal(converted[name], whole[name]) for name in whole)
-    assert main(["eval", str(folder), "list.csv"]) == 2
+    assert main(["eval", "classify", str(folder), "list.csv"]) == 2
     assert "is of a stage-1 run" in capsys.readouterr().err
-    assert main(["eval", str(tmp_path), "list.csv"]) == 2
+    assert main(["eval", "classify", str(tmp_path), "list.csv"]) == 2
     assert "is not a checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_another_model_does_not_fit_a_sharded_checkpoint(runs: Path) -> None:
     folder = runs / "crossing_sharded" / "checkpoint-00000006.sharded"
     model = nn.Linear(3, 3)
@@ -325,12 +343,16 @@ def test_an_index_that_calls_something_is_refused(tmp_path: Path) -> None:
         sharded_checkpoint.read_weights(tmp_path)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_sigterm_on_one_rank_saves_the_shards_of_all(runs: Path) -> None:
     for rank in range(2):
         assert "stopped by signal 15 at step 2" in (runs / f"stopped_{rank}").read_text()
     assert rows(runs / "stopped") == pytest.approx(rows(runs / "fsdp"), rel=1e-6)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_bad_clip_on_one_rank_reaches_no_shard(runs: Path) -> None:
     errors = [(runs / f"bad_{rank}").read_text() for rank in range(2)]
     assert all("weights sound: True" in error and "is not finite at step 2" in error for error in errors)
@@ -338,6 +360,8 @@ def test_a_bad_clip_on_one_rank_reaches_no_shard(runs: Path) -> None:
     assert not checkpoint.checkpoints(runs / "bad")
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_sent_as_bf16_train_alike(parallel: str, runs: Path) -> None:
     exact, rounded = rows(runs / "ddp")[:4], rows(runs / f"bf16_{parallel}")
@@ -345,6 +369,8 @@ def test_gradients_sent_as_bf16_train_alike(parallel: str, runs: Path) -> None:
     assert rounded[1:] != pytest.approx(exact[1:], rel=1e-6), "nothing was rounded"
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_bf16_compute_is_alike(runs: Path) -> None:
     """Sharding rounds the blocks' norms and biases to bf16 too, which DDP does only to what is multiplied."""
     assert rows(runs / "half_fsdp") == pytest.approx(rows(runs / "half_ddp"), rel=2e-2)

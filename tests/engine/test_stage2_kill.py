@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

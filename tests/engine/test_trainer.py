@@ -181,6 +181,7 @@ def test_disk_full_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.process
 def test_a_write_that_really_fails(tmp_path: Path) -> None:
     """The system refuses to let the file grow, as on a full disk; the run ends in one line, older files whole."""
     script = (

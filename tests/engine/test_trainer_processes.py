@@ -58,6 +58,8 @@ def clip_list(tiny_list: Path) -> Path:
     return table
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kill_and_resume_is_bit_exact(ranks: int, tmp_path: Path, clip_list: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -82,6 +84,7 @@ def losses_so_far(out: Path) -> list[str]:
     return [line for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_saves_and_ends(number: signal.Signals, ranks: int, tmp_path: Path, clip_list: Path) -> None:
     out = tmp_path / "run"
@@ -101,6 +104,8 @@ def test_a_signal_saves_and_ends(number: signal.Signals, ranks: int, tmp_path: P
     assert step == losses(out)[-1][0] < 24
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_two_ranks_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
     """Gradients of two ranks average to those of one process with both batches."""
     script = tmp_path / "ranks.py"
@@ -127,6 +132,8 @@ def test_two_ranks_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
         assert two == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_ranks_that_see_different_folders_stop(tmp_path: Path) -> None:
     """As on nodes whose `out` is not shared: one would go on from a checkpoint, the other begin anew and wait for ever."""
     script = tmp_path / "ranks.py"

@@ -22,6 +22,7 @@ def child(program: str, deadline: float = 60.0) -> Result:
     return run_candidate(REQUEST, deadline, (sys.executable, "-c", program))
 
 
+@pytest.mark.process
 def test_an_answer_is_read_whatever_else_is_printed() -> None:
     answer = {"status": "ok", "ms": 1.5, "peak_gib": 2.0, "warm_up_s": 3.0}
     result = child(
@@ -33,6 +34,7 @@ def test_an_answer_is_read_whatever_else_is_printed() -> None:
     assert result == Result(candidate={"compile": True}, **answer)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("program", "status", "detail"),
     [
@@ -64,6 +66,7 @@ def _wait_until(condition, seconds: float = 30.0) -> bool:
     return condition()
 
 
+@pytest.mark.process
 def test_a_hang_ends_at_the_deadline_with_all_it_started(tmp_path: Path) -> None:
     numbers = tmp_path / "pids"
     start = time.monotonic()
@@ -82,6 +85,8 @@ def test_a_hang_ends_at_the_deadline_with_all_it_started(tmp_path: Path) -> None
         assert _wait_until(lambda number=number: _gone(number))
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
     """Also with one that is killed: nobody is left to keep the GPU."""
     builder = tmp_path / "endless.py"
@@ -106,6 +111,7 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
         parent.wait()
 
 
+@pytest.mark.process
 def test_ranks_of_a_launcher_are_not_the_childs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3"), ("TORCHELASTIC_RUN_ID", "x")):
         monkeypatch.setenv(name, value)
@@ -189,11 +195,14 @@ def test_the_gate(change, detail: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert found["status"] == "wrong" and detail in found["detail"] and "timing" not in parts
 
 
+@pytest.mark.process
 def test_the_child_measures_for_itself() -> None:
     result = run_candidate(request({}) | {"candidate": {"compile": False}}, 300)
     assert result.status == "ok" and result.ms > 0 and result.peak_gib > 0, result
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_an_error_in_the_child_comes_back_in_a_line() -> None:
     broken = request({})
     broken["record"]["student"]["num_heads"] = 0

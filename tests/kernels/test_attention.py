@@ -104,6 +104,7 @@ def test_packed_attention(backend, lengths_q, lengths_k, scale, monkeypatch: pyt
         assert_as_good_as_reference(ours, reference, truth)
 
 
+@pytest.mark.compile
 def test_packed_attention_compiles_without_reading_lengths() -> None:
     q = torch.randn(7, 2, 16, device=DEVICE, requires_grad=True)
     places = packed_totals([4, 1, 2])

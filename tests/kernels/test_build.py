@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.compile, pytest.mark.slow]
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Bytes a thread: 16 warps leave this one 128 registers, which suffice on the other architectures. To be mended.
 KNOWN_SPILLS = {"100": {"semantic_mask l16 384 px": 16}}

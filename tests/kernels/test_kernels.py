@@ -11,7 +11,7 @@ from kernels import _philox
 from tests.kernels.truth import assert_as_good_as_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.bfloat16, torch.float16))]
 BACKENDS = ("triton", "reference")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -332,6 +332,7 @@ def everything(x: Tensor, video: Tensor, weight: Tensor, bias: Tensor, seed: Ten
     return kernels.align_loss(tokens[None], x.detach()[None, :, 1:], weight, bias, visible=visible, backend=backend)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_compiles_without_graph_breaks(backend: str) -> None:
     x = torch.randn(2, 9, 32, device=DEVICE, requires_grad=True)

@@ -14,7 +14,7 @@ from kernels.linear import product as products
 from tests.kernels.truth import assert_as_good_as_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.bfloat16, torch.float16))]
 BACKENDS = ("triton", "reference")
 SHAPES = [(37, 50, 41), (150, 64, 136), (1, 1, 1), (0, 8, 5), (130, 33, 8)]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -294,6 +294,7 @@ def test_launches_move_the_bytes_that_are_claimed(monkeypatch: pytest.MonkeyPatc
 # operators, errors
 
 
+@pytest.mark.compile
 def test_operators_are_registered_soundly_and_compile() -> None:
     ops = torch.ops.umt_kernels
     x, w1, w2 = numbers(5, 8).requires_grad_(), numbers(12, 8).requires_grad_(), numbers(8, 12).requires_grad_()

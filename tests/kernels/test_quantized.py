@@ -10,7 +10,7 @@ from kernels.quantize import MAX_CHANNELS, tile
 from tests.kernels.truth import assert_as_good_as_reference
 
 SHAPES = [(1, 16, 16), (37, 48, 80), (130, 768, 64)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.bfloat16, torch.float16))]
 NATIVE_FP8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 FP8 = pytest.mark.skipif(
     not NATIVE_FP8, reason="the kernel's fp8 needs compute capability 8.9: Triton's interpreter does not round to it"
@@ -224,6 +224,7 @@ def test_rows_of_zeros_give_the_bias_and_bad_rows_stay_bad(precision: str, backe
     assert not out[1:3].isfinite().any() and out[3:].isfinite().all()
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("backend", backends("int8")[1:])
 def test_compiles_as_one_graph(backend: str) -> None:
     x, weight, bias = layer(32, 32, 16)
@@ -268,7 +269,7 @@ def test_a_cpu_without_vnni_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.quantized_backend("int8", torch.device("cpu"))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     with pytest.raises(ValueError, match="needs compute capability 8.9"):

@@ -17,11 +17,13 @@ from umt_fast.config import (
     TextConfig,
     VitConfig,
 )
-from umt_fast.masking import TokenGrid, draw_uniform, num_visible, visible_per_clip
+from umt_fast.masking import TokenGrid, mask_named, num_visible
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.models.student import Student
-from umt_fast.models.teachers.clip import ClipTeacher, Mlp
+from umt_fast.models.teachers import load_teacher
+from umt_fast.models.teachers.clip import ClipTeacher
+from umt_fast.models.teachers.frame_tower import Mlp
 from umt_fast.models.text import TextEncoder
 from umt_fast.models.video_text import VideoText
 from umt_fast.models.vit import Block, VisionTransformer, path_factors, resized_table, sinusoid_table
@@ -32,7 +34,6 @@ from umt_fast.models.weights import (
     load_encoder,
     load_state,
     load_student,
-    load_teacher,
     load_video_text,
     save_state,
 )
@@ -100,16 +101,16 @@ def test_the_grid_that_a_position_table_is_made_for() -> None:
 def test_visible_counts_round_as_the_official_code() -> None:
     grid = TokenGrid(8, 14, 14)
     assert num_visible(196, 0.8) == 40 and num_visible(196, 0.5) == 98
-    assert visible_per_clip("semantic", grid, 0.8) == visible_per_clip("tube", grid, 0.8) == 320
-    assert visible_per_clip("random", grid, 0.8) == 1568 - int(1568 * 0.8) == 314
+    assert mask_named("semantic").count(grid, 0.8) == mask_named("tube").count(grid, 0.8) == 320
+    assert mask_named("random").count(grid, 0.8) == 1568 - int(1568 * 0.8) == 314
 
 
 def test_uniform_masks() -> None:
     grid, seed = TokenGrid(4, 5, 5), torch.tensor([2])
-    random = draw_uniform("random", 3, grid, 0.8, seed)
+    random = mask_named("random").draw(3, grid, 0.8, seed)
     assert random.shape == (3, 20) and (random.diff(dim=1) > 0).all() and random.max() < 100
     assert not torch.equal(random[0], random[1])
-    tube = draw_uniform("tube", 3, grid, 0.8, seed).view(3, 4, 5) % 25
+    tube = mask_named("tube").draw(3, grid, 0.8, seed).view(3, 4, 5) % 25
     assert (tube == tube[:, :1]).all() and not torch.equal(tube[0], tube[1])
 
 
@@ -287,7 +288,7 @@ def test_teacher_takes_clip_layouts_and_resizes_its_grid(prefix: str, tmp_path: 
     save_state({prefix + key: value for key, value in large.items()}, tmp_path / "clip.pth")
     config = TeacherConfig(**(_fields(TEACHER) | {"weights": str(tmp_path / "clip.pth")}))
     teacher = ClipTeacher(config, 1)
-    load_teacher(teacher, config)
+    load_teacher(teacher)
     assert torch.equal(teacher.conv1.weight.squeeze(2), large["conv1.weight"])
     assert torch.equal(teacher.positional_embedding[0], large["positional_embedding"][0])
     assert teacher.positional_embedding.shape == (5, 32)
@@ -317,7 +318,7 @@ def test_unknown_open_clip_names(tmp_path: Path) -> None:
         with torch.device("meta"):
             teacher = ClipTeacher(config, 1)
         with pytest.raises(WeightsError, match=expected):
-            load_teacher(teacher, config)
+            load_teacher(teacher)
 
 
 def _fields(config: TeacherConfig) -> dict:
@@ -397,9 +398,9 @@ def test_tensors_without_a_name_are_refused(tmp_path: Path) -> None:
 
 def test_the_limits_of_a_mask_are_those_of_its_kernels() -> None:
     from kernels.semantic_mask import MAX_SCORES, MAX_TOKENS
-    from umt_fast.config import core
+    from umt_fast import masking
 
-    assert (core.MAX_TOKENS, core.MAX_SCORES) == (MAX_TOKENS, MAX_SCORES)
+    assert (masking.MAX_TOKENS, masking.MAX_SCORES) == (MAX_TOKENS, MAX_SCORES)
     for side, kind in ((32, "semantic"), (22, "random"), (64, "tube")):
         student, teacher = VitConfig(image_size=16 * side), TeacherConfig(image_size=16 * side)
         Stage1Config(student=student, teacher=teacher, mask=MaskConfig(kind=kind))

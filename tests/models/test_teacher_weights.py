@@ -8,8 +8,9 @@ import torch
 
 from umt_fast import recipe
 from umt_fast.config import TeacherConfig
+from umt_fast.models.teachers import load_teacher
 from umt_fast.models.teachers.clip import ClipTeacher
-from umt_fast.models.weights import WeightsError, load_teacher
+from umt_fast.models.weights import WeightsError
 
 # open_clip's names of the architectures, by what its hub calls the repositories of their weights.
 HUB = {
@@ -49,7 +50,7 @@ def empty_teacher(config: TeacherConfig) -> ClipTeacher:
 def test_the_default_teacher_of_each_recipe_loads(name: str, fetched: list[str], tmp_path: Path) -> None:
     config = recipe.load(name).teacher
     teacher = empty_teacher(config)
-    load_teacher(teacher, config)
+    load_teacher(teacher)
     assert fetched == [f"timm/vit_{'base_patch16' if name.endswith('b16') else 'large_patch14'}_clip_224.openai"]
     given = torch.load(tmp_path / "open_clip_pytorch_model.bin", weights_only=True)
     last = f"transformer.resblocks.{config.depth - 1}."
@@ -81,14 +82,14 @@ def test_another_activation_is_refused_before_the_download(weights: str, trained
     with torch.device("meta"):
         teacher = ClipTeacher(config, 1)
     with pytest.raises(WeightsError, match=f"trained with {trained_with}, .*set --teacher.activation {trained_with}$"):
-        load_teacher(teacher, config)
+        load_teacher(teacher)
     assert fetched == []
 
 
 def test_weights_trained_with_gelu_load_where_the_configuration_says_so(fetched: list[str]) -> None:
     config = TeacherConfig(weights="ViT-B-16:laion2b_s34b_b88k", activation="gelu")
     teacher = empty_teacher(config)
-    load_teacher(teacher, config)
+    load_teacher(teacher)
     mlp, x = teacher.transformer.resblocks[0].mlp, torch.randn(2, 768)
     hidden = x @ mlp.c_fc.weight.t() + mlp.c_fc.bias
     expected = (hidden * (1 + torch.erf(hidden / 2**0.5)) / 2) @ mlp.c_proj.weight.t() + mlp.c_proj.bias
@@ -105,4 +106,4 @@ def test_without_a_network_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) 
     with torch.device("meta"):
         teacher = ClipTeacher(config, 1)
     with pytest.raises(WeightsError, match="could not fetch ViT-B-16:openai .*--teacher.weights PATH"):
-        load_teacher(teacher, config)
+        load_teacher(teacher)

@@ -13,8 +13,10 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 
 from umt_fast.config import TeacherConfig
+from umt_fast.models.teachers import build_teacher, load_teacher
 from umt_fast.models.teachers.clip import ClipTeacher
-from umt_fast.models.weights import WeightsError, load_state, load_teacher, load_teacher_text
+from umt_fast.models.teachers.clip_text import load_clip_text
+from umt_fast.models.weights import WeightsError, load_state
 
 SIZES = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 16, "output_dim": 12}
 
@@ -87,7 +89,7 @@ def test_a_scripted_module_gives_its_state_dict(tmp_path: Path) -> None:
 def test_a_teacher_from_an_archive(archive: Path) -> None:
     config = TeacherConfig(**SIZES, weights=str(archive))
     teacher, visual = ClipTeacher(config, 1), clip().visual.half().float()
-    load_teacher(teacher, config)
+    load_teacher(teacher)
     pixels = torch.randn(2, 3, 1, 16, 16)
     x = teacher.embed(pixels)
     for block in teacher.blocks:
@@ -96,9 +98,9 @@ def test_a_teacher_from_an_archive(archive: Path) -> None:
         torch.testing.assert_close(
             teacher.ln_post(x[:, 0]) @ teacher.proj, visual(pixels[:, :, 0]), rtol=1e-4, atol=1e-5
         )
-    assert load_teacher_text(config).tower.transformer.layers == 1
+    assert load_clip_text(config).tower.transformer.layers == 1
     with pytest.raises(WeightsError, match="was trained with quick_gelu.*set --teacher.activation quick_gelu"):
-        load_teacher(teacher, TeacherConfig(**SIZES, weights=str(archive), activation="gelu"))
+        build_teacher(TeacherConfig(**SIZES, weights=str(archive), activation="gelu"), 1)
 
 
 class Writes(nn.Module):

@@ -13,11 +13,10 @@ from torch import Tensor
 import kernels
 from tests.parity_files import parity_files
 from umt_fast.config import ConfigError, OptimConfig, TextConfig, VitConfig
-from umt_fast.config.core import MAX_SCORES
 from umt_fast.engine.optim import build_optimizer, parameter_groups
 from umt_fast.engine.schedule import warmup_cosine
 from umt_fast.engine.sharding import load_states
-from umt_fast.masking import TokenGrid, draw_uniform, num_visible, visible_per_clip
+from umt_fast.masking import MAX_SCORES, TokenGrid, mask_named, num_visible
 from umt_fast.models.video_text import HEAD_EPS, VideoText
 from umt_fast.reference.stage2 import PlainStage2
 from umt_fast.tasks import video_text_losses as vision_text
@@ -288,7 +287,7 @@ def test_masks_hide_as_many_as_officially(path: Path) -> None:
     column = {title: number for number, title in enumerate(config["columns"])}
     for row, ratio in zip(tensors["counts"].tolist(), tensors["ratios"].tolist(), strict=True):
         grid = TokenGrid(*row[:3])
-        seen = {kind: visible_per_clip(kind, grid, ratio) for kind in ("semantic", "random", "tube")}
+        seen = {kind: mask_named(kind).count(grid, ratio) for kind in ("semantic", "random", "tube")}
         assert seen["semantic"] == grid.frames * row[column["attention: visible per frame"]]
         assert seen["random"] == grid.size - row[column["random: masked in all"]]
         assert seen["tube"] == grid.size - row[column["tube: masked in all"]]
@@ -296,9 +295,9 @@ def test_masks_hide_as_many_as_officially(path: Path) -> None:
         for kind, drawn in (("random", grid.size), ("tube", grid.per_frame)):
             if drawn > MAX_SCORES:
                 with pytest.raises(ValueError, match=f"{drawn} tokens"):
-                    draw_uniform(kind, 2, grid, ratio, torch.tensor([7]))
+                    mask_named(kind).draw(2, grid, ratio, torch.tensor([7]))
                 continue
-            visible = draw_uniform(kind, 2, grid, ratio, torch.tensor([7])).long()
+            visible = mask_named(kind).draw(2, grid, ratio, torch.tensor([7])).long()
             assert visible.shape == (2, seen[kind]) and all(len(set(clip)) == seen[kind] for clip in visible.tolist())
             if kind == "tube":
                 where = visible.view(2, grid.frames, -1) % grid.per_frame

@@ -22,7 +22,6 @@ from umt_fast.models.teachers.clip_text import ClipText
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 from umt_fast.tasks.video_text import VideoTextPretraining
 
-ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # Operators whose result, or its shape, the host must read.
 READ_BY_HOST = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "item")
 
@@ -155,6 +154,7 @@ def test_a_planted_wait_is_found(planted: Callable[[Tensor], object], name: str)
     assert any(found.startswith(name) for found in waits.found), waits.found
 
 
+@pytest.mark.compile
 def test_the_whole_objective_is_one_graph() -> None:
     torch.manual_seed(0)
     settings = config(16)
@@ -171,6 +171,8 @@ def test_the_whole_objective_is_one_graph() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.compile
+@pytest.mark.slow
 def test_the_whole_objective_of_stage_2_is_one_graph() -> None:
     settings = tiny.captions()
     settings.student.drop_path = settings.text.hidden_dropout = settings.text.attention_dropout = 0.0
@@ -220,6 +222,8 @@ STEPS = {precision: functools.partial(stage1, precision) for precision in ("nati
 }
 
 
+@pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.parametrize("make", STEPS.values(), ids=STEPS)
 def test_the_objective_is_one_graph_on_a_gpu(make: Callable, hopper: None) -> None:
     """The backends that only CUDA tensors in bf16 take; the tracer needs no GPU."""
@@ -243,6 +247,8 @@ def test_the_objective_is_one_graph_on_a_gpu(make: Callable, hopper: None) -> No
         assert any("varlen" in target for target in targets), "packed attention"
 
 
+@pytest.mark.compile
+@pytest.mark.slow
 def test_clips_text_tower_is_one_graph_and_never_waits() -> None:
     pytest.importorskip("open_clip")
     sizes = {"width": 64, "depth": 2, "vocab_size": 50, "context_length": 12, "output_dim": 8, "quick_gelu": True}
@@ -272,7 +278,7 @@ class OneBatch:
         return iter(lambda: self.batch, None)
 
 
-@ON_GPU
+@pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_step_on_a_real_gpu_never_waits(cuda_graph: bool, tmp_path: Path) -> None:
     settings = config(14)
@@ -291,7 +297,7 @@ def test_a_step_on_a_real_gpu_never_waits(cuda_graph: bool, tmp_path: Path) -> N
     assert len(set(rows)) == 5, "each step draws another mask"
 
 
-@ON_GPU
+@pytest.mark.gpu
 def test_a_recorded_run_equals_an_eager_one(tmp_path: Path) -> None:
     found = []
     for cuda_graph in (False, True):

@@ -136,6 +136,8 @@ def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list:
     return torch.load(saved, weights_only=True)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_two_ranks_give_the_loss_and_gradients_of_one(of_two_ranks) -> None:
     two_losses, two_gradients = of_two_ranks[0]
     losses, gradients = gradients_of()
@@ -146,6 +148,8 @@ def test_two_ranks_give_the_loss_and_gradients_of_one(of_two_ranks) -> None:
         torch.testing.assert_close(two_gradients[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_official_gathering_keeps_a_share_of_the_gradient_but_not_at_the_temperature(of_two_ranks) -> None:
     two_losses, two_gradients = of_two_ranks[1]
     losses, gradients = gradients_of(losses=OFFICIAL)  # one process: nothing is gathered
@@ -156,6 +160,8 @@ def test_official_gathering_keeps_a_share_of_the_gradient_but_not_at_the_tempera
         torch.testing.assert_close(two_gradients[name], value / 2, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(parity_files("gather"))), ids=lambda n: parity_files("gather")[n].name)
 def test_parity_of_the_default_gathering_with_the_official_one(of_two_ranks, number: int) -> None:
     """Gradients of each rank at its own rows as the official code's two processes computed them, to the last factor."""

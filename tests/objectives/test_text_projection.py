@@ -12,7 +12,8 @@ from transformers import BertTokenizerFast
 from tests.objectives.test_stage2 import batch_of, gradients, objective, small
 from umt_fast.config import CLIP_TEXT_LENGTH, ConfigError, Stage2Config, Stage2Losses, TeacherConfig
 from umt_fast.data.loaders.tokens import Tokens
-from umt_fast.models.weights import WeightsError, load_teacher_text, save_state
+from umt_fast.models.teachers.clip_text import load_clip_text
+from umt_fast.models.weights import WeightsError, save_state
 
 open_clip = pytest.importorskip("open_clip")
 CAPTIONS = ["a red thing", "it moves left", "a thing moves and stops " * 30]
@@ -88,7 +89,7 @@ def test_both_projections_beside_the_four_losses(weights: Path, tmp_path: Path) 
 
 def test_the_tower_is_open_clips(clip: torch.nn.Module, weights: Path, tmp_path: Path) -> None:
     """At every length that holds the end token; rounded to bf16 nearly."""
-    tower = load_teacher_text(teacher(weights))
+    tower = load_clip_text(teacher(weights))
     expected = clip.encode_text(open_clip.tokenize(CAPTIONS), normalize=True).detach()
     ids = tokens_of(tmp_path, fixed=True).teacher_ids(torch.arange(3))
     assert ids.shape == (3, CLIP_TEXT_LENGTH) and ids[2, -1] == ids.max() == 49407
@@ -102,7 +103,7 @@ def test_the_tower_is_open_clips(clip: torch.nn.Module, weights: Path, tmp_path:
 
 
 def test_gelu_weights_are_computed_with_gelu(weights: Path, clip: torch.nn.Module, tmp_path: Path) -> None:
-    tower = load_teacher_text(teacher(weights, activation="gelu"))
+    tower = load_clip_text(teacher(weights, activation="gelu"))
     ids = tokens_of(tmp_path).teacher_ids(torch.arange(2))
     with torch.no_grad():
         gap = tower(ids) - clip.encode_text(open_clip.tokenize(CAPTIONS[:2]), normalize=True)
@@ -125,7 +126,7 @@ def test_the_tower_is_frozen_and_runs_once_a_batch(weights: Path, tmp_path: Path
 
 
 def test_switched_off_there_is_no_text_tower(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("umt_fast.tasks.video_text.load_teacher_text", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr("umt_fast.models.teachers.clip.load_clip_text", lambda config: pytest.fail("loaded"))
     module = objective(aligned(weights))
     assert module.teacher_text is None
     found = module(batch_of(2, 3, 7, 0), torch.tensor([5]))
@@ -161,17 +162,17 @@ def test_weights_without_a_fitting_text_tower(
 ) -> None:
     save_state(change(clip.state_dict()), tmp_path / "other.pth")
     with pytest.raises(WeightsError, match=expected) as found:
-        load_teacher_text(teacher(tmp_path / "other.pth"))
+        load_clip_text(teacher(tmp_path / "other.pth"))
     assert "other.pth" in str(found.value)
 
 
 def test_names_and_sizes_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="'?untrained'?: losses.text_projection needs a trained CLIP"):
-        load_teacher_text(teacher("untrained"))
+        load_clip_text(teacher("untrained"))
     with pytest.raises(
         WeightsError, match=r"coca_ViT-B-32 has a text tower of another kind \(embed_cls, output_tokens\)"
     ):
-        load_teacher_text(teacher("coca_ViT-B-32:laion2b_s13b_b90k"))
+        load_clip_text(teacher("coca_ViT-B-32:laion2b_s13b_b90k"))
     with pytest.raises(ConfigError, match=r"losses.text_projection needs embed_dim 10"):
         small(embed_dim=10, losses=Stage2Losses(text_projection=1.0))
     with pytest.raises(ConfigError, match="losses.text_projection is -1"):

@@ -10,6 +10,7 @@ from umt_fast.config import ConfigError
 from umt_fast.sample_world import quickstart
 
 
+@pytest.mark.slow
 def test_every_part_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = recipe.load
 

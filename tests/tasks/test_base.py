@@ -17,7 +17,17 @@ from umt_fast.config import ConfigError, DataConfig, OptimConfig, RunConfig, Vit
 from umt_fast.engine.tune_measure import difference, observe
 from umt_fast.models.description import base_description
 from umt_fast.plan import work_of
-from umt_fast.tasks import TASKS, register, task_named, task_of, tuning
+from umt_fast.tasks import (
+    EVALUATIONS,
+    TASKS,
+    EvalOptions,
+    evaluations_of,
+    register,
+    register_evaluation,
+    task_named,
+    task_of,
+    tuning,
+)
 from umt_fast.tasks.clips import listed_clips, random_clips
 from umt_fast.train import train
 
@@ -67,6 +77,9 @@ class BrightnessTask:
     def loader(self, config: BrightnessConfig, ranks: Any) -> Any:
         return listed_clips(config, ranks)
 
+    def validation(self, config: BrightnessConfig, ranks: Any) -> None:
+        return None
+
     def random_batches(self, config: BrightnessConfig) -> list[dict[str, Tensor]]:
         return [random_clips(config, config.student.num_frames)]
 
@@ -82,9 +95,23 @@ class BrightnessTask:
     def describe(self, config: BrightnessConfig) -> dict[str, Any]:
         return base_description(self.name, config) | {"bias": config.bias}
 
-    def evaluate(self, file: Any, described: dict, source: Path, list_path: Path, *_: Any) -> dict[str, Any]:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasureOptions(EvalOptions):
+    factor: float = 1.0
+    """What the weight is multiplied with."""
+
+
+class Measure:
+    """The weight of a toy."""
+
+    name, tasks, Options = "measure", ("brightness",), MeasureOptions
+
+    def run(
+        self, file: Any, described: dict, source: Path, list_path: Path, data: Any, options: MeasureOptions, ranks: Any
+    ) -> dict[str, Any]:
         return {
-            "weight": file.state["weight"].item(),
+            "weight": options.factor * file.state["weight"].item(),
             "bias": described["bias"],
             "lines": len(list_path.read_text().split()),
         }
@@ -92,9 +119,9 @@ class BrightnessTask:
 
 @pytest.fixture
 def brightness() -> BrightnessTask:
-    task = register(BrightnessTask())
+    task, evaluation = register(BrightnessTask()), register_evaluation(Measure())
     yield task
-    del TASKS[task.name]
+    del TASKS[task.name], EVALUATIONS[evaluation.name]
 
 
 def configured(out: Path, table: Path, **changes: Any) -> BrightnessConfig:
@@ -115,8 +142,12 @@ def test_it_trains_and_is_judged(
     content = torch.load(newest, weights_only=True)
     assert content["model_config"]["task"] == "brightness" and "lr" not in content["model_config"]
     capsys.readouterr()
-    assert main(["eval", str(newest), str(tiny_list)]) == 0
-    assert json.loads(capsys.readouterr().out) == {"weight": content["model"]["weight"].item(), "bias": 0.5, "lines": 2}
+    assert main(["eval", "measure", str(newest), str(tiny_list), "--factor", "2"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "weight": 2 * content["model"]["weight"].item(),
+        "bias": 0.5,
+        "lines": 2,
+    }
 
 
 def test_it_is_planned_tuned_and_checked(brightness: BrightnessTask, tmp_path: Path, tiny_list: Path) -> None:
@@ -134,6 +165,9 @@ def test_it_is_planned_tuned_and_checked(brightness: BrightnessTask, tmp_path: P
 def test_names_and_configurations_are_one_tasks_alone(brightness: BrightnessTask) -> None:
     with pytest.raises(ValueError, match="brightness"):
         register(BrightnessTask())
+    with pytest.raises(ValueError, match="measure"):
+        register_evaluation(Measure())
+    assert evaluations_of("brightness") == ["measure"]
     with pytest.raises(ConfigError, match="unknown task 'brightnes'; did you mean 'brightness'"):
         task_named("brightnes")
     with pytest.raises(ConfigError, match="RunConfig is no configuration of a task"):

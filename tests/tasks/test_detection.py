@@ -12,13 +12,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.videos import write_video
 from umt_fast.config import VitConfig
 from umt_fast.data.decode import detection_view as views
 from umt_fast.data.decode.detection_clip import SecondFiles, Temporal
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources import detections
 from umt_fast.models.weights import WeightsError, load_detector, save_state
-from umt_fast.tasks import detection, frame_map
+from umt_fast.tasks import detected, detection, frame_map
 
 pytest.importorskip("torchvision", reason="the detector needs torchvision")
 
@@ -71,6 +72,7 @@ def test_the_official_mean_times_the_number_of_boxes() -> None:
     assert objective(filled, SEED)["loss"].item() == pytest.approx(objective(batch, SEED)["loss"].item(), rel=1e-6)
 
 
+@pytest.mark.compile
 def test_a_step_reads_nothing_back_and_keeps_its_shapes() -> None:
     """As one graph: the compiler refuses whatever a value on the device decides. One graph serves any number of boxes."""
     counted: list[int] = []
@@ -198,7 +200,7 @@ def truth_of(keys: detections.KeyFrames) -> frame_map.Boxes:
 
 
 def judge(keys: detections.KeyFrames, indices: list[int], **more: object) -> frame_map.FrameMap:
-    return detection.evaluate(
+    return detected.evaluate(
         made_up, batches_of(keys, indices), keys, truth_of(keys), NAMES, device=torch.device("cpu"), **more
     )
 
@@ -230,9 +232,9 @@ def test_a_result_that_cannot_be_finished_leaves_the_older_one(tmp_path: Path) -
     path.write_text("older")
     rows = frame_map.Boxes.of([(("m", 902), (0, 0, 1, 1), 1, 0.5), (("m", None), (0, 0, 1, 1), 1, 0.5)])  # type: ignore[list-item]
     with pytest.raises(TypeError):
-        detection.write_result(path, rows)
+        detected.write_result(path, rows)
     assert path.read_text() == "older"
-    detection.write_result(path, rows.kept(np.array([True, False])))
+    detected.write_result(path, rows.kept(np.array([True, False])))
     assert path.read_bytes() == b"m,0902,0.00000,0.00000,1.00000,1.00000,1,0.50000\r\n"
 
 
@@ -249,6 +251,8 @@ def judge_on_a_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
     keys = write_keys(tmp_path)
     alone = judge(keys, [*range(25)], result=tmp_path / "alone.csv")
@@ -262,7 +266,7 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
 def test_scores_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     keys = write_keys(tmp_path)
     with pytest.raises(WeightsError, match="not finite"):
-        detection.evaluate(
+        detected.evaluate(
             lambda batch: made_up(batch) / 0 * 0,
             batches_of(keys, [0]),
             keys,
@@ -324,7 +328,7 @@ COLORS = {1: (220, 30, 30), 2: (30, 30, 220), 3: (30, 200, 30)}
 
 def write_world(root: Path) -> tuple[Path, Path]:
     """Six movies of one-second files. In each key frame two people stand apart; a person's color is its class."""
-    av = pytest.importorskip("av")
+    pytest.importorskip("av")
     images, annotations, boxes = [], [], []
     for number in range(6):
         movie, classes = f"movie{number}", (1 + number % 3, 1 + (number + 1 + number // 3) % 3)
@@ -338,12 +342,7 @@ def write_world(root: Path) -> tuple[Path, Path]:
             boxes.append({"image_id": number, "bbox": box, "score": 0.95})
         images.append({"id": number, "movie": movie, "timestamp": 902, "width": 96, "height": 64})
         for second in (901, 902):
-            with av.open(str(root / movie / f"{second}.mp4"), "w") as container:
-                stream = container.add_stream("libx264", rate=4)
-                stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
-                for _ in range(4):
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-                container.mux(stream.encode())
+            write_video(root / movie / f"{second}.mp4", [picture] * 4, rate=4)
     (root / "a.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     (root / "d.json").write_text(json.dumps(boxes))
     return root / "a.json", root / "d.json"
@@ -376,7 +375,7 @@ def test_from_files_to_the_figure(tmp_path: Path) -> None:
             for key in keys
             for box, labels in zip(key.boxes, key.labels, strict=True)
         )
-        return detection.evaluate(
+        return detected.evaluate(
             objective.scores, batches, tests, truth, NAMES, device=torch.device("cpu"), result=tmp_path / "r.csv"
         ).mean
 

@@ -61,7 +61,8 @@ Judge = Callable[..., tuple[dict, dict]]
 def judge(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> Judge:
     def run(file: Path, *more: object, table: Path | None = None) -> tuple[dict, dict]:
         capsys.readouterr()
-        arguments = ["eval", file, table or world / "test_captions.json", "--scores", tmp_path / "scores.json"]
+        name = "classify" if table else "retrieve"
+        arguments = ["eval", name, file, table or world / "test_captions.json", "--scores", tmp_path / "scores.json"]
         code = main([str(word) for word in (*arguments, "--workers", 0, "--device", "cpu", *more)])
         said = capsys.readouterr()
         assert code == 0, said.err
@@ -127,7 +128,9 @@ def test_every_form_of_stage_2_weights_is_judged_alike(
         ((tmp_path / "weights.safetensors",), "does not say which tokenizer it was trained with; give it: --tokenizer"),
     ):
         capsys.readouterr()
-        assert main(["eval", *map(str, arguments), str(world / "test_captions.json"), "--workers", "0"]) == 2
+        assert (
+            main(["eval", "retrieve", *map(str, arguments), str(world / "test_captions.json"), "--workers", "0"]) == 2
+        )
         said = capsys.readouterr().err
         assert expected in said, said
 

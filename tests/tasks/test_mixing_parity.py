@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.parity_files import cases_or_skip, read_case
-from umt_fast.config import ConfigError
-from umt_fast.tasks.mixing import MixConfig, cut_box, kept_share, mixed, soft_targets
+from umt_fast.config import ConfigError, MixConfig
+from umt_fast.tasks.mixing import cut_box, draw, kept_share, mixed, soft_targets
 from umt_fast.tasks.views import ViewScores, per_class_accuracy, top_shares
 
 
@@ -69,7 +69,7 @@ def test_draws_parity(path: Path) -> None:
         options, mix, rng = case["options"], settings(case["options"]), np.random.default_rng(7)
         steps, cuts, alone, shares = 3000, 0, 0, []
         for _ in range(steps):
-            share, box = mix.draw(4, height, width, rng)
+            share, box = draw(mix, 4, height, width, rng)
             if options["mode"] == "batch":
                 assert (share == share[0]).all() and (box == box[0]).all()
             area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])

@@ -63,7 +63,8 @@ def test_parity_of_scores_and_choices(case: _Case) -> None:
     assert relative(scored.similarity, theirs["out.similarity"]) < LIMIT
     assert relative(scored.scores, theirs["out.scores"]) < LIMIT
     assert torch.equal(scored.choice, theirs["out.choice"])
-    figures, rows = choose(model, batches(theirs), ONE)
+    figures, rows, scores = choose(model, [*batches(theirs), None], ONE)
+    assert relative(scores, theirs["out.scores"]) < LIMIT
     assert 100 * figures["accuracy"] == pytest.approx(config["accuracy"], abs=0.0051)
     assert figures["clips"] == len(theirs["in.video"]) and torch.equal(rows[:, 1], theirs["out.choice"])
 
@@ -93,6 +94,8 @@ def test_bad_input_is_named(case: _Case) -> None:
         choose(model, [], ONE)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_parity_of_accuracy_over_ranks_one_of_them_without_clips(tmp_path: Path) -> None:
     """Three ranks: two share the clips and have one of them both, the third has none."""
     script = tmp_path / "ranks.py"
@@ -107,7 +110,7 @@ def test_parity_of_accuracy_over_ranks_one_of_them_without_clips(tmp_path: Path)
         "rank = dist.get_rank()\n"
         "config, tensors, model = load(Path(sys.argv[2]))\n"
         "own = [] if rank == 2 else list(batches(tensors, rank, 2)) + list(batches(tensors, 0, 9999))\n"
-        "figures, rows = choose(model, own, Ranks(rank, 3, torch.device('cpu')))\n"
+        "figures, rows, _ = choose(model, own, Ranks(rank, 3, torch.device('cpu')))\n"
         "right = tensors['out.choice'] == tensors['in.answer']\n"
         "assert figures == {'accuracy': right.double().mean().item(), 'clips': len(right)}\n"
         "assert torch.equal(rows[:, 1], tensors['out.choice'])\n"

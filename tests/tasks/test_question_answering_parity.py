@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,21 +14,16 @@ from transformers import BertTokenizerFast
 
 from tests.downstream_cases import LIMIT, compare_gradients, sizes_of, state_of
 from tests.parity_files import parity_files, read_case, relative
+from umt_fast.data.loaders.questions import answer_tokens
+from umt_fast.data.sources.questions import read_questions, weighted_answers
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.answer_decoder import AnswerList, prepare_answers
 from umt_fast.models.attention import use_attention
 from umt_fast.models.downstream import QuestionModel
 from umt_fast.models.weights import fit
 from umt_fast.tasks.answer_ranking import first_word_probabilities, rank_answers
-from umt_fast.tasks.question_answering import (
-    QuestionTuning,
-    answer_losses,
-    answer_questions,
-    answer_tokens,
-    exact_match,
-    question_states,
-    weighted_answers,
-)
+from umt_fast.tasks.answering import Prediction, answer_batches, right_rows, shares_of, states_of_clips
+from umt_fast.tasks.question_answering import QuestionTuning, answer_losses, question_states
 
 CASES = parity_files("qa")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -167,16 +162,17 @@ def test_parity_of_answer_words(case: _Case, tokenizer: BertTokenizerFast) -> No
     assert torch.equal(ids[mask], theirs["in.answer_ids"][expected])
 
 
-def test_parity_of_accuracy(case: _Case) -> None:
-    """A question without a prediction counts as wrong."""
+def test_parity_of_accuracy(case: _Case, tmp_path: Path) -> None:
+    """Letter by letter; a question without a prediction counts as wrong."""
     example = case[0]["accuracy_example"]
-    truth, predicted = (
-        {entry["question_id"]: entry["answer"] for entry in example[name]} for name in ("truth", "predicted")
-    )
-    assert 100 * exact_match(truth, predicted) == pytest.approx(example["accuracy"], abs=0.0051)
-    assert exact_match({1: "a", 2: "b"}, {1: "a", 2: "B", 3: "c"}) == 0.5
-    with pytest.raises(ValueError, match="no question"):
-        exact_match({}, {1: "a"})
+    truth = [{"video": __file__, "question": "what"} | entry for entry in example["truth"]]
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    questions = read_questions([str(tmp_path / "truth.json")], train=False)
+    predicted = {str(entry["question_id"]): entry["answer"] for entry in example["predicted"]}
+    assert set(predicted) - set(questions.names) or len(predicted) <= len(truth)
+    predictions = [Prediction([predicted.get(name, "")], [1.0]) for name in questions.names]
+    figures = shares_of(questions, right_rows(questions, predictions, None))
+    assert figures == {"accuracy": pytest.approx(example["accuracy"] / 100, abs=0.51e-4)}
 
 
 def test_flops_are_those_that_run(case: _Case) -> None:
@@ -195,36 +191,50 @@ def test_flops_are_those_that_run(case: _Case) -> None:
     assert counter.get_total_flops() / count == pytest.approx(tuned.flops_per_clip(), rel=0.03)
 
 
-def batches(
-    tensors: dict[str, Tensor], rank: int = 0, world_size: int = 1, size: int = 3
-) -> Iterator[dict[str, Tensor]]:
-    """The questions of a file that a rank has, every world_size-th, some at a time."""
-    batch, rows = batch_of(tensors), torch.arange(rank, len(tensors["in.video"]), world_size)
-    for part in rows.split(size) if len(rows) else ():
-        yield {name: batch[name][part] for name in ("video", "ids", "mask")} | {"row": part}
+class Words:
+    """The questions' ids of a file in place of a tokenizer's."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.batch = batch_of(tensors)
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.batch["ids"][rows], self.batch["mask"][rows]
 
 
-def test_parity_of_answers_over_ranks_one_of_them_without_questions(case: _Case, tmp_path: Path) -> None:
+def predictions_of(case: _Case, ranks: Ranks, clips: Tensor) -> list[Prediction]:
+    """What answer_batches finds when this rank has some clips, three at a time; each clip is asked one question."""
     config, tensors, model = case
-    one = answer_questions(
-        model, batches(tensors), list_of(case), Ranks(0, 1, torch.device("cpu")), top_k=config["k_test"]
-    )
-    assert [config["answer_list"][one[row]] for row in range(len(one))] == config["predictions"]
+    answers = list_of(case)
+
+    def judge(states: Tensor, mask: Tensor) -> list[Prediction]:
+        ranked = rank_answers(model.text_decoder, states, mask, answers, top_k=config["k_test"])
+        return [Prediction([config["answer_list"][best]], []) for best in ranked.answers[:, 0].tolist()]
+
+    batches = [{"video": tensors["in.video"][part], "index": part} for part in (clips.split(3) if len(clips) else ())]
+    asked = [[row] for row in range(len(tensors["in.video"]))]
+    return answer_batches(model, batches, asked, Words(tensors), judge, ranks, batch_size=2)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_parity_of_answers_over_ranks_one_of_them_without_questions(case: _Case, tmp_path: Path) -> None:
+    config, tensors, _ = case
+    count = len(tensors["in.video"])
+    one = predictions_of(case, Ranks(0, 1, torch.device("cpu")), torch.arange(count))
+    assert [prediction.answers[0] for prediction in one] == config["predictions"]
     script = tmp_path / "ranks.py"
     script.write_text(
         "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests/tasks']\n"
         "from pathlib import Path\n"
         "import torch, torch.distributed as dist\n"
-        "from test_question_answering_parity import answer_questions, batches, list_of, load\n"
+        "from test_question_answering_parity import load, predictions_of\n"
         "from umt_fast.engine.distributed import Ranks\n"
         "dist.init_process_group('gloo')\n"
         "rank = dist.get_rank()\n"
         "case = load(Path(sys.argv[2]))\n"
-        "own = [] if rank == 2 else batches(case[1], rank, 2)\n"
-        "k = case[0]['k_test']\n"
-        "found = answer_questions(case[2], own, list_of(case), Ranks(rank, 3, torch.device('cpu')), top_k=k)\n"
-        "texts = [case[0]['answer_list'][found[row]] for row in range(len(case[1]['in.video']))]\n"
-        "assert texts == case[0]['predictions'] and len(found) == len(texts)\n"
+        "every = torch.arange(len(case[1]['in.video']))\n"
+        "found = predictions_of(case, Ranks(rank, 3, torch.device('cpu')), every[:0] if rank == 2 else every[rank::2])\n"
+        "assert [prediction.answers[0] for prediction in found] == case[0]['predictions']\n"
         "sys.stdout.write(f'equal on {rank}\\n')  # one write: ranks share the pipe\n"
         "dist.destroy_process_group()\n"
     )
@@ -233,3 +243,50 @@ def test_parity_of_answers_over_ranks_one_of_them_without_questions(case: _Case,
     done = subprocess.run([*command, str(REPOSITORY), str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(done.stdout.split()[2::3]) == ["0", "1", "2"]
+
+
+@torch.no_grad()
+def test_a_clip_is_read_once_however_many_questions_it_is_asked(case: _Case) -> None:
+    """Clips with three questions, one, and four: the states are those of each question with its clip alone."""
+    _, tensors, model = case
+    batch, words = batch_of(tensors), Words(tensors)
+    asked, video = [[0, 2, 1], [3], [1, 0, 3, 2]], tensors["in.video"][:3]
+    read = []
+    hook = model.vision_encoder.encoder.blocks[0].register_forward_hook(lambda module, x, y: read.append(len(y)))
+    parts = list(states_of_clips(model, video, asked, words, at_once=6))
+    hook.remove()
+    assert read == [3] and [len(numbers) for numbers, _, _ in parts] == [5, 3]
+    seen: dict[int, list[Tensor]] = {}
+    for numbers, states, mask in parts:
+        for number, state, held in zip(numbers, states, mask, strict=True):
+            seen.setdefault(number, []).append(state[held])
+    for number, found in seen.items():
+        ids, mask = batch["ids"][number : number + 1], batch["mask"][number : number + 1]
+        clips = [clip for clip, numbers in enumerate(asked) if number in numbers]
+        alone = [question_states(model, video[clip : clip + 1], ids, mask)[0][mask[0]] for clip in clips]
+        assert len(found) == len(alone)
+        for one in alone:
+            assert min(relative(other, one) for other in found) < 1e-5
+
+
+def test_answers_beside_each_other_and_one_after_another_cost_the_same(case: _Case) -> None:
+    """(B, A, l) rows, filled up with empty ones of weight 0, give the loss and gradients of (M, l) rows."""
+    _, tensors, _ = case
+    batch, counts = batch_of(tensors), tensors["in.answers_per_question"].tolist()
+    beside = {name: batch[name] for name in ("video", "ids", "mask")}
+    rows, length = max(counts) + 1, batch["answer_ids"].shape[1]
+    beside["answer_ids"] = torch.zeros(len(counts), rows, length, dtype=torch.int64)
+    beside["answer_mask"] = torch.zeros(len(counts), rows, length, dtype=torch.bool)
+    beside["answer_weights"] = torch.zeros(len(counts), rows)
+    for row, (ids, mask, weights) in enumerate(
+        zip(*(batch[name].split(counts) for name in ("answer_ids", "answer_mask", "answer_weights")), strict=True)
+    ):
+        beside["answer_ids"][row, : len(ids)], beside["answer_mask"][row, : len(ids)] = ids, mask
+        beside["answer_weights"][row, : len(ids)] = weights
+    one, other = tuning_of(case), tuning_of(case)
+    first, second = one(batch, torch.tensor([1]))["loss"], other(beside, torch.tensor([1]))["loss"]
+    torch.testing.assert_close(first, second)
+    first.backward()
+    second.backward()
+    for (name, own), its in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, its.grad, rtol=1e-4, atol=1e-5, msg=name)

@@ -5,13 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import BertTokenizerFast
 
+from tests.videos import write_video
 from umt_fast.config import DataConfig, TextConfig, VitConfig
 from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.tokens import Tokens
@@ -19,7 +19,9 @@ from umt_fast.data.sources.queries import Queries, read_queries
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.video_text import VideoText
 from umt_fast.models.weights import WeightsError
-from umt_fast.tasks.retrieval import Keeper, both_ways, evaluate, judge, listing, ranks_of, recalls, rerank, search
+from umt_fast.tasks.ranking import both_ways, judge, ranks_of, recalls, search
+from umt_fast.tasks.retrieval import Keeper, evaluate, rerank
+from umt_fast.tasks.retrieve import listing
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmno"]
@@ -54,7 +56,8 @@ def dense(right: Tensor, queries: int, items: int) -> Tensor:
 
 def test_search_and_judge_equal_all_scores_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many right answers a query, more items than queries, blocks that do not divide; candidates without a right answer."""
-    monkeypatch.setattr("umt_fast.tasks.retrieval._BLOCK", 3)
+    monkeypatch.setattr("umt_fast.tasks.ranking._QUERIES", 3)
+    monkeypatch.setattr("umt_fast.tasks.ranking._ITEMS", 4)
     generator = torch.Generator().manual_seed(0)
     queries, items = (torch.randn(n, 4, generator=generator) for n in (8, 11))
     right = torch.tensor(sorted({(q, int(i)) for q in range(8) for i in (q, (3 * q) % 11)}))
@@ -76,13 +79,8 @@ def world(tmp_path: Path) -> Path:
     """Five clips with captions of all layouts: more captions than clips, several right answers both ways."""
     rng = np.random.default_rng(0)
     for number in range(5):
-        with av.open(str(tmp_path / f"{number}.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=10)
-            stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
-            for _ in range(4):
-                picture = np.kron(rng.integers(0, 256, (3, 3, 3), np.uint8), np.ones((16, 16, 1), np.uint8))
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
+        cells = (rng.integers(0, 256, (3, 3, 3), np.uint8) for _ in range(4))
+        write_video(tmp_path / f"{number}.mp4", (np.kron(cell, np.ones((16, 16, 1), np.uint8)) for cell in cells))
     captions = [["a b c", "d"], ["e f"], ["g", "h i j k", "l"], ["m n"], ["o a"]]
     entries = [{"video": f"{number}.mp4", "caption": texts} for number, texts in enumerate(captions)]
     entries.append({"video": ["1.mp4", "3.mp4"], "caption": "n e a"})
@@ -214,6 +212,8 @@ def test_unreadable_clips_and_diverged_weights_are_named(world: Path) -> None:
         judged(world)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(world: Path, tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(

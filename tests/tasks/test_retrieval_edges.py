@@ -18,7 +18,7 @@ from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.sources.lists import Clip
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.downstream import RetrievalModel
-from umt_fast.tasks import retrieval
+from umt_fast.tasks import ranking, retrieval
 from umt_fast.tasks.retrieval_tuning import retrieval_losses
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ def test_one_candidate_is_always_found() -> None:
     figures, v2t, t2v = found(1, 1, Ranks(0, 1, torch.device("cpu")))
     assert v2t.items.tolist() == [[0]] and t2v.items.tolist() == [[0]]
     assert figures["match_r_mean"] == figures["dual_r_mean"] == 1.0
-    assert set(retrieval.official_recalls(v2t.rank, t2v.rank).values()) == {100.0}
+    assert set(ranking.official_recalls(v2t.rank, t2v.rank).values()) == {100.0}
 
 
 def test_a_rank_beyond_the_last_clip_reads_none() -> None:
@@ -77,6 +77,8 @@ def test_a_rank_beyond_the_last_clip_reads_none() -> None:
     assert list(loader) == []
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_ranks_without_clips_say_the_same(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(

@@ -54,7 +54,7 @@ def test_eval_looks_at_the_middle_frames_of_the_first_seconds(tiny_list: Path, m
     monkeypatch.setattr(cpu, "decode_frames", remembering)
     monkeypatch.setattr(VisionTower, "embed", seeing)
     options = ["--max_seconds", "0.7", "--workers", "0", "--batch_size", "2"]
-    assert main(["eval", str(checkpoint), str(folder / "captions.json"), *options]) == 0
+    assert main(["eval", "retrieve", str(checkpoint), str(folder / "captions.json"), *options]) == 0
     assert chosen == [[0, 1, 3, 5]] * 2
     frames = decode_frames(folder / "video1.mp4", lambda count: np.array([0, 1, 3, 5]))
     pixels = Resize((32, 32), InterpolationMode.BICUBIC, antialias=False)(torch.from_numpy(frames).permute(0, 3, 1, 2))

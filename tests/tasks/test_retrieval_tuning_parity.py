@@ -12,12 +12,13 @@ from tests.downstream_cases import LIMIT, compare_gradients, sizes_of, state_of
 from tests.parity_files import parity_files, read_case, relative
 from tests.tasks.galleries import Captions, Gallery
 from umt_fast.config import DataConfig
+from umt_fast.data.sources.pairs import match_ids
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.downstream import RetrievalModel
 from umt_fast.models.weights import fit
-from umt_fast.tasks import retrieval
+from umt_fast.tasks import ranking, retrieval
 from umt_fast.tasks import video_text_losses as vision_text
-from umt_fast.tasks.retrieval_tuning import RetrievalTuning, match_ids, retrieval_losses
+from umt_fast.tasks.retrieval_tuning import RetrievalTuning, retrieval_losses
 
 CASES = parity_files("retrieval")
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -136,7 +137,7 @@ def compare_gallery(case: _Case, name: str, monkeypatch: pytest.MonkeyPatch) -> 
             if kind == "match":  # and beyond those nothing is scored
                 assert (expected.values[:, kept:] == config["unscored"]).all()
                 assert (expected.values[:, :kept] != config["unscored"]).all()
-        official = retrieval.official_recalls(v2t.rank, t2v.rank)
+        official = ranking.official_recalls(v2t.rank, t2v.rank)
         expected = gallery[f"recall_{kind}"]
         if 0 < top_k < 10 and top_k < max(len(video), len(gallery["texts"])):
             # Officially R@k of fewer candidates depends on how a sort leaves equal scores.

@@ -63,6 +63,8 @@ def test_a_step_never_waits(kind: str) -> None:
     assert waits.found == []
 
 
+@pytest.mark.compile
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["retrieval", "questions"])
 def test_the_whole_objective_is_one_graph(kind: str) -> None:
     torch.manual_seed(0)

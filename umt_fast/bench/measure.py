@@ -48,8 +48,9 @@ class Clock:
         return {part: round(1e3 * statistics.median(laps), 3) for part, laps in self.parts.items()}
 
 
-# The training step, and the same step with a clock at each part's end; both take the step's number.
-Steps = tuple[Callable[[int], None], Callable[[int, Clock], None]]
+# The training step, and the same step with a clock at each part's end, None where it has no parts (a compiled one); both
+# take the step's number.
+Steps = tuple[Callable[[int], None], Callable[[int, Clock], None] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Case:
             peak = max(peak, peak_memory_bytes(self.device))
             rates.append(measure_matmul_rate(self.device, TORCH_DTYPES[computed]))
         parts = Clock(self.device)
-        for number in range(max(1, self.steps // 2)):
+        for number in range(max(1, self.steps // 2) if timed is not None else 0):
             timed(number, parts)
         seconds, rate = statistics.median(clock.parts["step"]), statistics.median(rates)
         gpu = self.device.type == "cuda"

@@ -1,30 +1,27 @@
-"""`bench stage1 --profile True`: what each part of a step costs beside what it could cost at best.
+"""`bench stage1 --profile`: what each part of a step costs beside what it could cost at best.
 
 A part's bound is the larger of its FLOPs over the matmul rate and its bytes over the copy rate, both measured in the same
 run. FLOPs and bytes are counted from shapes: matrix products, and what these and the passes between them read and write
-when every elementwise operation is fused into a neighbor. The parts are timed eagerly within whole steps, the device
-waited for at each boundary.
+when every elementwise operation is fused into a neighbor. The parts are timed eagerly within the Trainer's own
+steps, the device waited for at each boundary.
 
 Legend: B clips, T frames, L patches a frame, N = T * L, n visible tokens a view, C width, K aligned layers, D output width.
 """
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import kernels
 from umt_fast.bench.measure import Clock, restart_peak
+from umt_fast.bench.trained import Border, timed_step, trainer_of
 from umt_fast.config import Stage1Config
 from umt_fast.engine.host_memory import keep_freed_memory
-from umt_fast.engine.optim import build_optimizer
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
-from umt_fast.masking import TokenGrid, visible_per_clip
+from umt_fast.models.flops import grid_of, visible_of
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 # Elements a token, in widths, that a transformer block reads and writes: norm 2, qkv 4, attention 4, projection and
@@ -43,10 +40,7 @@ class Cost:
 def costs(config: Stage1Config, trained: int) -> dict[str, Cost]:
     """The cost of each part of a step of run.batch_size clips; trained: number of trained values."""
     vit, clip, layers, batch = config.student, config.teacher, config.align.num_layers, config.run.batch_size
-    grid = TokenGrid.of(
-        num_frames=vit.num_frames, tubelet_size=vit.tubelet_size, image_size=vit.image_size, patch_size=vit.patch_size
-    )
-    n, views = visible_per_clip(config.mask.kind, grid, config.mask.ratio), config.mask.per_clip
+    grid, n, views = grid_of(vit), visible_of(vit, config.mask), config.mask.per_clip
     size = 2 if config.run.dtype == "bf16" else 4
     c, d, frames = clip.width, clip.output_dim, grid.frames
     tokens, kept = grid.per_frame + 1, views * n / frames
@@ -55,10 +49,8 @@ def costs(config: Stage1Config, trained: int) -> dict[str, Cost]:
     inner = clip.depth - 1
     # Keys and values of all tokens, the rest for those kept (all, where views see more than there are), and the class token's
     # attention that draws them.
-    done = kept if views == 1 or kept < grid.per_frame else tokens
-    last = (
-        batch * frames * (tokens * c * c * 4 + done * c * c * 20 + 4 * done * tokens * c + 2 * c * c + 2 * tokens * c)
-    )
+    done, draws = kept if views == 1 or kept < grid.per_frame else tokens, views * 2 * tokens * c
+    last = batch * frames * (tokens * c * c * 4 + done * c * c * 20 + 4 * done * tokens * c + 2 * c * c + draws)
     width, student_patch = vit.width, 3 * vit.tubelet_size * vit.patch_size**2
     seen, span = batch * views * n, n if vit.attention == "joint" else n // frames
     block = Cost(
@@ -106,48 +98,21 @@ def measure_copy_rate(device: torch.device) -> float:
     return 2 * source.numel() / best
 
 
-@contextlib.contextmanager
-def laps_at(clock: Clock, places: list[tuple[nn.Module, bool, str]]) -> Iterator[None]:
-    """A lap of the clock where each module (begins if true, else ends), under a name."""
-    handles = []
-    for module, before, name in places:
-        hook = module.register_forward_pre_hook if before else module.register_forward_hook
-        handles.append(hook(lambda *_, name=name: clock.lap(name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def timed_step(
-    objective: UnmaskedAlignment, optimizer: torch.optim.Optimizer, video: Tensor, number: int, clock: Clock
-) -> None:
-    """One training step with a lap at the end of each part that `costs` names."""
-    config, teacher, student = objective.config, objective.teacher, objective.student
-    seed = torch.full((1,), number, dtype=torch.int64, device=video.device)
-    blocks, last = teacher.blocks, "last block, mask, targets"
-    places = [(blocks[0], True, "teacher patches")] if len(blocks) > 1 else []
-    places += [(blocks[-2], False, "teacher blocks")] if len(blocks) > 1 else []
-    places += [
-        (teacher, False, last),
-        (student.encoder.blocks[0], True, "student patches"),
-        (student.encoder, False, "student blocks"),
+def borders_of(objective: UnmaskedAlignment) -> list[Border]:
+    """The ends of the parts that `costs` names, up to the loss."""
+    teacher, student = objective.teacher, objective.student
+    blocks, found = teacher.blocks, []
+    if len(blocks) > 1:
+        found = [Border(blocks[0], "forward", True, "teacher patches")]
+        found += [Border(blocks[-2], "forward", False, "teacher blocks")]
+    return [
+        *found,
+        Border(teacher, "forward", False, "last block, mask, targets"),
+        Border(student.encoder.blocks[0], "forward", True, "student patches"),
+        Border(student.encoder, "forward", False, "student blocks"),
+        Border(student, "forward", False, "student heads"),
+        Border(objective, "forward", False, "loss"),
     ]
-    clock.restart()
-    with laps_at(clock, places):
-        target = teacher(video, config.mask, seed)
-        with torch.autocast(video.device.type, torch.bfloat16, enabled=config.run.dtype == "bf16"):
-            heads = student(video, target.visible)
-        clock.lap("student heads")
-    loss = kernels.align_loss(heads, target.targets, student.norm_weight, student.norm_bias)
-    clock.lap("loss")
-    loss.backward()
-    clock.lap("backward")
-    torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    clock.lap("optimizer")
 
 
 def _gib(tensors: list[Tensor]) -> float:
@@ -159,18 +124,19 @@ def profile(config: Stage1Config, device: torch.device, steps: int) -> dict[str,
     if device.type == "cpu":
         keep_freed_memory()  # as every run does
     torch.manual_seed(0)
-    objective = UnmaskedAlignment(config).to(device).train()
-    optimizer = build_optimizer(objective.trainable, config.optim, lr=1e-4)
+    objective = UnmaskedAlignment(config)
     side, frames = config.student.image_size, config.student.num_frames
     video = torch.randint(256, (config.run.batch_size, frames, side, side, 3), dtype=torch.uint8).to(device)
-    for number in range(2):
-        timed_step(objective, optimizer, video, number, Clock(device))
+    trainer, step = trainer_of(config, objective, {"video": video}, device)
+    borders = borders_of(objective)
+    for _ in range(2):
+        timed_step(step, borders, Clock(device))
     peak = 0
     clock, dtype = Clock(device), torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
     found: dict[str, list[float]] = {"matmul": [], "copy": []}
-    for number in range(steps):
+    for _ in range(steps):
         restart_peak(device)
-        timed_step(objective, optimizer, video, number, clock)
+        timed_step(step, borders, clock)
         peak = max(peak, peak_memory_bytes(device))
         # After each step: a shared machine's rates change.
         found["matmul"].append(measure_matmul_rate(device, dtype))
@@ -192,7 +158,7 @@ def profile(config: Stage1Config, device: torch.device, steps: int) -> dict[str,
                 "share_of_bound": round(bound / taken, 3),
             }
         )
-    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    state = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
     teacher = [*objective.teacher.parameters(), *objective.teacher.buffers()]
     return {
         "parts": parts,

@@ -1,6 +1,6 @@
 """`bench stage1`: times a whole pre-training step on random clips and prints one JSON line.
 
-The fast implementation is the objective that `train` runs; the plain one is `reference/stage1.py`.
+The fast implementation is the Trainer's own step; the plain one is `reference/stage1.py`.
 A step is teacher, mask, student, loss, backward and optimizer. The video is on the device when the clock starts, as each
 trainer delivers it: uint8 for the fast implementation, normalized fp32 for the plain one.
 """
@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import kernels
 from umt_fast.bench.measure import (
     TEACHER_OF,
     Case,
@@ -26,9 +25,8 @@ from umt_fast.bench.measure import (
     normalized,
     random_video,
 )
+from umt_fast.bench.trained import Border, steps_of
 from umt_fast.config import AlignConfig, ConfigError, MaskConfig, RunConfig, Stage1Config, TeacherPrecision
-from umt_fast.engine import compiling
-from umt_fast.engine.optim import build_optimizer
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.reference.stage1 import PlainStage1, draw_mask, fill_at_random, official_optimizer
@@ -49,38 +47,15 @@ def stage1_config(
     )
 
 
-def fast_steps(config: Stage1Config, video: Tensor, device: torch.device, compiled: bool) -> Steps:
-    """The training step, and the same step with a clock at each part's end."""
-    objective = UnmaskedAlignment(config).to(device).train()
-    optimizer = build_optimizer(objective.trainable, config.optim, lr=1e-4)
-    run = compiling.compiled(objective) if compiled else objective
-    batch = {"video": video}
-    precision = autocast(device, config.run.dtype)
-
-    def step(number: int) -> None:
-        seed = torch.full((1,), number, dtype=torch.int64, device=device)
-        run(batch, seed)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def timed(number: int, clock: Clock) -> None:
-        seed = torch.full((1,), number, dtype=torch.int64, device=device)
-        clock.restart()
-        target = objective.teacher(video, config.mask, seed)
-        clock.lap("teacher and mask")
-        with precision:
-            heads = objective.student(video, target.visible)
-        clock.lap("student forward")
-        student = objective.student
-        loss = kernels.align_loss(heads, target.targets, student.norm_weight, student.norm_bias)
-        clock.lap("loss")
-        loss.backward()
-        clock.lap("backward")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        clock.lap("optimizer")
-
-    return step, timed
+def fast_steps(config: Stage1Config, video: Tensor, device: torch.device) -> Steps:
+    """What `train` runs, as config.run says; the same step with a clock at each part's end."""
+    objective = UnmaskedAlignment(config)
+    borders = [
+        Border(objective.teacher, "forward", False, "teacher and mask"),
+        Border(objective.student, "forward", False, "student forward"),
+        Border(objective, "forward", False, "loss"),
+    ]
+    return steps_of(config, objective, {"video": video}, device, borders)
 
 
 def plain_steps(config: Stage1Config, video: Tensor, device: torch.device) -> Steps:
@@ -131,9 +106,10 @@ def plain_steps(config: Stage1Config, video: Tensor, device: torch.device) -> St
 def measure(case: Case) -> dict[str, object]:
     """Every figure of the JSON line, by name; see Case.measure."""
     config = stage1_config(case.model, case.batch_size, case.computed_in, case.precision, case.per_clip)
+    config.run.compile = case.compiled
     video = random_video(case.batch_size, config.student.num_frames, config.student.image_size, case.device)
     implementations = {
-        "fast": lambda: fast_steps(config, video, case.device, case.compiled),
+        "fast": lambda: fast_steps(config, video, case.device),
         "plain": lambda: plain_steps(config, video, case.device),
     }
     return case.measure(

@@ -1,6 +1,6 @@
 """`bench stage2`: times a whole stage-2 step on random captioned clips or images and prints one JSON line.
 
-The fast implementation is the objective that `train` runs; the plain one is `reference/stage2.py`.
+The fast implementation is the Trainer's own step; the plain one is `reference/stage2.py`.
 A step is teacher, mask, tower, text, the four losses, backward and optimizer. Clips and token ids are on the device when the
 clock starts, as each trainer delivers them. For the fast implementation they are uint8 and padded to the batch's longest; for
 the plain one, normalized fp32 and padded to the longest allowed. The official step also tokenizes, which is left out here.
@@ -25,9 +25,8 @@ from umt_fast.bench.measure import (
     normalized,
     random_video,
 )
+from umt_fast.bench.trained import Border, steps_of
 from umt_fast.config import AlignConfig, ConfigError, RunConfig, Stage2Config, TextConfig
-from umt_fast.engine import compiling
-from umt_fast.engine.optim import build_optimizer
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.reference.stage1 import fill_at_random, official_optimizer
 from umt_fast.reference.stage2 import PlainStage2
@@ -72,35 +71,14 @@ def random_captions(config: Stage2Config, device: torch.device) -> dict[str, Ten
     return {key: value.to(device) for key, value in found.items()}
 
 
-def fast_steps(
-    config: Stage2Config, video: Tensor, captions: dict[str, Tensor], device: torch.device, compiled: bool
-) -> Steps:
-    """What `train` runs."""
-    objective = VideoTextPretraining(config, mask_id=MASK_ID, special=SPECIAL).to(device).train()
-    optimizer = build_optimizer(objective.trainable, config.optim, lr=1e-4)
-    run = compiling.compiled(objective) if compiled else objective
-    batch = {"video": video, **captions}
-
-    def step(number: int) -> None:
-        seed = torch.full((1,), number, dtype=torch.int64, device=device)
-        run(batch, seed)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def timed(number: int, clock: Clock) -> None:
-        seed = torch.full((1,), number, dtype=torch.int64, device=device)
-        clock.restart()
-        pairs = objective.prepare(batch, seed)
-        clock.lap("teacher and masks")
-        loss = objective.losses(pairs)["loss"]
-        clock.lap("forward and losses")
-        loss.backward()
-        clock.lap("backward")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        clock.lap("optimizer")
-
-    return step, timed
+def fast_steps(config: Stage2Config, video: Tensor, captions: dict[str, Tensor], device: torch.device) -> Steps:
+    """What `train` runs, as config.run says; the same step with a clock at each part's end."""
+    objective = VideoTextPretraining(config, mask_id=MASK_ID, special=SPECIAL)
+    borders = [
+        Border(objective, "prepare", False, "teacher and masks"),
+        Border(objective, "forward", False, "forward and losses"),
+    ]
+    return steps_of(config, objective, {"video": video, **captions}, device, borders)
 
 
 def plain_steps(config: Stage2Config, video: Tensor, captions: dict[str, Tensor], device: torch.device) -> Steps:
@@ -140,11 +118,12 @@ def plain_steps(config: Stage2Config, video: Tensor, captions: dict[str, Tensor]
 def measure(case: Case, media: Media) -> dict[str, object]:
     """Every figure of the JSON line, by name; see Case.measure."""
     config = stage2_config(case.model, case.batch_size, case.computed_in)
+    config.run.compile = case.compiled
     frames = config.student.num_frames if media == "video" else config.student.tubelet_size
     video = random_video(case.batch_size, frames, config.student.image_size, case.device)
     captions = random_captions(config, case.device)
     implementations = {
-        "fast": lambda: fast_steps(config, video, captions, case.device, case.compiled),
+        "fast": lambda: fast_steps(config, video, captions, case.device),
         "plain": lambda: plain_steps(config, video, captions, case.device),
     }
     flops = VideoTextPretraining.flops_of(config, image=media == "image") * case.batch_size

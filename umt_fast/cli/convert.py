@@ -7,26 +7,49 @@ from typing import Annotated
 
 import tyro
 
+from umt_fast.cli.command import call
 from umt_fast.cli.outputs import check_output
 from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
-from umt_fast.models.description import found_in
-from umt_fast.models.weights import WeightsFile, read_weights, save_state
+from umt_fast.models.description import found_in, vit_config
+from umt_fast.models.weights import WeightsError, WeightsFile, read_weights, save_state
+from umt_fast.models.weights.finetune import deepspeed_file, is_deepspeed, with_positions
 
 
-def command(file: Annotated[Path, tyro.conf.Positional], out: Annotated[Path, tyro.conf.Positional], /) -> None:
+def command(
+    file: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    /,
+    averaged: bool = False,
+) -> None:
     """Write the weights of a file alone, flat, under the official names.
+
+    A classifier of other than 1568 tokens also gets the constant `pos_embed` that such official files hold.
 
     Args:
         file: A checkpoint of a run (.pt or .sharded), or any weights file umt_fast reads (wrappers and prefixes are
             taken off).
         out: .safetensors, which keeps what a checkpoint says of its model, or any other suffix for a PyTorch file.
+        averaged: Take the average of the weights (optim.ema_decay) that a checkpoint-*.pt of a run holds beside them.
     """
     check_output(out, file)
-    if file.is_dir():
-        content = read_sharded(file)
+    source = deepspeed_file(file) if is_deepspeed(file) else file
+    if source.is_dir():
+        content = read_sharded(source)
         found = WeightsFile(content.pop("model"), content)
     else:
-        found = read_weights(file)
-    save_state(found.state, out, found_in(found.rest, file))
-    values = sum(tensor.numel() for tensor in found.state.values())
-    print(f"{out}: {len(found.state)} tensors, {values / 1e6:.1f} M values")
+        found = read_weights(source)
+    state, described = found.state, found_in(found.rest, file)
+    if averaged:
+        state = found.rest.get("model_ema")
+        if not isinstance(state, dict):
+            raise WeightsError(f"{file} holds no average of the weights (model_ema); leave out --averaged")
+    if described is not None and described["task"] == "classification":
+        state = with_positions(state, vit_config(described))
+    save_state(state, out, described)
+    values = sum(tensor.numel() for tensor in state.values())
+    print(f"{out}: {len(state)} tensors, {values / 1e6:.1f} M values")
+
+
+def main(arguments: list[str]) -> None:
+    """`convert ...`."""
+    call(command, arguments, "convert")

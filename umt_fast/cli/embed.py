@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from umt_fast.cli.command import call
 from umt_fast.cli.outputs import check_output
 from umt_fast.config import ConfigError, DataConfig, RunConfig, require
 from umt_fast.data.loaders.tolerant import TolerantLoader
@@ -219,3 +220,8 @@ def read_features(path: Path) -> tuple[dict[str, Tensor], list[str], dict[str, A
     if not {_METADATA, "names"} <= metadata.keys() or "pooled" not in vectors:
         raise DataError(f"{path} is no file that `embed` wrote: it lacks the names of clips")
     return vectors, json.loads(metadata["names"]), json.loads(metadata[_METADATA])
+
+
+def main(arguments: list[str]) -> None:
+    """`embed ...`."""
+    call(command, arguments, "embed")

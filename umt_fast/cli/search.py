@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from umt_fast.cli.command import call
 from umt_fast.cli.embed import read_features
 from umt_fast.config import ConfigError, require
 from umt_fast.hub import load_model
@@ -28,7 +29,7 @@ def command(
     num_frames: int = 0,
     image_size: int = 0,
     tokenizer: str = "",
-    lines: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    lines: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["auto", "bf16", "fp32"] = "auto",
 ) -> None:
@@ -91,3 +92,8 @@ def scores_of_clip(model: PretrainedModel, clip: Path, vectors: dict[str, Tensor
     found = model.vectors(clip)
     kind = "embedding" if "embedding" in found else "pooled"
     return F.normalize(vectors[kind], dim=1) @ F.normalize(found[kind][0].cpu(), dim=0)
+
+
+def main(arguments: list[str]) -> None:
+    """`search ...`."""
+    call(command, arguments, "search")

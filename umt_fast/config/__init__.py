@@ -4,6 +4,7 @@ Every field is documented where it stands; a wrong value is refused at construct
 and the rule in the message. Shapes and defaults follow Unmasked Teacher (arXiv 2303.16058).
 """
 
+from umt_fast.config.augment import AugmentConfig, FrameRuleName, MixConfig
 from umt_fast.config.core import (
     CLIP_TEXT_LENGTH,
     CLIP_TEXT_WORDS,
@@ -16,16 +17,18 @@ from umt_fast.config.core import (
     require,
     to_dict,
 )
+from umt_fast.config.detection import DetectionConfig, JudgingConfig, KeyFrameConfig
 from umt_fast.config.models import (
     AlignConfig,
     MaskConfig,
-    MaskKind,
     Stage2Losses,
     TeacherConfig,
     TeacherPrecision,
     TextConfig,
     VitConfig,
 )
+from umt_fast.config.question import QuestionConfig
+from umt_fast.config.retrieval import RetrievalConfig, RetrievalLosses
 from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, LinearBackend, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
 
@@ -36,14 +39,22 @@ __all__ = [
     "IMAGENET_STD",
     "AlignConfig",
     "AttentionBackend",
+    "AugmentConfig",
     "ConfigError",
     "DataConfig",
+    "DetectionConfig",
     "Dtype",
     "FinetuneConfig",
+    "FrameRuleName",
+    "JudgingConfig",
+    "KeyFrameConfig",
     "LinearBackend",
     "MaskConfig",
-    "MaskKind",
+    "MixConfig",
     "OptimConfig",
+    "RetrievalConfig",
+    "RetrievalLosses",
+    "QuestionConfig",
     "RunConfig",
     "Stage1Config",
     "Stage2Config",

@@ -15,9 +15,6 @@ CLIP_TEXT_LENGTH = 77
 # Its words: those of open_clip's tokenizer.
 CLIP_TEXT_WORDS = 49408
 
-# Tokens among which kernels.semantic_mask and kernels.sample_visible draw at most.
-MAX_TOKENS, MAX_SCORES = 1024, 4096
-
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the field, the value and the rule."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from umt_fast.config.core import check_numbers, require
+from umt_fast.masking import MASKS
 
-MaskKind = Literal["semantic", "random", "tube"]
 TeacherPrecision = Literal["native", "int8", "fp8"]
 
 
@@ -83,8 +83,11 @@ class VitConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TeacherConfig:
-    """The frozen CLIP visual tower."""
+    """The frozen tower that the student learns from."""
 
+    kind: str = "clip"
+    """`clip`: CLIP's visual tower, the official teacher; `dino`: a ViT of DINO or DINOv2; or another one of
+    umt_fast/models/teachers."""
     width: int = 768
     depth: int = 12
     num_heads: int = 12
@@ -92,11 +95,12 @@ class TeacherConfig:
     image_size: int = 224
     """Pixels per side the teacher sees; CLIP L/14 runs at 196 so that its grid is the student's 14 x 14."""
     output_dim: int = 512
+    """Channels of the targets; `dino` has no projection, and gives as many as teacher.width."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    """OpenAI's weights were trained with x * sigmoid(1.702 x), most of open_clip's own with the exact GELU."""
+    """OpenAI's weights were trained with x * sigmoid(1.702 x), most of open_clip's own and DINO's with the exact GELU."""
     weights: str = "ViT-B-16:openai"
-    """`ARCH:TAG` for open_clip, a local file (OpenAI, open_clip or official layout), or `untrained`:
-    random weights, which train nothing useful and are announced loudly."""
+    """`ARCH:TAG` for open_clip, a local file (OpenAI, open_clip or official layout; for `dino` timm's or DINO's own), or
+    `untrained`: random weights, which train nothing useful and are announced loudly."""
     precision: TeacherPrecision = "native"
     """`native`: as run.dtype says. `int8` (CPUs with VNNI, GPUs from A100 on) and `fp8` (from H100 on) compute all blocks
     but the last in 8 bits; the targets then differ a little: `bench fidelity` says by how much for given weights."""
@@ -153,9 +157,9 @@ class TextConfig:
 class MaskConfig:
     """Which tokens the student sees."""
 
-    kind: MaskKind = "semantic"
+    kind: str = "semantic"
     """`semantic`: drawn frame by frame from the teacher's class-token attention; `random`: uniformly over the
-    clip; `tube`: the same uniform positions in every frame."""
+    clip; `tube`: the same uniform positions in every frame; or another one of umt_fast/masking/kinds."""
     ratio: float = 0.8
     """Share of tokens hidden; n = N - int(N * ratio) stay visible."""
     per_clip: int = 1
@@ -164,6 +168,7 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "mask")
+        require(self.kind in MASKS, MASKS.unknown(self.kind))
         require(self.per_clip >= 1, f"mask.per_clip is {self.per_clip}; it must be at least 1")
         require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; it must lie in [0, 1)")
 

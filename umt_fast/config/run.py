@@ -28,6 +28,8 @@ class DataConfig:
     train: str = ""
     """An official list (path, label), a manifest written by `scan`, a folder written by `prepare`, or empty: then the run
     stops and says so."""
+    validation: str = ""
+    """Clips on which the model is judged between epochs (run.validate_epochs), a list as `train` is; empty: none."""
     prepared: tuple[str, ...] = ()
     """Folders written by `prepare`: clips of any list that are found there by path are read there."""
     root: str = ""
@@ -121,6 +123,9 @@ class OptimConfig:
     """Rate multiplier per layer from the top (fine-tuning); 1 switches it off."""
     clip_grad: float = 0.0
     """Largest gradient norm; 0 switches clipping off."""
+    ema_decay: float = 0.0
+    """Keep a running average of the weights, average = ema_decay * average + (1 - ema_decay) * weights after each step. It is
+    saved beside them (`model_ema`), and judged in their place. 0: none, as officially (whose option has .9999)."""
     fused: Literal["torch", "apex"] = "torch"
     """`apex`: NVIDIA apex's FusedAdam (GPU only; not the registry's package of that name)."""
 
@@ -136,6 +141,7 @@ class OptimConfig:
                 getattr(self, name) <= self.lr,
                 f"optim.{name} is {getattr(self, name)}; it must not be above optim.lr = {self.lr}: lower it, or raise that",
             )
+        require(0 <= self.ema_decay < 1, f"optim.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
         require(0 <= self.min_factor <= 1, f"optim.min_factor is {self.min_factor}; it must lie in [0, 1]")
         unread = ("min_factor",) if self.schedule == "linear_cosine" else ("min_lr", "warmup_lr")
         for name in unread:
@@ -201,6 +207,9 @@ class RunConfig:
     """Steps between log lines; the only steps on which the host waits for the device."""
     save_every: int = 0
     """Steps between checkpoints besides the one at each epoch's end; 0: none."""
+    validate_epochs: int = 1
+    """Epochs between judgments on data.validation; the last step's weights are judged too, and the best are kept as
+    checkpoint-best. 0: never."""
     checkpoint: Literal["full", "sharded"] = "full"
     """`full`: one file, gathered and written by the first rank; `sharded`: a folder to which every rank writes its part, for
     models too large for one host (all nodes must share `out`). Either is continued under either `parallel`."""
@@ -218,7 +227,7 @@ class RunConfig:
         require(0 <= self.seed < 2**63, f"run.seed is {self.seed}; it must lie in [0, 2^63)")
         for name in ("batch_size", "accumulate", "epochs", "log_every", "keep"):
             require(getattr(self, name) >= 1, f"run.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("warmup_epochs", "max_steps", "save_every", "keep_every_epochs"):
+        for name in ("warmup_epochs", "max_steps", "save_every", "validate_epochs", "keep_every_epochs"):
             require(getattr(self, name) >= 0, f"run.{name} is {getattr(self, name)}; it must not be negative")
         require(self.tune_deadline > 0, f"run.tune_deadline is {self.tune_deadline}; it must be positive")
         require(

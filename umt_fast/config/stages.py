@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from umt_fast.config.core import MAX_SCORES, MAX_TOKENS, check_numbers, require
+from umt_fast.config.augment import AugmentConfig, MixConfig, no_mix
+from umt_fast.config.core import check_numbers, require
 from umt_fast.config.models import AlignConfig, MaskConfig, Stage2Losses, TeacherConfig, TextConfig, VitConfig
 from umt_fast.config.run import DataConfig, OptimConfig, RunConfig
+from umt_fast.masking import MASKS, TokenGrid, mask_named
 
 
 def _check_heads(student: VitConfig, align: AlignConfig) -> None:
@@ -38,12 +40,16 @@ def _check_mask(name: str, mask: MaskConfig, student: VitConfig, frames: int) ->
 
     A draw takes at most so many tokens: of a frame, or for `random` of the clip.
     """
-    frame = (student.image_size // student.patch_size) ** 2
-    clip = frame * (frames // student.tubelet_size)
-    drawn = {"semantic": (frame, MAX_TOKENS), "random": (clip, MAX_SCORES), "tube": (frame, MAX_SCORES)}
-    tokens, most = drawn[mask.kind]
-    where = "a clip" if mask.kind == "random" else "a frame"
-    others = " or ".join(repr(kind) for kind, (count, limit) in drawn.items() if count <= limit)
+    kind = mask_named(mask.kind)
+    grid = TokenGrid.of(
+        num_frames=frames,
+        tubelet_size=student.tubelet_size,
+        image_size=student.image_size,
+        patch_size=student.patch_size,
+    )
+    tokens, most, where = kind.limit(grid)
+    limits = {other.name: other.limit(grid) for other in MASKS}
+    others = " or ".join(repr(other) for other, limit in limits.items() if limit.tokens <= limit.most)
     remedy = f"{name}.kind {others}, " if others else ""
     require(
         tokens <= most,
@@ -51,14 +57,15 @@ def _check_mask(name: str, mask: MaskConfig, student: VitConfig, frames: int) ->
         f"{student.image_size} with student.patch_size {student.patch_size} makes {tokens}; choose {remedy}smaller pictures "
         "or larger patches",
     )
-    require(  # one token is always left: int(tokens * ratio) is below tokens for every ratio below 1
-        int(tokens * mask.ratio) > 0 or mask.ratio == 0,
+    require(
+        kind.count(grid, mask.ratio) < grid.size or mask.ratio == 0,
         f"{name}.ratio {mask.ratio} hides none of {tokens} tokens of {where}; give at least {1 / tokens:.3g}, or 0 for no mask",
     )
+    rectangular = " or ".join(repr(other.name) for other in MASKS if other.rectangular)
     require(
-        mask.kind != "random" or student.attention == "joint" or frames == student.tubelet_size,
-        f"student.attention 'spatial' needs as many visible tokens in every frame, which {name}.kind 'random' does not "
-        "give; choose 'semantic' or 'tube'",
+        kind.rectangular or student.attention == "joint" or frames == student.tubelet_size,
+        f"student.attention 'spatial' needs as many visible tokens in every frame, which {name}.kind {mask.kind!r} does not "
+        f"give; choose {rectangular}",
     )
 
 
@@ -93,9 +100,18 @@ class FinetuneConfig:
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=2e-4, min_lr=1e-6, warmup_lr=1e-6, betas=(0.9, 0.999), layer_decay=0.75)
     )
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mix: MixConfig = field(default_factory=no_mix)
     num_classes: int = 710
     init: str = ""
-    """Encoder weights to start from (stage-1, classifier or stage-2 file); empty: from scratch."""
+    """Weights to start from (stage-1, classifier or stage-2 file, or a deepspeed checkpoint folder); empty: from scratch."""
+    init_as: Literal["encoder", "classifier", "new_head"] = "encoder"
+    """What is taken of `init`. `encoder`: the encoder, and `fc_norm` and `head` where the file has them in this size; a stored
+    position table is built anew. The others start as the official fine-tuning does, with the file's position table and
+    `fc_norm`: `classifier` also with its head, of whose 710 rows (Kinetics-710) 400 classes take the first 400, and 600 or 700
+    those of `label_map`; another number of classes is refused. `new_head`: with a fresh head."""
+    label_map: str = ""
+    """JSON list that has a Kinetics-710 row for each of 600 or 700 classes (the official label_mixto600.json)."""
     freeze: bool = False
     """Train the final norm and head alone (a linear probe)."""
     label_smoothing: float = 0.1
@@ -214,13 +230,14 @@ class Stage2Config:
         return self.losses.uta > 0 or self.losses.vision_projection > 0
 
     def mask_of(self, *, image: bool) -> MaskConfig | None:
-        """The mask of clips or of images. None: all tokens are seen, as a `semantic` mask is drawn from a teacher and no loss
-        runs one; `random` and `tube` masks need none and are drawn all the same."""
+        """The mask of clips or of images. None: all tokens are seen, as such a mask is drawn from a teacher and no loss runs
+        one; masks that need none are drawn all the same."""
         mask = self.image_mask if image else self.mask
-        return mask if self.runs_teacher or mask.kind != "semantic" else None
+        return mask if self.runs_teacher or not mask_named(mask.kind).needs_teacher else None
 
     @property
     def pools_frames(self) -> bool:
         """Whether each frame of a clip is pooled apart and similarities averaged over frames, which the official code does
         where nothing is hidden, or only tubes are."""
-        return self.mask_of(image=False) is None or self.mask.kind == self.image_mask.kind == "tube"
+        kinds = (mask_named(mask.kind) for mask in (self.mask, self.image_mask))
+        return self.mask_of(image=False) is None or all(kind.same_positions for kind in kinds)

@@ -102,7 +102,11 @@ def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
 
     Raises CheckpointError (disk full, no permission); older checkpoints are untouched then.
     """
-    path = folder / f"checkpoint-{step:08d}.pt"
+    return write(folder / f"checkpoint-{step:08d}.pt", content)
+
+
+def write(path: Path, content: dict[str, Any]) -> Path:
+    """Writes a file of a run atomically, as `save` does; the same errors."""
     temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, "wb") as file:
@@ -110,7 +114,7 @@ def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(folder)  # the new name itself must survive too
+        sync_folder(path.parent)  # the new name itself must survive too
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]

@@ -23,11 +23,11 @@ Replay = Callable[[], Result]
 def require_graphs(device: torch.device, world_size: int) -> None:
     """Raises ConfigError where run.cuda_graph cannot work."""
     if device.type != "cuda":
-        raise ConfigError(f"run.cuda_graph needs a GPU, and this run is on {device}; set --run.cuda_graph False")
+        raise ConfigError(f"run.cuda_graph needs a GPU, and this run is on {device}; leave out --run.cuda_graph")
     if world_size > 1:
         raise ConfigError(
             f"run.cuda_graph records one process's work, and this run has {world_size} ranks whose gradients meet in the "
-            "backward pass; set --run.cuda_graph False"
+            "backward pass; leave out --run.cuda_graph"
         )
 
 

@@ -9,7 +9,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from umt_fast.extras import packages_of
+
 log = logging.getLogger("umt_fast")
+
+VALIDATION = "val_"
+"""What the names of figures on unseen clips begin with; a row of metrics.jsonl with one has no other scalars."""
 
 
 def _step_of(line: str) -> float:
@@ -30,6 +35,7 @@ class MetricsLog:
     def __init__(self, folder: Path, start_step: int, tensorboard: bool) -> None:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in self._lines() if _step_of(line) <= start_step]
+        self.validations = [json.loads(line) for line in kept if f'"{VALIDATION}' in line]
         # Replaced, not rewritten in place: a kill between the two would lose the record of all steps.
         shortened = self.path.with_name(self.path.name + ".partial")
         shortened.write_text("".join(f"{line}\n" for line in kept))
@@ -37,7 +43,8 @@ class MetricsLog:
         self.file = open(self.path, "a")
         self.writer = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with packages_of("train"):
+                from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 

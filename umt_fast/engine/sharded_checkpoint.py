@@ -66,18 +66,31 @@ def _single() -> dict[str, bool]:
 
 
 def save(
-    folder: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, rest: dict[str, Any], *, first: bool
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rest: dict[str, Any],
+    *,
+    average: dict[str, Tensor] | None = None,
+    first: bool,
 ) -> Path:
-    """Writes a checkpoint from all ranks atomically: the folder gets its name when every part is on disk.
+    """Writes a checkpoint from all ranks atomically; see `write`. average: of the module's weights, by name."""
+    state = optimizer.state_dict()
+    tensors = {f"model.{name}": value for name, value in module.state_dict().items()}
+    tensors |= {f"model_ema.{name}": value for name, value in (average or {}).items()}
+    for index, values in state["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
+    path = folder / f"checkpoint-{step:08d}.sharded"
+    return write(path, tensors, rest | {"groups": state["param_groups"]}, first=first)
+
+
+def write(path: Path, tensors: dict[str, Tensor], rest: dict[str, Any], *, first: bool) -> Path:
+    """Writes a folder of tensors from all ranks atomically: it gets its name when every part is on disk.
 
     Raises CheckpointError (disk full, no permission); older checkpoints are untouched then.
     """
-    path = folder / f"checkpoint-{step:08d}.sharded"
     temporary = path.with_name(path.name + ".partial")
-    state = optimizer.state_dict()
-    tensors = {f"model.{name}": value for name, value in module.state_dict().items()}
-    for index, values in state["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
     try:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
@@ -88,13 +101,13 @@ def save(
             dcp.save(tensors, storage_writer=FileSystemWriter(temporary, sync_files=True), **_single())
         if first:
             with open(temporary / REST, "wb") as file:
-                torch.save(rest | {"groups": state["param_groups"]}, file)
+                torch.save(rest, file)
                 file.flush()
                 os.fsync(file.fileno())
             sync_folder(temporary)
             shutil.rmtree(path, ignore_errors=True)  # a damaged one that was passed over
             os.replace(temporary, path)
-            sync_folder(folder)
+            sync_folder(path.parent)
     except (OSError, RuntimeError, CheckpointException) as error:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -140,8 +153,11 @@ def read(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dic
             state.setdefault(int(number), {})[name] = value
     tensors = {f"model.{name}": value for name, value in model.items()}
     tensors |= {f"optimizer.{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+    averaged = {name: torch.empty_like(value) for name, value in model.items() if f"model_ema.{name}" in index}
+    tensors |= {f"model_ema.{name}": value for name, value in averaged.items()}
     _load(path, reader, tensors)
-    return rest | {"model": model, "optimizer": {"state": state, "param_groups": rest["groups"]}}
+    average = {"model_ema": averaged} if averaged else {}
+    return rest | {"model": model, "optimizer": {"state": state, "param_groups": rest["groups"]}} | average
 
 
 def read_weights(path: Path) -> dict[str, Any]:

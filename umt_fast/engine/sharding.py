@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from umt_fast.config import RunConfig
+
+R = TypeVar("R")
 
 
 def unit_dtype(run: RunConfig, device: torch.device) -> torch.dtype | None:
@@ -80,6 +82,22 @@ def micro_step(run_step: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
+def within(objective: nn.Module, function: Callable[[], R]) -> R:
+    """What a function gives that calls parts of an objective, for which a sharded one's parameters are gathered.
+
+    Every rank must call it, and the function must call the same parts as often on each.
+    """
+    if not isinstance(objective, FSDPModule):
+        return function()
+    # A part that is called before the whole would take itself for the root of what is sharded.
+    objective.call_within = lambda call: {"result": call()}
+    register_fsdp_forward_method(objective, "call_within")
+    try:
+        return objective.call_within(function)["result"]
+    finally:
+        objective.reshard()  # no backward pass follows that would do it
+
+
 def average_whole(parameters: list[nn.Parameter]) -> None:
     """Averages over ranks the gradients of parameters that sharding left whole."""
     if any(isinstance(parameter, DTensor) for parameter in parameters):
@@ -120,6 +138,15 @@ def _like(value: Tensor, reference: Tensor) -> Tensor:
 
 def _size(state: dict[str, Tensor], name: str) -> str:
     return str(tuple(state[name].shape)) if name in state else "absent"
+
+
+def load_average(values: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    """Copies stored averages of weights, of any layout, into those of a run. Raises ValueError where they do not fit."""
+    unlike = [name for name in values if _size(stored, name) != _size(values, name)]
+    if unlike:
+        raise ValueError(f"averaged weights (model_ema) differ: {', '.join(unlike[:3])}")
+    for name, value in values.items():
+        value.copy_(_like(stored[name], value))
 
 
 def load_states(

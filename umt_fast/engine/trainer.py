@@ -32,6 +32,7 @@ from torch import nn
 
 from umt_fast.config import ConfigError, OptimConfig, RunConfig
 from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
+from umt_fast.engine.averaging import AveragedWeights
 from umt_fast.engine.compiling import compiled, compiled_for_ddp, compiled_graphs
 from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
 from umt_fast.engine.feeding import CudaLane, Feed, PinnedRing
@@ -40,6 +41,7 @@ from umt_fast.engine.logging import MetricsLog, progress_line
 from umt_fast.engine.optim import LayerOf, build_optimizer, upgraded_state
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
 from umt_fast.engine.schedule import warmup_cosine
+from umt_fast.engine.validation import Validator
 
 log = logging.getLogger("umt_fast")
 
@@ -82,8 +84,12 @@ class Trainer:
         num_layers: int = 0,
         config_record: dict[str, Any] | None = None,
         model_config: dict[str, Any] | None = None,
+        validation: Any = None,
     ) -> None:
-        """config_record and model_config go into checkpoints as they are: the run's settings, and what rebuilds the model."""
+        """config_record and model_config go into checkpoints as they are: the run's settings, and what rebuilds the model.
+
+        validation: judges the model every run.validate_epochs epochs; see validation.py. None: nothing does.
+        """
         self.run, self.loader = run, loader
         self.config_record, self.model_config = config_record or {}, model_config or {}
         self.ranks = current_ranks(run)
@@ -118,11 +124,14 @@ class Trainer:
             warmup_epochs=run.warmup_epochs,
         )
         self.clip_grad = optim.clip_grad
-        self.window_start, self.window_wait = time.perf_counter(), 0.0
         self.parameters = [p for p in objective.trainable.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(
             objective.trainable, optim, lr=self.rate(0), layer_of=layer_of, num_layers=num_layers
         )
+        self.average = AveragedWeights(objective.trainable, optim.ema_decay) if optim.ema_decay else None
+        records = {"config": self.config_record, "model_config": self.model_config}
+        judged = validation is not None and run.validate_epochs > 0
+        self.validator = Validator(validation, self, records) if judged else None
         self.step = 0
         self.pending: list[dict[str, Any]] = []
         self.stop_signal = self.stop_agreed = 0
@@ -149,6 +158,9 @@ class Trainer:
         self.window_start, self.window_wait = time.perf_counter(), 0.0
         try:
             with self._signals():
+                # A checkpoint that was saved just before the run ended may not have been judged.
+                if self.validator and not self.validator.resume(self.step, metrics):
+                    self._validate(metrics)
                 while self.step < self.last_step and not self.stop_agreed:
                     self._epoch(run_step, metrics)
             if self.stop_agreed:
@@ -175,9 +187,17 @@ class Trainer:
                 self.stop_agreed = max(gather(self.stop_signal))
                 if save or self.stop_agreed:
                     self._save()
+                if done and not self.stop_agreed:
+                    self._validate(metrics)
             if end_of_epoch or self.stop_agreed:
                 break
         batches.close()
+
+    def _validate(self, metrics: MetricsLog | None) -> None:
+        """Judges the weights if that is due; its time is not the steps'."""
+        if self.validator and self.validator.due(self.step):
+            self.validator.judge(self.step, metrics)
+            self.window_start = time.perf_counter()
 
     def _train_step(self, run_step: nn.Module | GraphedStep, batches: Feed, epoch: int) -> None:
         rate = self.rate(self.step)
@@ -209,6 +229,8 @@ class Trainer:
         # The fused optimizer leaves everything as it is where this is 1; the host learns of it at the next log step.
         self.optimizer.found_inf = torch.isfinite(norm).logical_not().float()
         self.optimizer.step()
+        if self.average:
+            self.average.update()
         self.optimizer.zero_grad(set_to_none=not (isinstance(run_step, GraphedStep) and run_step.adds_up))
         self.step += 1
         if self.step < self.last_step and self.step % self.steps_per_epoch:
@@ -293,9 +315,14 @@ class Trainer:
         }
         module, optimizer, first = self.objective.trainable, self.optimizer, self.ranks.first
         if self.run.checkpoint == "sharded":
-            path = sharded_checkpoint.save(self.folder, self.step, module, optimizer, rest, first=first)
+            average = self.average.state_dict() if self.average else None
+            path = sharded_checkpoint.save(
+                self.folder, self.step, module, optimizer, rest, average=average, first=first
+            )
         else:
             parts = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
+            if self.average:
+                parts["model_ema"] = self.average.state_dict()
             parts = sharding.gathered(parts, keep=first)
             path = checkpoint.save(self.folder, self.step, parts | rest) if first else self.folder
         if first:
@@ -351,6 +378,8 @@ class Trainer:
         try:
             state = upgraded_state(content["optimizer"], self.optimizer)
             sharding.load_states(self.objective.trainable, self.optimizer, content["model"], state)
+            if self.average:
+                self.average.resume(content, path)
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{path} does not fit the configured model: {' '.join(str(error).split())[:1000]}"

@@ -40,6 +40,8 @@ def label(candidate: Candidate) -> str:
     parts = [" + ".join(ways) or "eager"]
     if candidate.get("attention", "auto") != "auto":
         parts.append(f"attention {candidate['attention']}")
+    if candidate.get("linear", "library") != "library":
+        parts.append(f"{candidate['linear']} linear layers")
     if candidate.get("precision", "native") != "native":
         parts.append(f"teacher {candidate['precision']}")
     return ", ".join(parts)

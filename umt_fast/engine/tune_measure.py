@@ -6,11 +6,10 @@ Both questions go through Trainer's own step: objective, accumulation, clipping 
 from __future__ import annotations
 
 import gc
-import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from umt_fast.config import OptimConfig, RunConfig
 from umt_fast.engine.optim import LayerOf
 from umt_fast.engine.precision import peak_memory_bytes
+from umt_fast.engine.repeated import Repeated
 from umt_fast.engine.trainer import Trainer
 
 ROUNDS = 3
@@ -59,26 +59,6 @@ class Case:
     num_layers: int = 0
 
 
-class _Cycle:
-    """A loader that repeats its batches without end."""
-
-    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return 1 << 20
-
-    def set_epoch(self, epoch: int) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        yield from itertools.cycle(self.batches)
-
-
 class Seen(NamedTuple):
     """Of one step: loss, gradient norm, and gradients on the host in fp32 by name (None: no gradient)."""
 
@@ -93,7 +73,7 @@ def _stepper(case: Case) -> tuple[Trainer, Callable[[], None]]:
         case.run,
         case.optim,
         case.objective,
-        _Cycle(case.batches),
+        Repeated(case.batches),
         num_sample=case.num_sample,
         layer_of=case.layer_of,
         num_layers=case.num_layers,

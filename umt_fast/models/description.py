@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from umt_fast.config import ConfigError, TextConfig, VitConfig
-from umt_fast.models.sizes import STUDENTS
+from umt_fast.models.sizes import STUDENTS, TEXTS
 
 # Raised when what is stored no longer means the same.
 VERSION = 1
@@ -104,8 +104,17 @@ def _vit(size: str, num_frames: int | None, image_size: int | None) -> dict[str,
     return tower | plain | {"num_frames": num_frames, "image_size": image_size, "position_grid": []}
 
 
-def _video_text(size: str, width: int, depth: int, fusion_layer: int) -> dict[str, Any]:
-    text = {"width": width, "depth": depth, "fusion_layer": fusion_layer, "num_heads": width // 64}
+def _retrieval(size: str) -> dict[str, Any]:
+    stage2 = _video_text(size)
+    del stage2["num_layers"], stage2["output_dim"]
+    return stage2 | {"task": "retrieval", "vit": _vit(size, 12, 224)}
+
+
+def _text(size: str) -> dict[str, Any]:
+    return TEXTS[size] | {"vocab_size": None, "max_positions": None}
+
+
+def _video_text(size: str) -> dict[str, Any]:
     return {
         "version": VERSION,
         "task": "video_text",
@@ -113,10 +122,22 @@ def _video_text(size: str, width: int, depth: int, fusion_layer: int) -> dict[st
         "vit": _vit(size, 4, 224),
         "num_layers": None,
         "output_dim": None,
-        "text": text | {"vocab_size": None, "max_positions": None},
+        "text": _text(size),
         "embed_dim": None,
         "max_length": 32,
         "sep_token": False,
+    }
+
+
+def _answers(size: str) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "task": "question_answering",
+        "dtype": "fp32",
+        "vit": _vit(size, 12, 224),
+        "text": _text(size),
+        "max_length": 25,
+        "max_answer": 5,
     }
 
 
@@ -124,6 +145,21 @@ def _classifier(size: str) -> dict[str, Any]:
     # Official tables for more frames or pixels are the one of 8 frames at 224 pixels, resized.
     vit = _vit(size, None, None) | {"position_grid": [8, 14, 14]}
     return {"version": VERSION, "task": "classification", "dtype": "fp32", "vit": vit, "num_classes": None}
+
+
+def _detector(size: str) -> dict[str, Any]:
+    vit = _vit(size, 8, 224) | {"position_grid": [8, 14, 14]}
+    clips = {"sparse": True, "frames": "released", "stride": 8, "short_side": 256}
+    # B/16 was trained in fp16, L/16 in fp32.
+    dtype = "bf16" if size == "b16" else "fp32"
+    return {
+        "version": VERSION,
+        "task": "detection",
+        "dtype": dtype,
+        "vit": vit,
+        "num_classes": None,
+        "clips": clips,
+    }
 
 
 def _pretraining(size: str) -> dict[str, Any]:
@@ -143,14 +179,25 @@ STAGE1_MODELS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 """Students of stage 1, 8 frames at 224 pixels. Apart from MODELS, which `eval` can judge."""
 MODELS: dict[str, Callable[[], dict[str, Any]]] = {
-    "umt_b16": lambda: _video_text("b16", 768, 12, 9),
-    "umt_l16": lambda: _video_text("l16", 1024, 24, 19),
+    "umt_b16": lambda: _video_text("b16"),
+    "umt_l16": lambda: _video_text("l16"),
+    "umt_b16_qa": lambda: _answers("b16"),
+    "umt_l16_qa": lambda: _answers("l16"),
     "umt_b16_ft": lambda: _classifier("b16"),
     "umt_l16_ft": lambda: _classifier("l16"),
+    "umt_b16_ret": lambda: _retrieval("b16"),
+    "umt_l16_ret": lambda: _retrieval("l16"),
+    "umt_b16_ava": lambda: _detector("b16"),
+    "umt_l16_ava": lambda: _detector("l16"),
 }
-"""umt_*: the stage-2 models, 4 frames at 224 pixels. umt_*_ft: the classifiers."""
+"""umt_*: the stage-2 models, 4 frames at 224 pixels. umt_*_ret, umt_*_qa: those fine-tuned for retrieval and for question
+answering, 12 frames. umt_*_ft: the classifiers. umt_*_ava: the detectors of AVA."""
 # The tokenizer whose words each text encoder knows.
-TOKENIZERS = {"umt_b16": "bert-base-uncased", "umt_l16": "bert-large-uncased"}
+TOKENIZERS = {
+    f"umt_{size}{suffix}": name
+    for suffix in ("", "_ret", "_qa")
+    for size, name in (("b16", "bert-base-uncased"), ("l16", "bert-large-uncased"))
+}
 # What official classifiers are trained on.
 _FRAMES, _PIXELS = (8, 16), (224, 384)
 

@@ -9,7 +9,7 @@ Legend: n visible tokens of a clip, L tokens of a frame, C and W vision and text
 from __future__ import annotations
 
 from umt_fast.config import MaskConfig, TeacherConfig, TextConfig, VitConfig
-from umt_fast.masking import TokenGrid, visible_per_clip
+from umt_fast.masking import TokenGrid, mask_named
 
 
 def grid_of(vit: VitConfig) -> TokenGrid:
@@ -22,7 +22,7 @@ def grid_of(vit: VitConfig) -> TokenGrid:
 def visible_of(vit: VitConfig, mask: MaskConfig | None) -> int:
     """n: tokens of a clip that a mask leaves visible; None: all."""
     grid = grid_of(vit)
-    return grid.size if mask is None else visible_per_clip(mask.kind, grid, mask.ratio)
+    return grid.size if mask is None else mask_named(mask.kind).count(grid, mask.ratio)
 
 
 def tower_flops(vit: VitConfig, visible: int, *, num_layers: int, output_dim: int) -> float:
@@ -37,27 +37,35 @@ def tower_flops(vit: VitConfig, visible: int, *, num_layers: int, output_dim: in
     return 3 * (vit.depth * block + heads) + 2 * patch
 
 
-def teacher_flops(
-    clip: TeacherConfig, vit: VitConfig, mask: MaskConfig, *, num_layers: int, with_image: bool = False
+def frame_tower_flops(
+    clip: TeacherConfig,
+    vit: VitConfig,
+    mask: MaskConfig,
+    *,
+    num_layers: int,
+    with_image: bool = False,
+    projects: bool = True,
 ) -> float:
-    """The frozen CLIP tower over a clip: targets of num_layers blocks (0: none) at the visible tokens of each of
-    mask.per_clip views, and the draw's own."""
-    grid, c = grid_of(vit), clip.width
+    """A frozen tower over the frames of a clip (teachers/frame_tower.py): targets of num_layers blocks (0: none) at the
+    visible tokens of each of mask.per_clip views, and the draws' own. projects: outputs go through a projection to
+    clip.output_dim."""
+    grid, c, kind = grid_of(vit), clip.width, mask_named(mask.kind)
+    out = clip.output_dim if projects else 0
     tokens = grid.per_frame + 1
     whole = 24 * tokens * c * c + 4 * tokens * tokens * c
     kept = mask.per_clip * visible_of(vit, mask) / grid.frames
-    # Keys and values of all tokens; queries, attention, projection and MLP of the visible ones. Frames of a `random` mask
-    # differ in those, and are finished whole; so are those whose views see more tokens than there are.
+    # Keys and values of all tokens; queries, attention, projection and MLP of the visible ones. Where frames differ in
+    # their number, they are finished whole; so they are where views see more tokens than there are.
     last = 4 * tokens * c * c
     if num_layers:
-        by_token = mask.kind != "random" and (mask.per_clip == 1 or kept < grid.per_frame)
+        by_token = kind.rectangular and (mask.per_clip == 1 or kept < grid.per_frame)
         last = last + kept * (20 * c * c + 4 * tokens * c) if by_token else whole
-    if mask.kind == "semantic":
-        last += 2 * c * c + 2 * tokens * c
+    if kind.needs_teacher:
+        last += 2 * c * c + mask.per_clip * 2 * tokens * c
     if with_image:
-        last += 20 * c * c + 4 * tokens * c + 2 * c * clip.output_dim
+        last += 20 * c * c + 4 * tokens * c + 2 * c * out
     patch = grid.per_frame * c * 6 * vit.tubelet_size * clip.patch_size**2
-    targets = num_layers * 2 * kept * c * clip.output_dim
+    targets = num_layers * 2 * kept * c * out
     return grid.frames * ((clip.depth - 1) * whole + last + patch + targets)
 
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import FinetuneConfig, TeacherConfig
+from umt_fast.models.teachers import load_teacher
 from umt_fast.models.teachers.clip import ClipTeacher
-from umt_fast.models.weights import load_teacher
 
 
 class FrameClassifier(nn.Module):
@@ -16,7 +16,7 @@ class FrameClassifier(nn.Module):
     def __init__(self, teacher: TeacherConfig, num_classes: int, freeze: bool, head_scale: float) -> None:
         super().__init__()
         self.tower = ClipTeacher(teacher, 1)
-        load_teacher(self.tower, teacher)
+        load_teacher(self.tower)
         self.tower.requires_grad_(not freeze)
         # The class embedding is taken before these two.
         self.tower.ln_post.requires_grad_(False)

@@ -41,15 +41,14 @@ from umt_fast.engine.checkpoint import checkpoints
 from umt_fast.engine.distributed import current_ranks
 from umt_fast.engine.precision import pick_device
 from umt_fast.files import write_json
-from umt_fast.models.teachers.clip import ClipTeacher
-from umt_fast.models.weights import load_teacher
+from umt_fast.models.teachers import build_teacher
 from umt_fast.report import read_results, write_report
 from umt_fast.sample_world import small_clip
 from umt_fast.sample_world import world as sample_world
 from umt_fast.sample_world.frame_teacher import FrameSupervised
-from umt_fast.tasks import EvalOptions
 from umt_fast.tasks.classification import Supervised, accuracy
 from umt_fast.tasks.evaluate import evaluate_checkpoint
+from umt_fast.tasks.retrieve import RetrieveOptions
 from umt_fast.train import fit_objective, train
 from umt_fast.workers import worker_pool
 
@@ -189,8 +188,7 @@ def draw_masks(out: Path, config: Stage1Config, clips: int = 96) -> dict[str, np
         every, data, num_frames=vit.num_frames, image_size=vit.image_size, batch_size=len(every), train=False
     )
     (batch,) = list(loader)
-    teacher = ClipTeacher(config.teacher, config.align.num_layers)
-    load_teacher(teacher, config.teacher)
+    teacher = build_teacher(config.teacher, config.align.num_layers)
     frames = sparse_center(sample_world.FRAMES, vit.num_frames)
     patch, side = vit.patch_size, vit.image_size // vit.patch_size
     shapes = np.stack(
@@ -254,11 +252,11 @@ def stage2_config(out: Path, seed: int, pretrained: str) -> Stage2Config:
 
 def retrieve(out: Path, config: Stage2Config, show: int = 8) -> dict[str, Any]:
     """Zero-shot retrieval among unseen clips; `show` queries with the clips they found go to retrieval.npz."""
-    data, table = DataConfig(workers=config.data.workers), out / "world" / "test_captions.json"
+    table = out / "world" / "test_captions.json"
     run = Path(config.run.out)
     checkpoint, scores = Path(newest_weights(run)), run / "retrieval.json"
-    options = EvalOptions(batch_size=32, scores=scores)
-    figures = evaluate_checkpoint(checkpoint, table, data, ranks=current_ranks(config.run), options=options)
+    options = RetrieveOptions(batch_size=32, scores=scores, workers=config.data.workers)
+    figures = evaluate_checkpoint("retrieve", checkpoint, table, ranks=current_ranks(config.run), options=options)
     few = json.loads(scores.read_text())["t2v"][:show]
     if few:
         best = [[name for name, _ in query["found"][:3]] for query in few]

@@ -15,6 +15,7 @@ from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, OptimConfig, TeacherCon
 from umt_fast.data.decode import transforms
 from umt_fast.data.decode.video import decode_frames
 from umt_fast.engine.schedule import warmup_cosine
+from umt_fast.extras import packages_of
 from umt_fast.models.weights import save_state
 from umt_fast.sample_world.world import Scene
 
@@ -26,8 +27,9 @@ log = logging.getLogger("umt_fast")
 
 def build_clip(teacher: TeacherConfig) -> open_clip.CLIP:
     """open_clip's CLIP with the teacher's visual sizes and a two-layer text tower."""
-    import open_clip
-    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+    with packages_of("train"):
+        import open_clip
+        from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     vision = CLIPVisionCfg(
         layers=teacher.depth,
@@ -64,7 +66,8 @@ def train_clip(
     clip: open_clip.CLIP, groups: dict[str, np.ndarray], *, image_size: int, steps: int, batch_size: int, seed: int
 ) -> float:
     """Trains on batches whose captions all differ (equal ones would be false negatives); returns the last mean loss."""
-    import open_clip
+    with packages_of("train"):
+        import open_clip
 
     tokenizer = open_clip.SimpleTokenizer(context_length=16)
     captions = sorted(groups)
@@ -108,7 +111,8 @@ def train_clip(
 @torch.no_grad()
 def zero_shot_accuracy(clip: open_clip.CLIP, groups: dict[str, np.ndarray]) -> float:
     """Share of frames whose nearest caption, of all captions of the world, is their own."""
-    import open_clip
+    with packages_of("train"):
+        import open_clip
 
     captions = sorted(groups)
     text = clip.encode_text(open_clip.SimpleTokenizer(context_length=16)(captions), normalize=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from umt_fast.extras import packages_of
 from umt_fast.workers import worker_pool
 
 SIZE = 48
@@ -193,7 +194,8 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def _write(work: tuple[Scene, str]) -> None:
-    import av
+    with packages_of("video"):
+        import av
 
     scene, path = work
     with av.open(path, "w") as container:

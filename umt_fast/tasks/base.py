@@ -2,20 +2,21 @@
 
 A task is an object with the members of Task, in a file of its own that ends with `register(...)`. Its configuration is a
 dataclass with at least `run`, `data`, `student` and `optim` (umt_fast/config). What it trains is an objective, a module; what
-it reads is a loader. docs/extending.md adds one step by step.
+it reads is a loader. How weights are judged is an Evaluation, ended by `register_evaluation(...)` likewise. docs/extending.md
+adds a task step by step.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from umt_fast.config import ConfigError, DataConfig
+from umt_fast.config import ConfigError, DataConfig, check_number, require
 from umt_fast.config.unused import Refuse, refuse_unread, refuser
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.weights import WeightsFile
@@ -67,29 +68,22 @@ class Loader(Protocol):
         """The path of a clip by its number."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions:
-    """How a model is judged; see `python -m umt_fast eval --help`. A task refuses what it does not read."""
+class Validation(Protocol):
+    """How a model is judged between the epochs of its training."""
 
-    batch_size: int = 16
-    top_k: int = 128
-    joining: Literal["each", "paragraph"] = "each"
-    max_length: int = 0
-    memory_gib: float = 8.0
-    scores: Path | None = None
-    tokenizer: str = ""
-    usual_tokenizer: str = ""
+    best: str
+    """Name of the figure that the best weights have highest; they are kept as checkpoint-best."""
 
-    def refuse(self, names: Sequence[str], why: str) -> None:
-        """Raises ConfigError for options set away from their defaults."""
-        shown = {"joining": "captions"}
-        for name in names:
-            if getattr(self, name) != getattr(type(self)(), name):
-                raise ConfigError(f"--{shown.get(name, name)} is {why}; leave it out")
+    def figures(self, objective: Any) -> dict[str, float]:
+        """Figures by name on unseen clips, over all ranks and the same on each.
+
+        objective: the task's, in evaluation mode, without gradients. Every rank must call its modules as often as the others
+        do: those of a sharded model are gathered by all together. No state of the training may change.
+        """
 
 
 class Task(Protocol, Generic[C]):
-    """One kind of training, and how what it trained is judged."""
+    """One kind of training. How its weights are judged is an Evaluation of its own."""
 
     name: str
     """In checkpoints and files; never changed."""
@@ -111,6 +105,9 @@ class Task(Protocol, Generic[C]):
     def loader(self, config: C, ranks: Ranks) -> Loader:
         """The training clips of a rank. Raises DataError, ConfigError: none, or not usable."""
 
+    def validation(self, config: C, ranks: Ranks) -> Validation | None:
+        """How the model is judged every run.validate_epochs epochs; None: it is not. Raises DataError, ConfigError."""
+
     def random_batches(self, config: C) -> list[dict[str, Tensor]]:
         """A batch of each kind on the CPU, as the loader gives them, of random content."""
 
@@ -126,23 +123,65 @@ class Task(Protocol, Generic[C]):
     def describe(self, config: C) -> dict[str, Any]:
         """What a file of these weights is of, as plain values; see models/description.py."""
 
-    def evaluate(
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What every evaluation is told. Its own options are fields of a class derived from this one."""
+
+    batch_size: int = 16
+    """Clips per rank and step."""
+    scores: Path | None = None
+    """JSON file for what was found for each clip or query, with scores."""
+    workers: int = 4
+    """Decoding processes; 0 decodes in this one."""
+    root: str = ""
+    """Folder put before relative paths; empty: the list's own folder."""
+    max_seconds: float = 0.0
+    """Only the first so many seconds of a clip are looked at; 0: all of it."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            check_number(entry.name, getattr(self, entry.name))
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; it must be at least 1")
+        for name in ("workers", "max_seconds"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
+
+    def data(self) -> DataConfig:
+        """How clips are read. A derived class adds what its own fields say."""
+        return DataConfig(workers=self.workers, root=self.root, max_seconds=self.max_seconds)
+
+
+Given = TypeVar("Given", bound=EvalOptions)
+
+
+class Evaluation(Protocol, Generic[Given]):
+    """A way to judge weights on unseen clips: the command `eval NAME FILE LIST`."""
+
+    name: str
+    """Of the command: a verb."""
+    tasks: tuple[str, ...]
+    """Names of the tasks whose weights it judges."""
+    Options: type[Given]
+    """Every field with a default and a documentation string: the command's options."""
+
+    def run(
         self,
         file: WeightsFile,
         described: dict[str, Any],
         source: Path,
         list_path: Path,
         data: DataConfig,
-        options: EvalOptions,
+        options: Given,
         ranks: Ranks,
     ) -> dict[str, Any]:
-        """Figures by name of a model on unseen clips, over all ranks and the same on each.
+        """Figures by name over all ranks, the same on each.
 
         Args:
-            file: its weights, and what lies beside them.
-            described: what it is of (Task.describe), complete.
-            source: where it came from, for messages.
-            list_path: the clips; what kind of list, the task says.
+            file: the weights, and what lies beside them.
+            described: what they are of (Task.describe), complete.
+            source: where they came from, for messages.
+            list_path: the clips; what kind of list, the evaluation says.
+            data: how clips are read (EvalOptions.data).
         """
 
 
@@ -176,6 +215,23 @@ def task_of(config: Any) -> Task:
     raise ConfigError(f"{type(config).__name__} is no configuration of a task; there are: {known}")
 
 
+def validation_of(config: Any, ranks: Ranks) -> Validation | None:
+    """How a run judges its model, or None. Raises ConfigError: options of it where nothing would be judged."""
+    task, refuse = task_of(config), refuser(config)
+    if config.run.validate_epochs == 0:
+        refuse("data.validation", "run.validate_epochs is 0, so that nothing is judged during training")
+        return None
+    validation = task.validation(config, ranks)
+    if validation is None:
+        why = (
+            "data.validation is empty"
+            if not config.data.validation
+            else f"training of task {task.name!r} judges nothing"
+        )
+        refuse("run.validate_epochs data.validation", why)
+    return validation
+
+
 def check_used(config: Any, world_size: int) -> None:
     """Raises ConfigError for an option set away from its default that a run on world_size ranks would not read."""
     refuse = refuser(config)
@@ -185,3 +241,28 @@ def check_used(config: Any, world_size: int) -> None:
         refuse("run.linear", f"only stage 1 has products that carry what follows them, not task {task.name}")
     task.refuse_unread(config, refuse, world_size)
     config.data.require_used()
+
+
+EVALUATIONS: dict[str, Evaluation] = {}
+
+
+def register_evaluation(evaluation: Evaluation) -> Evaluation:
+    """Makes a way to judge weights known by its name. Raises ValueError: another has it."""
+    if evaluation.name in EVALUATIONS:
+        raise ValueError(f"evaluation {evaluation.name!r} is known already")
+    EVALUATIONS[evaluation.name] = evaluation
+    return evaluation
+
+
+def evaluation_named(name: str) -> Evaluation:
+    """The evaluation of a name. Raises ConfigError: none has it."""
+    if name not in EVALUATIONS:
+        near = difflib.get_close_matches(name, EVALUATIONS, 1, 0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown evaluation {name!r}{hint} Known: {', '.join(EVALUATIONS)}")
+    return EVALUATIONS[name]
+
+
+def evaluations_of(task: str) -> list[str]:
+    """Names of the evaluations that judge weights of a task."""
+    return [evaluation.name for evaluation in EVALUATIONS.values() if task in evaluation.tasks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import pickle
 from collections.abc import Callable, Iterator
@@ -11,25 +12,30 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umt_fast.config import DataConfig, FinetuneConfig
+from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, FinetuneConfig
 from umt_fast.config.unused import Refuse
+from umt_fast.data.decode.erasing import erased, noise_of
 from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.labeled import LabeledReader
+from umt_fast.data.loaders.reader import ClipReader
 from umt_fast.data.sources.lists import check_labels, read_list
 from umt_fast.engine.checkpoint import checkpoints
 from umt_fast.engine.distributed import Ranks, current_ranks, gather
 from umt_fast.engine.sharded_checkpoint import REST
-from umt_fast.files import write_json
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.classifier import Classifier, pretraining_grid
 from umt_fast.models.description import base_description, found_in, vit_config
-from umt_fast.models.weights import WeightsError, WeightsFile, fit_classifier, load_encoder, read_weights
-from umt_fast.tasks.base import EvalOptions, register
+from umt_fast.models.weights import WeightsError, load_encoder, read_weights
+from umt_fast.models.weights.finetune import deepspeed_file, start_classifier
+from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, listed_or_assumed, random_clips, random_integers, training_list
+from umt_fast.tasks.mixing import MixingLoader, draw, mixed, soft_targets
 
 log = logging.getLogger("umt_fast")
 
@@ -41,8 +47,11 @@ class Supervised(nn.Module):
         super().__init__()
         self.config = config
         self.classifier = Classifier(config.student, config.num_classes, config.head_scale)
+        mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("pixel_mean", 255 * mean, persistent=False)
+        self.register_buffer("pixel_std", 255 * std, persistent=False)
         if config.init:
-            load_encoder(self.classifier, config.init)
+            start_from(self.classifier, config)
         if config.freeze:
             for name, parameter in self.classifier.named_parameters():
                 parameter.requires_grad_(name.startswith(("fc_norm.", "head.")))
@@ -71,14 +80,37 @@ class Supervised(nn.Module):
         return self.classifier.pieces()
 
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
-        """batch: `video` as in pre-training; `label`, int64 (B,) classes or floating (B, num_classes) probabilities, which
-        are taken as they are, without label_smoothing. Returns fp32 scalars `loss` and `top1` (a share)."""
-        logits, label = self.logits(batch["video"]), batch["label"]
+        """One step's loss.
+
+        Args:
+            batch: `video` as in pre-training; `label`, int64 (B,) classes or floating (B, num_classes) probabilities, which
+                are taken as they are, without label_smoothing. Where there are `erase_box` int64 (B, boxes, 4) boxes are
+                filled; where there are `mix_share` and `mix_box`, a Mix, clips are mixed, and their targets are soft.
+
+        Returns:
+            fp32 scalars: `loss`, and `top1`, the share of clips whose best class is the one that is most of their target.
+        """
+        video, label = batch["video"], batch["label"]
+        if "erase_box" in batch or "mix_share" in batch:
+            video = self._normalized(video)
+        if "erase_box" in batch:
+            video = erased(video, batch["erase_box"], noise_of(video, self.config.augment.erasing_mode))
+        if "mix_share" in batch:
+            video = mixed(video, batch["mix_share"], batch["mix_box"])
+            label = soft_targets(label, self.config.num_classes, batch["mix_share"], self.config.label_smoothing)
+        logits = self.logits(video)
         if label.is_floating_point():
             loss, label = F.cross_entropy(logits, label), label.argmax(1)
         else:
             loss = F.cross_entropy(logits, label, label_smoothing=self.config.label_smoothing)
         return {"loss": loss, "top1": (logits.detach().argmax(1) == label).float().mean()}
+
+    def _normalized(self, video: Tensor) -> Tensor:
+        """uint8 (B, T, H, W, 3) -> fp32 (B, 3, T, H, W), normalized; floating videos are that already."""
+        if video.is_floating_point():
+            return video
+        planes = video.permute(0, 4, 1, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+        return (planes - self.pixel_mean) / self.pixel_std
 
     def flops_per_clip(self) -> float:
         """Matrix-product FLOPs of a clip, forward and backward (forward alone through frozen blocks)."""
@@ -88,6 +120,15 @@ class Supervised(nn.Module):
         patch = n * vit.width * 6 * vit.tubelet_size * vit.patch_size**2
         passes = 1 if self.config.freeze else 3
         return passes * vit.depth * block + min(passes, 2) * patch
+
+
+def start_from(classifier: Classifier, config: FinetuneConfig) -> None:
+    """Fills a classifier from config.init, as init_as says. Raises WeightsError."""
+    if config.init_as == "encoder":
+        load_encoder(classifier, deepspeed_file(config.init))
+    else:
+        new_head = config.init_as == "new_head"
+        start_classifier(classifier, config.init, delete_head=new_head, label_map=config.label_map)
 
 
 def trained_grid(checkpoint: Path) -> tuple[int, ...] | None:
@@ -143,11 +184,13 @@ def accuracy(
     rank: int = 0,
     world_size: int = 1,
     found: list[dict[str, Any]] | None = None,
+    reader: Callable[..., ClipReader] = ClipReader,
 ) -> Iterator[tuple[str, float]]:
     """Yields (`top1`, share), (`top5`, share), (`clips`, count) of all ranks together: one centered view of each clip.
 
     logits: uint8 video (B, T, S, S, 3) -> (B, classes). A clip that cannot be read raises, it is not left out.
     found: receives the five best classes of each clip with their probabilities, in the list's order.
+    reader: takes the view, one of each clip; see ClipLoader.
 
     Raises WeightsError: logits that are not finite.
     """
@@ -160,10 +203,17 @@ def accuracy(
         train=False,
         rank=rank,
         world_size=world_size,
+        reader=reader,
     )
     hits = torch.zeros(2, device=device)
     count, rows = 0, []
-    for batch in loader:
+    batches = iter(loader)
+    # A rank with fewer clips computes nothing for the rest: parts of a sharded model are gathered by all together.
+    for _ in range(max(gather(len(loader)))):
+        batch = next(batches, None)
+        if batch is None:
+            logits(torch.zeros(1, num_frames, image_size, image_size, 3, dtype=torch.uint8, device=device))
+            continue
         label = batch["label"].to(device)
         scores = logits(batch["video"].to(device))
         if not scores.isfinite().all():
@@ -186,6 +236,34 @@ def accuracy(
     yield "clips", count
 
 
+class LabeledValidation:
+    """Top-1 and top-5 on data.validation between epochs, the official validation view of each clip."""
+
+    best = "top1"
+
+    def __init__(self, config: FinetuneConfig, ranks: Ranks) -> None:
+        """Raises DataError: a list that cannot be read, or labels that the model has not."""
+        self.config, self.ranks = config, ranks
+        clips = read_list(config.data.validation, config.data)
+        check_labels(clips, config.num_classes, config.data.validation)
+
+    def figures(self, objective: Supervised) -> dict[str, float]:
+        config, ranks = self.config, self.ranks
+        found = accuracy(
+            objective.logits,
+            config.data.validation,
+            config.data,
+            num_frames=config.student.num_frames,
+            image_size=config.student.image_size,
+            batch_size=config.run.batch_size,
+            device=ranks.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            reader=functools.partial(LabeledReader, augment=config.augment),
+        )
+        return {name: value for name, value in found if name != "clips"}
+
+
 class Classification:
     """Fine-tuning of a classifier, or of its head alone."""
 
@@ -196,6 +274,33 @@ class Classification:
         return with_position_grid(config)
 
     def refuse_unread(self, config: FinetuneConfig, refuse: Refuse, world_size: int) -> None:
+        augment, mix = config.augment, config.mix
+        for name in dataclasses.fields(augment):
+            # Validation takes its frames by the same rule.
+            judged = name.name in ("frames", "sampling_rate") and config.data.validation
+            if name.name != "protocol" and not augment.published and not judged:
+                refuse(f"augment.{name.name}", "augment.protocol is 'data'")
+        if augment.frames != "dense":
+            refuse("augment.sampling_rate", f"augment.frames {augment.frames!r} has no stride")
+        if augment.published:
+            refuse(
+                "data.sampling data.augment data.reader", "augment.protocol 'published' has frames and crops of its own"
+            )
+            if not augment.rand_augment:
+                refuse("augment.interpolation", "augment.rand_augment is empty")
+            if not augment.erasing:
+                refuse("augment.erasing_mode augment.erasing_count", "augment.erasing is 0")
+        if not mix.on:
+            refuse("mix.mixup_alpha mix.cutmix_alpha mix.cutmix_minmax", "mix.probability is 0")
+            refuse("mix.probability mix.per", "mix.mixup_alpha and mix.cutmix_alpha are 0", 0.0)
+        if not (mix.mixup_alpha and (mix.cutmix_alpha or mix.cutmix_minmax)):
+            refuse("mix.switch", "not both of Mixup and CutMix are on")
+        if mix.cutmix_minmax:
+            refuse("mix.cutmix_alpha", "mix.cutmix_minmax takes its place")
+        if not config.init:
+            refuse("init_as", "init is empty")
+        if config.init_as != "classifier":
+            refuse("label_map", f"init_as {config.init_as!r} takes no head")
         if config.freeze:
             refuse("optim.layer_decay", "freeze leaves only the head to be trained", 1.0)
             refuse("student.checkpoint_blocks", "freeze needs no backward pass through the blocks", 0)
@@ -208,17 +313,35 @@ class Classification:
         config.init = ""
         return Supervised(config)
 
-    def loader(self, config: FinetuneConfig, ranks: Ranks) -> ClipLoader:
+    def loader(self, config: FinetuneConfig, ranks: Ranks) -> ClipLoader | MixingLoader:
         clips = training_list(config)
         check_labels(clips, config.num_classes, config.data.train)
-        return clip_loader(config, clips, config.student.num_frames, ranks)
+        options = (
+            {"reader": functools.partial(LabeledReader, augment=config.augment)} if config.augment.published else {}
+        )
+        loader = clip_loader(config, clips, config.student.num_frames, ranks, **options)
+        if not config.mix.on:
+            return loader
+        size, seed = config.student.image_size, config.run.seed
+        return MixingLoader(loader, config.mix, size=size, seed=seed, rank=ranks.rank)
+
+    def validation(self, config: FinetuneConfig, ranks: Ranks) -> LabeledValidation | None:
+        return LabeledValidation(config, ranks) if config.data.validation else None
 
     def random_batches(self, config: FinetuneConfig) -> list[dict[str, Tensor]]:
         batch = random_clips(config, config.student.num_frames)
-        return [batch | {"label": random_integers(config.num_classes, len(batch["index"]))}]
+        count, size = len(batch["index"]), config.student.image_size
+        batch["label"] = random_integers(config.num_classes, count)
+        if config.augment.published and config.augment.erasing:
+            batch["erase_box"] = random_integers(size // 2, count, config.augment.erasing_count, 4, least=1)
+        if config.mix.on:
+            share, box = draw(config.mix, count, size, size, np.random.default_rng(0))
+            batch |= {"mix_share": torch.from_numpy(share), "mix_box": torch.from_numpy(box)}
+        return [batch]
 
     def without_noise(self, config: FinetuneConfig) -> FinetuneConfig:
-        return dataclasses.replace(config, student=dataclasses.replace(config.student, drop_path=0.0))
+        student = dataclasses.replace(config.student, drop_path=0.0)
+        return dataclasses.replace(config, student=student, augment=dataclasses.replace(config.augment, erasing=0.0))
 
     def clips_of_epoch(self, config: FinetuneConfig) -> tuple[int, str]:
         return listed_or_assumed(config)
@@ -227,49 +350,10 @@ class Classification:
         return flops.visible_of(config.student, None)
 
     def describe(self, config: FinetuneConfig) -> dict[str, Any]:
-        return base_description(self.name, config) | {"num_classes": config.num_classes}
-
-    def evaluate(
-        self,
-        file: WeightsFile,
-        described: dict[str, Any],
-        source: Path,
-        list_path: Path,
-        data: DataConfig,
-        options: EvalOptions,
-        ranks: Ranks,
-    ) -> dict[str, Any]:
-        """Top-1 and top-5 on labeled clips, one centered view of each."""
-        retrieval = ("top_k", "joining", "max_length", "memory_gib", "tokenizer")
-        options.refuse(retrieval, f"for retrieval, and {source} is a classifier")
-        remedy = "this classifier knows no others: give a list of its classes"
-        check_labels(read_list(list_path, data), described["num_classes"], str(list_path), remedy)
-        vit = vit_config(described)
-        classifier = Classifier(vit, described["num_classes"])
-        fit_classifier(classifier, file.state, str(source))
-        classifier.to(ranks.device).eval()
-
-        def logits(video: Tensor) -> Tensor:
-            with torch.autocast(video.device.type, torch.bfloat16, enabled=described["dtype"] == "bf16"):
-                return classifier(video).float()
-
-        found: list[dict[str, Any]] | None = None if options.scores is None else []
-        figures = accuracy(
-            logits,
-            str(list_path),
-            data,
-            num_frames=vit.num_frames,
-            image_size=vit.image_size,
-            batch_size=options.batch_size,
-            device=ranks.device,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            found=found,
-        )
-        figures = dict(figures)
-        if found is not None and ranks.first:
-            write_json(options.scores, {"clips": found})
-        return figures
+        frames = {"frames": config.augment.frames}
+        if config.augment.frames == "dense":
+            frames["sampling_rate"] = config.augment.sampling_rate
+        return base_description(self.name, config) | {"num_classes": config.num_classes} | frames
 
 
 register(Classification())

@@ -18,9 +18,9 @@ K710_CLIPS = 650_000
 
 
 def clip_loader(
-    config: Any, clips: Sequence[Clip], num_frames: int, ranks: Ranks, data: DataConfig | None = None
+    config: Any, clips: Sequence[Clip], num_frames: int, ranks: Ranks, data: DataConfig | None = None, **options: Any
 ) -> ClipLoader:
-    """The loader of some clips with the settings of a run; data: other settings than config.data."""
+    """The loader of some clips with the settings of a run; data: other settings than config.data; options: as ClipLoader's."""
     return open_loader(
         clips,
         data or config.data,
@@ -31,6 +31,7 @@ def clip_loader(
         rank=ranks.rank,
         world_size=ranks.world_size,
         seed=config.run.seed,
+        **options,
     )
 
 

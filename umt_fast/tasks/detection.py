@@ -1,35 +1,42 @@
-"""Action detection on AVA: what is trained, and how detections are judged.
+"""Action detection on key frames, as on AVA: the Detection objective, its task, and how its weights are judged.
 
 Training: binary cross-entropy of each class of each box of the ground truth. Judging: the sigmoid of each class, times the
-score of the person's detected box, as frame mAP (tasks.frame_map). Detections are judged as the result file holds them, rounded
-to five decimals, and in the order of the key frames, because between equal scores the order decides.
+score of the person's detected box, as frame mAP (tasks.frame_map).
 """
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Callable, Iterable, Sequence
+import copy
+import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umt_fast.config import AttentionBackend, VitConfig
-from umt_fast.data.decode import boxes as moves
-from umt_fast.data.decode.boxes import Size
-from umt_fast.data.errors import DataError
+from umt_fast.config import AttentionBackend, ConfigError, DetectionConfig, VitConfig
+from umt_fast.config.unused import Refuse
+from umt_fast.data.decode.movies import Movies
+from umt_fast.data.loaders.key_frames import KeyFrameLoader, movies_of, rule_of
+from umt_fast.data.sources import ava_csv, detections
 from umt_fast.data.sources.detections import AVA_CLASSES, KeyFrames
-from umt_fast.engine.distributed import gather
+from umt_fast.engine.distributed import Ranks
+from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
+from umt_fast.models.description import base_description
 from umt_fast.models.detector import Detector
-from umt_fast.models.weights import WeightsError, load_detector
-from umt_fast.tasks.frame_map import Boxes, Frame, FrameMap, frame_map
+from umt_fast.models.weights import load_detector
+from umt_fast.tasks.base import register
+from umt_fast.tasks.classification import with_position_grid
+from umt_fast.tasks.clips import random_integers
+from umt_fast.tasks.judge import Judge
 
-_DECIMALS = 5
+# What of data.* key frames do not read.
+_NOT_READ = (
+    "data.prepared data.separator data.reader data.sampling data.max_seconds data.num_sample data.augment data.flip "
+    "data.frame_pattern"
+)
 
 
 class Detection(nn.Module):
@@ -110,118 +117,127 @@ class Detection(nn.Module):
         return 3 * vit.depth * block + 2 * patch
 
 
-class _Clip(NamedTuple):
-    """Detections of a clip: boxes fp32 (M, 4) in shares of the picture, scores fp32 (M, classes)."""
-
-    boxes: np.ndarray
-    scores: np.ndarray
-
-
-@torch.no_grad()
-def evaluate(
-    scores: Callable[[dict[str, Tensor]], Tensor],
-    batches: Iterable[dict[str, Tensor]],
-    keys: KeyFrames,
-    truth: Boxes,
-    names: dict[int, str],
-    *,
-    device: torch.device,
-    excluded: set[Frame] = frozenset(),
-    min_score: float = 0.0,
-    result: str | Path | None = None,
-) -> FrameMap:
-    """Frame mAP of all ranks together, the same on each.
-
-    Args:
-        scores: batch -> (N, classes), as Detection.scores; class c is column c - 1.
-        batches: this rank's, as data.decode.detection_view.batched makes them of test samples. A key frame that several ranks
-            see, as samplers that fill up the last batch make it happen, counts once.
-        keys: the key frames that the batches' `index` counts.
-        truth, names, excluded: see frame_map.
-        min_score: detections below it are left out.
-        result: file that the first rank writes all detections to, AVA's CSV; it replaces an older one as a whole.
-
-    Raises:
-        WeightsError: scores that are not finite. DataError: the file cannot be written.
-    """
-    mine: dict[int, _Clip] = {}
-    for batch in batches:
-        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-        found = scores(batch)
-        if not found.isfinite().all():
-            raise WeightsError("the detector's scores are not finite: the run that made these weights diverged")
-        owner, found = batch["box_clip"].cpu(), found.float().cpu()
-        if "box_valid" in batch:
-            valid = batch["box_valid"].cpu()
-            owner, found = owner[valid], found[valid]
-        for number, (index, size) in enumerate(zip(batch["index"].tolist(), batch["sizes"].tolist(), strict=True)):
-            key = keys[index]
-            shares = _shares(key.boxes, key.size, (size[1], size[0]))
-            mine[index] = _Clip(shares, found[owner == number].numpy())
-    clips: dict[int, _Clip] = {}
-    for part in gather(mine):
-        clips |= part
-    judged: FrameMap | OSError | None = None
-    if _first():
-        try:
-            rows = _rows(keys, clips, min_score)
-            if result is not None:
-                write_result(result, rows)
-            judged = frame_map(truth, rows, names, excluded)
-        except OSError as error:
-            judged = error
-    # The first rank alone judges: all boxes of AVA's test set with all classes are millions of rows.
-    judged = gather(judged)[0]
-    if isinstance(judged, OSError):
-        raise DataError(f"{result} cannot be written: {judged}") from judged
-    return judged
+def training_keys(config: DetectionConfig, movies: Movies) -> KeyFrames:
+    """The key frames of data.train. Raises DataError: a file that cannot be used."""
+    path = config.data.train
+    if path.endswith(".json"):
+        return detections.training_frames(path, config.num_classes)
+    excluded = ava_csv.read_excluded(config.excluded) if config.excluded else set()
+    return ava_csv.training_frames(path, movies.sizes(ava_csv.movies_of(path)), config.num_classes, excluded)
 
 
-def _first() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+class DetectionValidation:
+    """Frame mAP on data.validation between epochs."""
+
+    best = "map"
+
+    def __init__(self, config: DetectionConfig, ranks: Ranks) -> None:
+        """Raises ConfigError, DataError: a file that cannot be used."""
+        self.judge = Judge(
+            Path(config.data.validation), config.judging, config.clips, config.student, config.data, config.num_classes
+        )
+        self.batch_size, self.ranks = config.run.batch_size, ranks
+
+    def figures(self, objective: Detection) -> dict[str, float]:
+        found = self.judge.figures(objective.scores, batch_size=self.batch_size, ranks=self.ranks)
+        return {"map": found["map"]}
 
 
-def _shares(boxes: Tensor, size: Size, shown: Size) -> np.ndarray:
-    """Boxes in pixels of `size` as shares of the picture, in [0, 1], the last pixel's far edge included.
+class DetectionTask:
+    """Fine-tuning of a detector."""
 
-    They go to the size that the detector saw and back, as officially: five decimals show the rounding.
-    """
-    boxes = moves.resized(moves.resized(boxes, size, shown), shown, size)
-    shares = (boxes + torch.tensor([0.0, 0, 1, 1])) / torch.tensor([*size, *size])
-    return shares.clamp(0, 1).numpy()
+    name = "detection"
+    Config = DetectionConfig
+
+    def settled(self, config: DetectionConfig) -> DetectionConfig:
+        return with_position_grid(config)
+
+    def refuse_unread(self, config: DetectionConfig, refuse: Refuse, world_size: int) -> None:
+        clips = config.clips
+        refuse(_NOT_READ, "key frames are read and cut as clips.* says")
+        if clips.movies != "frames":
+            refuse("clips.frame_pattern clips.frame_rate", f"clips.movies is {clips.movies!r}, without frames' files")
+        if clips.movies == "seconds":
+            refuse("clips.first_second", "clips.movies is 'seconds', and their files' names tell the second")
+        if clips.frames == "still":
+            refuse("clips.sparse clips.stride", "clips.frames is 'still', and the key frame alone is seen")
+        elif clips.frames == "described" and clips.sparse:
+            refuse("clips.stride", "clips.frames is 'described', and sparse frames are spread over all of the clip")
+        if not config.data.validation:
+            names = (f"judging.{entry.name}" for entry in dataclasses.fields(config.judging))
+            refuse(" ".join(names), "data.validation is empty, and nothing is judged")
+        if config.data.train.endswith(".json"):
+            refuse("excluded", f"{config.data.train} lists the images to train on itself")
+
+    def objective(self, config: DetectionConfig) -> Detection:
+        return Detection(
+            config.student,
+            num_classes=config.num_classes,
+            head_scale=config.head_scale,
+            bf16=config.run.dtype == "bf16",
+            attention=config.run.attention,
+            init=config.init,
+        )
+
+    def untrained(self, config: DetectionConfig) -> Detection:
+        config = copy.copy(config)
+        config.init = ""
+        return self.objective(config)
+
+    def loader(self, config: DetectionConfig, ranks: Ranks) -> KeyFrameLoader:
+        if not config.data.train:
+            raise ConfigError(
+                "data.train is empty; give AVA's ground truth (.csv) or annotations (.json): --data.train FILE"
+            )
+        movies = movies_of(config.clips, config.data, config.data.train)
+        return KeyFrameLoader(
+            training_keys(config, movies),
+            movies,
+            rule_of(config.clips, config.student),
+            config.data,
+            batch_size=config.run.batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            seed=config.run.seed,
+        )
+
+    def validation(self, config: DetectionConfig, ranks: Ranks) -> DetectionValidation | None:
+        return DetectionValidation(config, ranks) if config.data.validation else None
+
+    def random_batches(self, config: DetectionConfig) -> list[dict[str, Tensor]]:
+        vit, count, room = config.student, config.run.batch_size, config.clips.max_boxes
+        side, rows = vit.image_size, config.run.batch_size * config.clips.max_boxes
+        corners = random_integers(side // 2, rows, 4).float()
+        corners[:, 2:] += side // 2
+        return [
+            {
+                "index": torch.arange(count),
+                "video": random_integers(256, count, vit.num_frames, side, side, 3, dtype=torch.uint8),
+                "sizes": torch.tensor([[side, side]] * count),
+                "boxes": corners,
+                "box_clip": torch.arange(count).repeat_interleave(room),
+                "box_valid": random_integers(4, rows) == 0,
+                "labels": random_integers(8, rows, config.num_classes) == 0,
+            }
+        ]
+
+    def without_noise(self, config: DetectionConfig) -> DetectionConfig:
+        return dataclasses.replace(config, student=dataclasses.replace(config.student, drop_path=0.0))
+
+    def clips_of_epoch(self, config: DetectionConfig) -> tuple[int, str] | None:
+        path = config.data.train
+        if not path:
+            return None
+        json = path.endswith(".json")
+        count = len(detections.training_frames(path, config.num_classes)) if json else ava_csv.count_frames(path)
+        return count, f"counted in {path}"
+
+    def visible_tokens(self, config: DetectionConfig) -> int:
+        return flops.visible_of(config.student, None)
+
+    def describe(self, config: DetectionConfig) -> dict[str, Any]:
+        seen = {name: getattr(config.clips, name) for name in ("sparse", "frames", "stride", "short_side")}
+        return base_description(self.name, config) | {"num_classes": config.num_classes, "clips": seen}
 
 
-def _rows(keys: KeyFrames, clips: dict[int, _Clip], min_score: float) -> Boxes:
-    """All detections, by key frame, box and class, rounded as the result file rounds them."""
-    frames: list[Frame] = []
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for index in sorted(clips):
-        clip = clips[index]
-        box, column = np.nonzero(clip.scores >= min_score)
-        parts.append((clip.boxes[box], column + 1, clip.scores[box, column]))
-        key = keys[index]
-        frames += [(key.movie, key.second)] * len(box)
-    if not parts:
-        return Boxes.of([])
-    boxes, classes, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
-    # Exactly what a reader of the file gets: float32 times 10^5 is exact in float64.
-    boxes, scores = (np.round(values.astype(np.float64), _DECIMALS) for values in (boxes, scores))
-    return Boxes(frames, boxes, classes.astype(np.int64), scores)
-
-
-def write_result(path: str | Path, rows: Boxes) -> None:
-    """Detections as AVA's CSV, `movie,second,x1,y1,x2,y2,class,score`: the second with four digits, numbers with five decimals.
-
-    The file appears as a whole or not at all.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".writing")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        columns: Sequence[list] = (rows.boxes.tolist(), rows.classes.tolist(), rows.scores.tolist())
-        for (movie, second), box, label, score in zip(rows.frames, *columns, strict=True):
-            numbers = [f"{value:.{_DECIMALS}f}" for value in (*box, score)]
-            writer.writerow([movie, f"{second:04d}", *numbers[:4], label, numbers[4]])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+register(DetectionTask())

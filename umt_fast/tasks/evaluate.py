@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from umt_fast.config import ConfigError, DataConfig, require
+from umt_fast.config import ConfigError
 from umt_fast.engine.checkpoint import CheckpointError
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
 from umt_fast.models.description import MODELS, complete, found_in
 from umt_fast.models.weights import UnreadableError, WeightsError, WeightsFile, kind_of, read_weights
-from umt_fast.tasks.base import EvalOptions, task_named
+from umt_fast.models.weights.finetune import deepspeed_file, is_deepspeed
+from umt_fast.tasks.base import EvalOptions, evaluation_named, evaluations_of
 
 
 def read_checkpoint(path: Path) -> WeightsFile:
@@ -22,6 +23,8 @@ def read_checkpoint(path: Path) -> WeightsFile:
     if not (path.is_file() or path.is_dir()):
         raise WeightsError(f"no checkpoint at {path}")
     try:
+        if is_deepspeed(path):
+            path = deepspeed_file(path)
         if path.is_file():
             return read_weights(path)
         content = read_sharded(path)
@@ -41,7 +44,7 @@ def _described(file: WeightsFile, model: dict[str, Any] | None, checkpoint: Path
     own = found_in(file.rest, checkpoint)
     if (own or {}).get("task") == "pretraining" or (own is None and kind_of(file.state) == "stage-1"):
         raise WeightsError(
-            f"{checkpoint} is of a stage-1 run; eval judges fine-tuned classifiers (accuracy) and stage-2 models (retrieval)"
+            f"{checkpoint} is of a stage-1 run, which nothing is judged by; fine-tune it, or `embed` clips"
         )
     if own is None and model is None:
         raise WeightsError(
@@ -53,33 +56,42 @@ def _described(file: WeightsFile, model: dict[str, Any] | None, checkpoint: Path
 
 
 def evaluate_checkpoint(
+    name: str,
     checkpoint: Path,
     list_path: Path,
-    data: DataConfig,
     *,
     ranks: Ranks,
     options: EvalOptions | None = None,
     model: dict[str, Any] | None = None,
+    tokenizer: str = "",
 ) -> dict[str, Any]:
-    """The figures of a model on unseen clips, as its task judges it; over all ranks, the same on each.
+    """The figures of a model on unseen clips; over all ranks, the same on each.
 
     Args:
-        list_path: labeled clips for a classifier; a caption list (see data/sources/entries.py) for retrieval.
-        options: None: the defaults.
+        name: of the evaluation, as classify or retrieve (umt_fast.tasks.EVALUATIONS).
+        list_path: the clips; what kind of list, the evaluation says.
+        options: of the evaluation's Options. None: the defaults.
         model: the description (see models/description.py) of a file that has none; sizes it lacks are read from the tensors.
+        tokenizer: the usual one of `model`.
 
     Raises:
-        WeightsError, CheckpointError: not readable, weights that are not of the sizes named, or of a kind that has nothing to
-            be judged by (stage 1).
-        ConfigError: a number out of its range, an option that the task does not read, a `model` for a file that describes
-            its own.
+        WeightsError, CheckpointError: not readable, weights that are not of the sizes named, or of a task that this
+            evaluation does not judge.
+        ConfigError: no such evaluation, a `model` for a file that describes its own.
         DataError: a list that cannot be read.
     """
-    options = options or EvalOptions()
-    for name, least in (("batch_size", 1), ("top_k", 0), ("memory_gib", 0)):
-        value = getattr(options, name)
-        require(value >= least, f"{name} is {value}; it must be at least {least}")
+    evaluation = evaluation_named(name)
+    options = evaluation.Options() if options is None else options
     file = read_checkpoint(checkpoint)
     described = _described(file, model, checkpoint)
-    task = task_named(described["task"])
-    return task.evaluate(file, described, checkpoint, list_path, data, options, ranks)
+    if described["task"] not in evaluation.tasks:
+        fitting = (
+            " or ".join(f"`eval {other}`" for other in evaluations_of(described["task"])) or "none; `embed` its clips"
+        )
+        raise WeightsError(
+            f"{checkpoint} is of task {described['task']!r}, which `eval {name}` does not judge: {fitting}"
+        )
+    if tokenizer:
+        # Where a checkpoint's own record would have it.
+        file = file._replace(rest=file.rest | {"config": {"tokenizer": tokenizer}})
+    return evaluation.run(file, described, checkpoint, list_path, options.data(), options, ranks)

@@ -18,9 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from umt_fast.data.errors import DataError
+from umt_fast.data.sources.ava_csv import Frame, read_excluded
+from umt_fast.data.sources.clip import require_list
 
 IOU = 0.5
-Frame = tuple[str, int]
+
+__all__ = ["Boxes", "Frame", "FrameMap", "frame_map", "read_boxes", "read_excluded", "read_label_map"]
 
 
 class Boxes(NamedTuple):
@@ -66,6 +69,7 @@ def read_boxes(path: str | Path) -> Boxes:
 
 
 def _rows(path: Path) -> Iterable[tuple[Frame, Sequence[float], int, float]]:
+    require_list(path, "CSV file", "one with lines of `movie,second,x1,y1,x2,y2,class[,score]`")
     with open(path, newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.reader(file), 1):
             if not row or (len(row) >= 2 and not any(row[2:])):
@@ -85,6 +89,7 @@ def _rows(path: Path) -> Iterable[tuple[Frame, Sequence[float], int, float]]:
 
 def read_label_map(path: str | Path) -> dict[int, str]:
     """Class numbers and names of a .pbtxt label map, in its order (`id` and `label_id` mean the same)."""
+    require_list(Path(path), "label map", "a .pbtxt file as AVA's download has them")
     names: dict[int, str] = {}
     for item in re.findall(r"item\s*\{(.*?)\}", Path(path).read_text(encoding="utf-8"), re.DOTALL):
         name, number = re.search(r'\bname:\s*"(.*?)"', item), re.search(r"\b(?:label_)?id:\s*(\d+)", item)
@@ -94,16 +99,6 @@ def read_label_map(path: str | Path) -> dict[int, str]:
     if not names:
         raise DataError(f"{path} holds no items; give a label map as AVA's .pbtxt files are")
     return names
-
-
-def read_excluded(path: str | Path) -> set[Frame]:
-    """Key frames that are not judged, one `movie,second` a line."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if row]
-    for number, row in rows:
-        if len(row) != 2 or not row[1].strip().isdecimal():
-            raise DataError(f"{path}, line {number}: {','.join(row)[:200]!r} is not `movie,second`")
-    return {(row[0], int(row[1])) for _, row in rows}
 
 
 def overlaps(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:

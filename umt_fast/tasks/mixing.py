@@ -7,14 +7,15 @@ with static shapes and never makes the host wait.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from umt_fast.config.core import require
+from umt_fast.config import MixConfig
+from umt_fast.tasks.base import Loader
 
 
 class Mix(NamedTuple):
@@ -25,63 +26,33 @@ class Mix(NamedTuple):
     box: np.ndarray
 
 
-@dataclass(kw_only=True, slots=True)
-class MixConfig:
-    """How clips of a batch are mixed; the defaults are those of the official fine-tuning."""
+def draw(mix: MixConfig, batch: int, height: int, width: int, rng: np.random.Generator) -> Mix:
+    """The numbers of one step for B clips of height x width pixels."""
+    share, box = np.ones(batch, np.float32), np.zeros((batch, 4), np.int64)
+    rows = [slice(None)] if mix.per == "batch" else range(batch)
+    for row in rows:
+        if mix.on and rng.random() < mix.probability:
+            share[row], box[row] = _draw_one(mix, height, width, rng)
+    return Mix(share, box)
 
-    mixup_alpha: float = 0.8
-    """Both parameters of the Beta distribution of Mixup's share; 0 switches Mixup off."""
-    cutmix_alpha: float = 1.0
-    """The same for CutMix."""
-    cutmix_minmax: tuple[float, ...] = ()
-    """Least and largest side of CutMix's box as a share of the picture's, in place of cutmix_alpha; empty: not used."""
-    probability: float = 1.0
-    """Share of the batches (or clips) that are mixed."""
-    switch: float = 0.5
-    """Share of CutMix where both are on."""
-    per: Literal["batch", "clip"] = "batch"
-    """One draw for a batch, or one for each clip."""
 
-    def __post_init__(self) -> None:
-        for name in ("mixup_alpha", "cutmix_alpha"):
-            require(getattr(self, name) >= 0, f"mix.{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("probability", "switch"):
-            require(0 <= getattr(self, name) <= 1, f"mix.{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        limits = self.cutmix_minmax
-        require(
-            not limits or (len(limits) == 2 and 0 <= limits[0] < limits[1] <= 1),
-            f"mix.cutmix_minmax is {limits}; give two shares, least < largest, in [0, 1], or none",
-        )
-
-    @property
-    def on(self) -> bool:
-        """Whether anything is ever mixed."""
-        return self.probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0 or bool(self.cutmix_minmax))
-
-    def draw(self, batch: int, height: int, width: int, rng: np.random.Generator) -> Mix:
-        """The numbers of one step for B clips of height x width pixels."""
-        share, box = np.ones(batch, np.float32), np.zeros((batch, 4), np.int64)
-        rows = [slice(None)] if self.per == "batch" else range(batch)
-        for row in rows:
-            if self.on and rng.random() < self.probability:
-                share[row], box[row] = self._draw_one(height, width, rng)
-        return Mix(share, box)
-
-    def _draw_one(self, height: int, width: int, rng: np.random.Generator) -> tuple[float, tuple[int, int, int, int]]:
-        cutmix = 1.0 if self.cutmix_minmax else self.cutmix_alpha
-        cut = cutmix > 0 and (self.mixup_alpha == 0 or rng.random() < self.switch)
-        alpha = cutmix if cut else self.mixup_alpha
-        share = rng.beta(alpha, alpha)
-        if not cut:
-            return share, (0, 0, 0, 0)
-        if self.cutmix_minmax:
-            low, high = self.cutmix_minmax
-            tall, wide = (_integer(rng, int(side * low), int(side * high)) for side in (height, width))
-            top, left = _integer(rng, 0, height - tall), _integer(rng, 0, width - wide)
-            box = (top, top + tall, left, left + wide)
-        else:
-            box = cut_box(height, width, share, _integer(rng, 0, height), _integer(rng, 0, width))
-        return kept_share(height, width, box), box
+def _draw_one(
+    mix: MixConfig, height: int, width: int, rng: np.random.Generator
+) -> tuple[float, tuple[int, int, int, int]]:
+    cutmix = 1.0 if mix.cutmix_minmax else mix.cutmix_alpha
+    cut = cutmix > 0 and (mix.mixup_alpha == 0 or rng.random() < mix.switch)
+    alpha = cutmix if cut else mix.mixup_alpha
+    share = rng.beta(alpha, alpha)
+    if not cut:
+        return share, (0, 0, 0, 0)
+    if mix.cutmix_minmax:
+        low, high = mix.cutmix_minmax
+        tall, wide = (_integer(rng, int(side * low), int(side * high)) for side in (height, width))
+        top, left = _integer(rng, 0, height - tall), _integer(rng, 0, width - wide)
+        box = (top, top + tall, left, left + wide)
+    else:
+        box = cut_box(height, width, share, _integer(rng, 0, height), _integer(rng, 0, width))
+    return kept_share(height, width, box), box
 
 
 def _integer(rng: np.random.Generator, low: int, high: int) -> int:
@@ -136,3 +107,46 @@ def soft_targets(label: Tensor, num_classes: int, share: Tensor | None = None, s
         return rows
     share = share.view(-1, 1).to(rows.dtype)
     return rows * share + rows.flip(0) * (1 - share)
+
+
+class MixingLoader:
+    """A loader whose batches also say how their clips are mixed: `mix_share` fp32 (B,) and `mix_box` int64 (B, 4), a Mix.
+
+    The numbers of a batch follow from (seed, epoch, place of the batch in it, rank), whoever draws them.
+    """
+
+    def __init__(self, loader: Loader, mix: MixConfig, *, size: int, seed: int, rank: int) -> None:
+        """size: height and width of the clips in pixels."""
+        self.loader, self.mix, self.size, self.seed, self.rank = loader, mix, size, seed, rank
+        self.kinds = loader.kinds
+
+    @property
+    def bad_files(self) -> dict[str, str]:
+        return self.loader.bad_files
+
+    @property
+    def identity(self) -> str:
+        return self.loader.identity
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.loader:
+            place = self.loader.state_dict()
+            # The fourth number is the stream's: 0 to 2 are those of data/loaders/reader.py.
+            rng = np.random.default_rng((self.seed, place["epoch"], place["position"], 3, self.rank))
+            share, box = draw(self.mix, len(batch["label"]), self.size, self.size, rng)
+            yield batch | {"mix_share": torch.from_numpy(share), "mix_box": torch.from_numpy(box)}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.loader.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)
+
+    def name_of(self, index: int) -> str:
+        return self.loader.name_of(index)

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from umt_fast.config import Dtype
 from umt_fast.engine.distributed import Ranks, gather
 from umt_fast.models.video_text import Matching
+from umt_fast.models.weights import WeightsError
 
 # The official shares of the matching head and of the similarities.
 MATCHING_SHARE, SIMILARITY_SHARE = 0.7, 0.3
@@ -66,34 +68,66 @@ def score_options(model: Matching, video: Tensor, ids: Tensor, mask: Tensor) -> 
     return OptionScores(scores, logits, similarity)
 
 
+class Chosen(NamedTuple):
+    """What clips chose, the same on every rank: `figures`, `accuracy` (a share) and `clips`; `rows` int64 (clips, 3): row,
+    choice, answer, by row; `scores` fp32 (clips, O) of their options."""
+
+    figures: dict[str, float]
+    rows: Tensor
+    scores: Tensor
+
+
 @torch.no_grad()
-def choose(model: Matching, batches: Iterable[dict[str, Tensor]], ranks: Ranks) -> tuple[dict[str, float], Tensor]:
-    """Accuracy (a share) over all ranks' clips, and the choices.
+def choose(
+    model: Matching, batches: Iterable[dict[str, Tensor] | None], ranks: Ranks, *, dtype: Dtype = "fp32"
+) -> Chosen:
+    """The choices of all ranks' clips.
 
     Args:
         batches: of this rank: `video`, `ids`, `mask` as in score_options, `answer` int64 (B,), the right option, and `row`
-            int64 (B,), the clip's number in the list. A rank may have none; a clip that several ranks have counts once.
-
-    Returns:
-        `accuracy` and `clips`, and int64 (clips, 3): row, choice, answer, by row. The same on every rank.
+            int64 (B,), the clip's number in the list. A rank may have none; a clip that several ranks have counts once. None:
+            a turn without clips, in which the rank computes along, as the parts of a sharded model are gathered by all.
+        dtype: what products are computed in.
 
     Raises:
         ValueError: no rank has a clip; an answer that is no option.
+        WeightsError: scores that are not finite.
     """
     model.eval()
-    found = [torch.empty(0, 3, dtype=torch.int64)]
+    found: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
-        answer, options = batch["answer"], batch["ids"].shape[1]
+        held = _nothing(model) if batch is None else batch
+        answer, options = held["answer"], held["ids"].shape[1]
         wrong = (answer < 0) | (answer >= options)
         if bool(wrong.any()):
             row = int(wrong.nonzero()[0, 0])
             raise ValueError(
-                f"clip {int(batch['row'][row])} has the answer {int(answer[row])}, but {options} options; answers count from 0"
+                f"clip {int(held['row'][row])} has the answer {int(answer[row])}, but {options} options; answers count from 0"
             )
-        scored = score_options(model, *(batch[name].to(ranks.device) for name in ("video", "ids", "mask")))
-        found.append(torch.stack([batch["row"], scored.choice.cpu(), answer], 1))
-    every = {row[0]: row for part in gather(torch.cat(found)) for row in part.tolist()}
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+            scored = score_options(model, *(held[name].to(ranks.device) for name in ("video", "ids", "mask")))
+        if batch is not None:
+            found.append((torch.stack([held["row"], scored.choice.cpu(), answer], 1), scored.scores.float().cpu()))
+    every = {
+        row[0]: (row, own) for part in gather(found) for rows, scores in part for row, own in _by_row(rows, scores)
+    }
     if not every:
         raise ValueError("no rank has a clip to judge; give a list with at least one")
-    rows = torch.tensor([every[row] for row in sorted(every)])
-    return {"accuracy": (rows[:, 1] == rows[:, 2]).double().mean().item(), "clips": len(rows)}, rows
+    order = sorted(every)
+    rows, scores = torch.tensor([every[row][0] for row in order]), torch.stack([every[row][1] for row in order])
+    if not scores.isfinite().all():
+        raise WeightsError("the options' scores are not finite: the run that made this checkpoint diverged")
+    accuracy = (rows[:, 1] == rows[:, 2]).double().mean().item()
+    return Chosen({"accuracy": accuracy, "clips": len(rows)}, rows, scores)
+
+
+def _by_row(rows: Tensor, scores: Tensor) -> Iterable[tuple[list[int], Tensor]]:
+    return zip(rows.tolist(), scores, strict=True)
+
+
+def _nothing(model: Matching) -> dict[str, Tensor]:
+    """A batch of one blank clip with two options of one word."""
+    vit, one = model.vision_encoder.encoder.config, torch.zeros(1, dtype=torch.int64)
+    video = torch.zeros(1, vit.num_frames, vit.image_size, vit.image_size, 3, dtype=torch.uint8)
+    ids = torch.zeros(1, 2, 1, dtype=torch.int64)
+    return {"video": video, "ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool), "answer": one, "row": one}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from umt_fast.config import DataConfig, Stage1Config
+from umt_fast.config import Stage1Config
 from umt_fast.config.unused import Refuse
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.engine.distributed import Ranks
@@ -21,10 +20,10 @@ from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description
 from umt_fast.models.linear import use_linear
 from umt_fast.models.student import Student
-from umt_fast.models.teachers.clip import ClipTeacher
+from umt_fast.models.teachers import build_teacher, teacher_kind
 from umt_fast.models.teachers.quantized import require_precision
-from umt_fast.models.weights import WeightsError, WeightsFile, load_student, load_teacher
-from umt_fast.tasks.base import EvalOptions, register
+from umt_fast.models.weights import load_student
+from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import listed_clips, listed_or_assumed, random_clips
 
 
@@ -36,8 +35,7 @@ class UnmaskedAlignment(nn.Module):
         self.config = config
         vit, layers = config.student, config.align.num_layers
         self.student = Student(vit, layers, config.teacher.output_dim)
-        self.teacher = ClipTeacher(config.teacher, layers, vit.tubelet_size)
-        load_teacher(self.teacher, config.teacher)
+        self.teacher = build_teacher(config.teacher, layers, vit.tubelet_size)
         if config.init:
             load_student(self.student, config.init)
         dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
@@ -97,7 +95,8 @@ class UnmaskedAlignment(nn.Module):
         vit, layers = config.student, config.align.num_layers
         visible = flops.visible_of(vit, config.mask)
         student = flops.tower_flops(vit, visible, num_layers=layers, output_dim=config.teacher.output_dim)
-        return config.mask.per_clip * student + flops.teacher_flops(config.teacher, vit, config.mask, num_layers=layers)
+        teacher = teacher_kind(config.teacher).flops(config.teacher, vit, config.mask, num_layers=layers)
+        return config.mask.per_clip * student + teacher
 
 
 class Pretraining:
@@ -125,6 +124,9 @@ class Pretraining:
     def loader(self, config: Stage1Config, ranks: Ranks) -> ClipLoader:
         return listed_clips(config, ranks)
 
+    def validation(self, config: Stage1Config, ranks: Ranks) -> None:
+        return None
+
     def random_batches(self, config: Stage1Config) -> list[dict[str, Tensor]]:
         return [random_clips(config, config.student.num_frames)]
 
@@ -140,21 +142,6 @@ class Pretraining:
     def describe(self, config: Stage1Config) -> dict[str, Any]:
         heads = {"num_layers": config.align.num_layers, "output_dim": config.teacher.output_dim}
         return base_description(self.name, config) | heads
-
-    def evaluate(
-        self,
-        file: WeightsFile,
-        described: dict[str, Any],
-        source: Path,
-        list_path: Path,
-        data: DataConfig,
-        options: EvalOptions,
-        ranks: Ranks,
-    ) -> dict[str, Any]:
-        """Raises WeightsError: there is nothing to judge such a model by."""
-        raise WeightsError(
-            f"{source} is of a stage-1 run; eval judges fine-tuned classifiers (accuracy) and stage-2 models (retrieval)"
-        )
 
 
 def refuse_teacher(config: Any, refuse: Refuse) -> None:

@@ -1,51 +1,35 @@
-"""Question answering: fine-tuning on questions with weighted answers, and the answers of a list that questions get.
+"""Fine-tuning for question answering: clips with questions and weighted answers. How it is judged: answering.py.
 
-Legend: B clips, each with a question of m positions; M answers to them, of l positions, one or more to a question.
+Legend: B clips, each with a question of m positions; A rows of answers to each, of l positions; M answers in all.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import copy
+import dataclasses
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umt_fast.config import AttentionBackend, TextConfig, VitConfig
-from umt_fast.data.loaders.tokens import Tokens
-from umt_fast.engine.distributed import Ranks, gather
+from umt_fast.config import AttentionBackend, ConfigError, QuestionConfig, TextConfig, VitConfig, require
+from umt_fast.config.unused import Refuse
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.questions import QuestionTokens
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.sources.questions import QuestionList, read_answers, read_questions
+from umt_fast.engine.distributed import Ranks
 from umt_fast.models import flops
-from umt_fast.models.answer_decoder import AnswerList
 from umt_fast.models.attention import use_attention
+from umt_fast.models.description import base_description, text_description
 from umt_fast.models.downstream import QuestionModel
 from umt_fast.models.weights import load_question
-from umt_fast.tasks.answer_ranking import LOGITS_MEMORY, Rule, rank_answers
+from umt_fast.tasks.answering import answer_list, chooser, right_rows, shares_of
+from umt_fast.tasks.base import register
+from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
 
 _IGNORED = -100
-
-
-def weighted_answers(answers: str | Sequence[str]) -> tuple[list[str], list[float]]:
-    """The different answers of an annotation, in order, and the share of annotators that gave each."""
-    given = [answers] if isinstance(answers, str) else list(answers)
-    if not given:
-        raise ValueError("a question has no answer; give a text or a list of at least one")
-    counts = Counter(given)
-    return list(counts), [count / len(given) for count in counts.values()]
-
-
-def answer_tokens(answers: Sequence[str], tokenizer: Any, *, max_length: int = 5) -> tuple[Tensor, Tensor]:
-    """int64 ids and bool mask (A, l) of answers: class token, word pieces, closing [SEP], cut to max_length.
-
-    As officially the [SEP] is a part of the text: an answer that is too long loses it, too.
-    """
-    if max_length < 2:
-        raise ValueError(f"max_length is {max_length}; an answer needs the class token and a word: 2 or more")
-    if not answers:
-        raise ValueError("the list of answers is empty; give at least one")
-    closed = [f"{answer} {tokenizer.sep_token}" for answer in answers]
-    return Tokens(closed, tokenizer, max_length=max_length)[torch.arange(len(closed))]
 
 
 def question_states(model: QuestionModel, video: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -58,20 +42,22 @@ def question_states(model: QuestionModel, video: Tensor, ids: Tensor, mask: Tens
 def answer_losses(
     model: QuestionModel, states: Tensor, mask: Tensor, ids: Tensor, answer_mask: Tensor, question: Tensor | None = None
 ) -> Tensor:
-    """The cross-entropy of each answer's words, summed: fp32 (M,).
+    """The cross-entropy of each answer's words, summed: fp32, of the shape of `ids` without its last axis.
 
-    states, mask: of the questions, see question_states. ids, answer_mask: int64 and bool (M, l), the class token first.
-    question: int64 (M,), the question of each answer; None: answer i is to question i. Keys and values are computed once for
-    each question. Logits are computed at every position but the last: a batch has few, and a fixed number of them.
+    states, mask: of the questions, see question_states. ids, answer_mask: int64 and bool, the class token first: (B, A, l),
+    A answers to each question, or (M, l) with `question`. question: int64 (M,), the question of each answer; None with (M, l):
+    answer i is to question i. Keys and values are computed once for each question. Logits are computed at every position but
+    the last: a batch has few, and a fixed number of them.
     """
     decoder = model.text_decoder
     keys = decoder.question_keys(states)
     if question is not None:
         keys, mask = [(k[question], v[question]) for k, v in keys], mask[question]
-    hidden = decoder(ids[:, None, :-1], keys, mask)[:, 0]
-    labels = ids[:, 1:].masked_fill(~answer_mask[:, 1:], _IGNORED)
+    hidden = decoder(ids.view(len(mask), -1, ids.shape[-1])[..., :-1], keys, mask)
+    labels = ids[..., 1:].masked_fill(~answer_mask[..., 1:], _IGNORED)
     logits = decoder.cls.predictions(hidden).float()
-    return F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none").sum(1)
+    losses = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), ignore_index=_IGNORED, reduction="none")
+    return losses.view(labels.shape).sum(-1)
 
 
 class QuestionTuning(nn.Module):
@@ -85,13 +71,15 @@ class QuestionTuning(nn.Module):
         init: str = "",
         max_length: int = 25,
         max_answer: int = 5,
+        answers: int = 1,
         dtype: Literal["fp32", "bf16"] = "fp32",
         attention: AttentionBackend = "auto",
     ) -> None:
-        """init: a stage-2 or fine-tuned file to start from; empty: untrained. max_length, max_answer: positions of questions
-        and answers that flops_per_clip counts. dtype: what products are computed in."""
+        """init: a stage-2 or fine-tuned file to start from; empty: untrained. max_length, max_answer, answers: positions of
+        questions and answers, and answers to a question, that flops_per_clip counts. dtype: what products are computed in."""
         super().__init__()
-        self.vit, self.text, self.max_length, self.max_answer, self.dtype = vit, text, max_length, max_answer, dtype
+        self.vit, self.text, self.dtype = vit, text, dtype
+        self.max_length, self.max_answer, self.answers = max_length, max_answer, answers
         self.model = QuestionModel(vit, text)
         if init:
             load_question(self.model, init)
@@ -116,10 +104,10 @@ class QuestionTuning(nn.Module):
     def forward(self, batch: dict[str, Tensor], seed: Tensor) -> dict[str, Tensor]:
         """The official loss: answers' cross-entropies by their weights, summed over all, divided by the number of clips.
 
-        batch: `video`, `ids`, `mask` of the questions; `answer_ids` int64 and `answer_mask` bool (M, l), `answer_weights`
-        fp32 (M,), and `answer_question` int64 (M,), the row of the batch that each belongs to (may be left out where every
-        question has one). Rows of weight 0 fill M up to a fixed number. Returns the fp32 scalar `loss`. Nothing is drawn
-        from the seed.
+        batch: `video`, `ids`, `mask` of the questions; `answer_ids` int64 and `answer_mask` bool (B, A, l), `answer_weights`
+        fp32 (B, A), 0 for rows that only fill up, as QuestionTokens gives them. Or, answers one after another, (M, l) and
+        (M,) with `answer_question` int64 (M,), the row of the batch that each belongs to (may be left out where every
+        question has one). Returns the fp32 scalar `loss`. Nothing is drawn from the seed.
         """
         with torch.autocast(batch["video"].device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
             states = question_states(self.model, batch["video"], batch["ids"], batch["mask"])
@@ -134,44 +122,147 @@ class QuestionTuning(nn.Module):
         return {"loss": (batch["answer_weights"] * losses).sum() / len(batch["video"])}
 
     def flops_per_clip(self) -> float:
-        """Matrix-product FLOPs of a clip, its question and one answer, forward and backward (see objectives/flops.py)."""
+        """Matrix-product FLOPs of a clip, its question and its answers, forward and backward (see models/flops.py)."""
         vit, text, w, length, n = self.vit, self.text, self.text.width, self.max_length, flops.grid_of(self.vit).size
-        above, answer = text.depth - text.fusion_layer, self.max_answer - 1
+        above, each = text.depth - text.fusion_layer, self.max_answer - 1
+        answer = self.answers * each
         own = text.depth * (24 * length * w * w + 4 * length * length * w)
         own += above * (4 * length * w * w + 4 * length * n * w + 4 * n * vit.width * w)
-        own += above * (28 * answer * w * w + 4 * answer * answer * w + 4 * length * w * w + 4 * answer * length * w)
+        own += above * (28 * answer * w * w + 4 * answer * each * w + 4 * length * w * w + 4 * answer * length * w)
         own += 2 * answer * (w * w + w * text.vocab_size)
         return flops.tower_flops(vit, n, num_layers=0, output_dim=0) + 3 * own
 
 
-@torch.no_grad()
-def answer_questions(
-    model: QuestionModel,
-    batches: Iterable[dict[str, Tensor]],
-    answers: AnswerList,
-    ranks: Ranks,
-    *,
-    top_k: int = 128,
-    rule: Rule = "official",
-    memory: int = LOGITS_MEMORY,
-) -> dict[int, int]:
-    """The best answer of a list to each question of all ranks: question's number -> answer's number, on every rank.
+class AnswerValidation:
+    """Accuracy on the questions of data.validation between epochs, chosen from `answers` by the official rule."""
 
-    batches: of this rank, `video`, `ids`, `mask`, and `row` int64 (B,), the questions' numbers; a rank may have none. answers,
-    top_k, rule, memory: see rank_answers.
-    """
-    model.eval()
-    found: dict[int, int] = {}
-    for batch in batches:
-        video, ids, mask = (batch[name].to(ranks.device) for name in ("video", "ids", "mask"))
-        states = question_states(model, video, ids, mask)
-        ranked = rank_answers(model.text_decoder, states, mask, answers, top_k=top_k, rule=rule, memory=memory)
-        found |= dict(zip(batch["row"].tolist(), ranked.answers[:, 0].tolist(), strict=True))
-    return {row: answer for part in gather(found) for row, answer in part.items()}
+    best = "accuracy"
+
+    def __init__(self, config: QuestionConfig, ranks: Ranks) -> None:
+        """Raises DataError: lists that cannot be read. ConfigError: no list of answers."""
+        require(
+            config.answers != "",
+            f"data.validation is {config.data.validation}, and answers is empty; give the list of answers to choose from",
+        )
+        self.config, self.ranks = config, ranks
+        self.questions = read_questions([config.data.validation], train=False)
+        self.answers, self.words = read_answers(config.answers), load_tokenizer(config.tokenizer)
+
+    def figures(self, objective: QuestionTuning) -> dict[str, float]:
+        """The list of answers is prepared anew: it depends on the weights."""
+        config, model = self.config, objective.model
+        whole = dataclasses.replace(config.data, augment="whole", flip=None, num_sample=1, reader="cpu")
+        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=config.run.dtype == "bf16"):
+            found = answer_list(
+                model,
+                self.questions,
+                Tokens(self.questions.questions, self.words, max_length=config.max_length),
+                chooser(model, self.answers, self.words, max_answer=config.max_answer),
+                whole,
+                self.ranks,
+                batch_size=config.run.batch_size,
+            )
+        return shares_of(self.questions, right_rows(self.questions, found, None))
 
 
-def exact_match(truth: Mapping[Hashable, str], predicted: Mapping[Hashable, str]) -> float:
-    """The share of questions whose predicted answer is the right text, letter by letter; one that is missing is wrong."""
-    if not truth:
-        raise ValueError("no question to judge; give at least one")
-    return sum(predicted.get(question) == answer for question, answer in truth.items()) / len(truth)
+# Places in the vocabulary of random text: the class token, and the first word that is none of the special tokens.
+_CLS, _FIRST_WORD = 1, 4
+
+
+class QuestionAnswering:
+    """Fine-tuning of a stage-2 model on questions about clips; judged by the answers it chooses or writes."""
+
+    name = "question_answering"
+    Config = QuestionConfig
+
+    def settled(self, config: QuestionConfig) -> QuestionConfig:
+        """With as many rows of answers as the lists need, where none were given."""
+        return config if config.answer_rows else dataclasses.replace(config, answer_rows=listed(config).most_answers)
+
+    def refuse_unread(self, config: QuestionConfig, refuse: Refuse, world_size: int) -> None:
+        refuse("data.train", "question answering reads question lists: give them with --questions")
+        refuse("data.root", "question lists carry their folders: give LIST=FOLDER")
+        refuse("data.separator data.frame_pattern", "question lists have neither columns nor frame folders")
+        if not config.data.validation or config.run.validate_epochs == 0:
+            refuse("answers", "nothing is judged during training (data.validation, run.validate_epochs)")
+
+    def objective(self, config: QuestionConfig) -> QuestionTuning:
+        return QuestionTuning(
+            config.student,
+            config.text,
+            init=config.init,
+            max_length=config.max_length,
+            max_answer=config.max_answer,
+            answers=config.answer_rows or 1,
+            dtype=config.run.dtype,
+            attention=config.run.attention,
+        )
+
+    def untrained(self, config: QuestionConfig) -> QuestionTuning:
+        config = copy.copy(config)
+        config.init = ""
+        return self.objective(config)
+
+    def loader(self, config: QuestionConfig, ranks: Ranks) -> ClipLoader:
+        """A clip for each question; see QuestionTokens for what batches hold beside it."""
+        questions, tokenizer = listed(config), load_tokenizer(config.tokenizer)
+        require(
+            len(tokenizer) <= config.text.vocab_size,
+            f"text.vocab_size is {config.text.vocab_size}, but the tokenizer {config.tokenizer} has {len(tokenizer)} words",
+        )
+        tokens = QuestionTokens(
+            questions,
+            tokenizer,
+            max_length=config.max_length,
+            max_answer=config.max_answer,
+            rows=config.answer_rows or questions.most_answers,
+            # With run.tune the winner is not known yet, and the candidates were timed with this shape.
+            fixed=config.run.compile or config.run.cuda_graph or config.run.tune != "off",
+        )
+        loader = clip_loader(config, questions.clips, config.student.num_frames, ranks)
+        loader.add_columns(tokens.columns)
+        return loader
+
+    def validation(self, config: QuestionConfig, ranks: Ranks) -> AnswerValidation | None:
+        return AnswerValidation(config, ranks) if config.data.validation else None
+
+    def random_batches(self, config: QuestionConfig) -> list[dict[str, Tensor]]:
+        """Questions and answers are of full length, and every row of answers is one."""
+        batch, words = random_clips(config, config.student.num_frames), config.text.vocab_size
+        count, rows = len(batch["index"]), config.answer_rows or 1
+        ids = random_integers(words, count, config.max_length, least=min(_FIRST_WORD, words - 1))
+        answers = random_integers(words, count, rows, config.max_answer, least=min(_FIRST_WORD, words - 1))
+        ids[:, 0] = answers[..., 0] = _CLS
+        batch |= {"ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool)}
+        batch |= {"answer_ids": answers, "answer_mask": torch.ones_like(answers, dtype=torch.bool)}
+        return [batch | {"answer_weights": torch.full((count, rows), 1 / rows)}]
+
+    def without_noise(self, config: QuestionConfig) -> QuestionConfig:
+        student = dataclasses.replace(config.student, drop_path=0.0)
+        text = dataclasses.replace(config.text, hidden_dropout=0.0, attention_dropout=0.0)
+        return dataclasses.replace(config, student=student, text=text)
+
+    def clips_of_epoch(self, config: QuestionConfig) -> tuple[int, str] | None:
+        if not config.questions:
+            return None
+        return len(listed(config)), f"questions of {', '.join(config.questions)}"
+
+    def visible_tokens(self, config: QuestionConfig) -> int:
+        return flops.visible_of(config.student, None)
+
+    def describe(self, config: QuestionConfig) -> dict[str, Any]:
+        return base_description(self.name, config) | {
+            "text": text_description(config.text),
+            "max_length": config.max_length,
+            "max_answer": config.max_answer,
+        }
+
+
+def listed(config: QuestionConfig) -> QuestionList:
+    """The training questions. Raises ConfigError: there is no list. DataError: one cannot be read."""
+    if not config.questions:
+        raise ConfigError("questions is empty; give question lists: --questions list.json=folder")
+    return read_questions(config.questions, train=True)
+
+
+register(QuestionAnswering())

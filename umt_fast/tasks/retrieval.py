@@ -1,7 +1,7 @@
-"""Zero-shot retrieval: captions find clips and clips captions, by embeddings, then by the matching head for the best of them.
+"""Retrieval: captions find clips and clips captions, by embeddings, then by the matching head for the best of them.
 
-Legend: V clips, N captions, Q queries of either kind, I items they search. Figures are named from the query's side: `t2v`
-captions search clips. No array of all scores is ever made, so that what is held grows with V + N and not with V x N.
+Legend: V clips, N captions, Q queries of either kind. Figures are named from the query's side: `t2v` captions search clips. No
+array of all scores is ever made (ranking.py), so that what is held grows with V + N and not with V x N.
 """
 
 from __future__ import annotations
@@ -10,75 +10,23 @@ import math
 import os
 import shutil
 import tempfile
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from umt_fast.config import DataConfig, require
+from umt_fast.config import DataConfig, Dtype
 from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.clips import ClipLoader
-from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
-from umt_fast.data.sources.queries import Queries, read_queries
+from umt_fast.data.loaders.tokens import Tokens
+from umt_fast.data.sources.queries import Queries
 from umt_fast.engine.distributed import Ranks, gather
-from umt_fast.files import write_json
-from umt_fast.models.description import text_config, vit_config
-from umt_fast.models.video_text import VideoText
-from umt_fast.models.weights import WeightsError, WeightsFile, fit_video_text
-from umt_fast.tasks.base import EvalOptions
+from umt_fast.models.video_text import Matching
+from umt_fast.models.weights import WeightsError
+from umt_fast.tasks.ranking import Found, both_ways, judge, search
 
-# Queries whose scores for all items are held at once.
-_BLOCK = 512
 # Items listed for each query where the matching head re-ranks fewer.
-_LISTED = 10
-
-
-class Found(NamedTuple):
-    """For Q queries the k best items, best first, their scores, and the rank of the best right answer, 0: first."""
-
-    items: Tensor
-    scores: Tensor
-    rank: Tensor
-
-
-def ranks_of(scores: Tensor, right: Tensor) -> Tensor:
-    """The rank (Q,) of each query's best right item, from scores (Q, I) and right answers (bool, same).
-
-    Items that score the same as it count as half before it, so constant scores do not look like a hit.
-    """
-    best = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
-    wrong = ~right
-    return ((scores > best) & wrong).sum(1) + ((scores == best) & wrong).sum(1) / 2
-
-
-def recalls(rank: Tensor, prefix: str) -> dict[str, float]:
-    """R@1, R@5, R@10 (shares of queries) and the median rank, counted from 1."""
-    figures = {f"{prefix}_r{k}": (rank < k).float().mean().item() for k in (1, 5, 10)}
-    return figures | {f"{prefix}_median_rank": rank.median().item() + 1}
-
-
-def both_ways(v2t: Tensor, t2v: Tensor, prefix: str) -> dict[str, float]:
-    """The recalls of both directions and `r_mean`, the mean of all six."""
-    figures = recalls(v2t, f"{prefix}_v2t") | recalls(t2v, f"{prefix}_t2v")
-    six = [value for name, value in figures.items() if "_r" in name and "rank" not in name]
-    return figures | {f"{prefix}_r_mean": sum(six) / len(six)}
-
-
-def official_recalls(v2t: Tensor, t2v: Tensor) -> dict[str, float]:
-    """The recalls of both directions' ranks under their official names, in per cent: `txt_*` clips find captions, `img_*`
-    captions find clips.
-
-    The official figures, but for R@k with less than k candidates re-ranked: officially a right answer that is no candidate
-    then has the place that a sort happens to leave it among the other equal ones; here see ranks_of.
-    """
-    figures = {}
-    for name, rank in (("txt", v2t), ("img", t2v)):
-        shares = [100 * (rank < k).double().mean().item() for k in (1, 5, 10)]
-        figures |= dict(zip((f"{name}_r1", f"{name}_r5", f"{name}_r10"), shares, strict=True))
-        figures[f"{name}_r_mean"] = sum(shares) / 3
-    return figures | {"r_mean": (figures["txt_r_mean"] + figures["img_r_mean"]) / 2}
+LISTED = 10
 
 
 class Keeper:
@@ -87,15 +35,16 @@ class Keeper:
     Spilled tokens are read once and in order, which a disk does well; making them again would decode every clip twice.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.left = limit
+    def __init__(self, limit: int, dtype: Dtype = "fp32") -> None:
+        """limit: bytes of main memory. dtype: of what is kept; bf16 takes half the room."""
+        self.left, self.dtype = limit, torch.bfloat16 if dtype == "bf16" else torch.float32
 
     def empty(self, *shape: int) -> Tensor:
-        """An uninitialized fp32 tensor. Raises DataError where neither memory nor disk will hold it."""
-        size = 4 * math.prod(shape)
+        """An uninitialized tensor. Raises DataError where neither memory nor disk will hold it."""
+        size = self.dtype.itemsize * math.prod(shape)
         if size <= self.left:
             self.left -= size
-            return torch.empty(shape)
+            return torch.empty(shape, dtype=self.dtype)
         folder = tempfile.gettempdir()
         free = shutil.disk_usage(folder).free
         if size > free:
@@ -106,10 +55,15 @@ class Keeper:
         handle, path = tempfile.mkstemp(prefix="umt_fast_", suffix=".tokens")
         try:
             os.posix_fallocate(handle, 0, size)  # a disk that fills up later would kill the process
-            return torch.from_file(path, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+            return torch.from_file(path, shared=True, size=math.prod(shape), dtype=self.dtype).view(shape)
         finally:
             os.close(handle)
             os.unlink(path)
+
+
+def computing(device: torch.device, dtype: Dtype) -> torch.autocast:
+    """Products in bf16 within the block, or as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
 class Gallery(NamedTuple):
@@ -121,9 +75,19 @@ class Gallery(NamedTuple):
 
 @torch.no_grad()
 def encode_clips(
-    model: VideoText, queries: Queries, data: DataConfig, keeper: Keeper, ranks: Ranks, *, batch_size: int
+    model: Matching,
+    queries: Queries,
+    data: DataConfig,
+    keeper: Keeper,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    dtype: Dtype = "fp32",
 ) -> Gallery:
-    """Every clip once over all ranks, unmasked."""
+    """Every clip once over all ranks, unmasked.
+
+    A rank with fewer batches embeds nothing for the rest: parts of a sharded model are gathered by all ranks together.
+    """
     vit = model.vision_encoder.encoder.config
     grid = model.vision_encoder.encoder.grid
     loader = ClipLoader(
@@ -140,11 +104,16 @@ def encode_clips(
     kept = keeper.empty(mine, grid.frames * grid.per_frame, vit.width)
     embeddings = torch.empty(mine, model.vision_proj.out_features)
     done = 0
-    for batch in loader:
-        tokens, _ = model.vision_encoder.embed(batch["video"].to(ranks.device))
-        rows = slice(done, done := done + len(tokens))
-        embeddings[rows] = model.project_vision(model.vision_encoder.pool(tokens, grid.frames)).cpu()
-        kept[rows] = tokens.cpu()
+    most, batches = -(-len(queries.clips) // ranks.world_size), iter(loader)
+    nothing = torch.zeros(1, vit.num_frames, vit.image_size, vit.image_size, 3, dtype=torch.uint8)
+    for _ in range(-(-most // batch_size)):
+        batch = next(batches, None)
+        with computing(ranks.device, dtype):
+            tokens, _ = model.vision_encoder.embed((nothing if batch is None else batch["video"]).to(ranks.device))
+            unit = model.project_vision(model.vision_encoder.pool(tokens, grid.frames))
+        if batch is not None:
+            rows = slice(done, done := done + len(tokens))
+            embeddings[rows], kept[rows] = unit.cpu(), tokens.cpu()
     joint = torch.empty(len(queries.clips), embeddings.shape[1])
     for rank, part in enumerate(gather(embeddings)):
         joint[rank :: ranks.world_size] = part
@@ -167,7 +136,9 @@ class Texts(NamedTuple):
 
 
 @torch.no_grad()
-def encode_texts(model: VideoText, tokens: Tokens, keeper: Keeper, *, batch_size: int, device: torch.device) -> Texts:
+def encode_texts(
+    model: Matching, tokens: Tokens, keeper: Keeper, *, batch_size: int, device: torch.device, dtype: Dtype = "fp32"
+) -> Texts:
     """All captions through the text layers, once. Every rank does all: re-ranking needs them wherever clips are."""
     count = len(tokens)
     batches = torch.arange(count).split(batch_size)
@@ -176,46 +147,26 @@ def encode_texts(model: VideoText, tokens: Tokens, keeper: Keeper, *, batch_size
     embeddings = []
     for rows in batches:
         ids, mask = tokens[rows]
-        part = model.text_encoder.encode(ids.to(device), mask.to(device))
-        embeddings.append(model.project_text(part).cpu())
+        with computing(device, dtype):
+            part = model.text_encoder.encode(ids.to(device), mask.to(device))
+            embeddings.append(model.project_text(part).cpu())
         kept = hidden[rows[0] : rows[-1] + 1]
         kept[:, : part.shape[1]] = part.cpu()
         kept[:, part.shape[1] :] = 0  # padding beside longer captions: NaN left in memory would pass a mask, as 0 * NaN
     return Texts(torch.cat(embeddings), hidden, lengths)
 
 
-def search(queries: Tensor, items: Tensor, right: Tensor, top_k: int) -> Found:
-    """The best items by the product of embeddings, (Q, E) and (I, E) on one device; right: sorted (P, 2) pairs.
-
-    top_k may exceed I. Results are on the CPU.
-    """
-    parts = []
-    for first in range(0, len(queries), _BLOCK):
-        scores = queries[first : first + _BLOCK] @ items.t()
-        begin, end = torch.searchsorted(right[:, 0].contiguous(), torch.tensor([first, first + len(scores)])).tolist()
-        pairs = right[begin:end].to(scores.device)
-        hits = torch.zeros_like(scores, dtype=torch.bool)
-        hits[pairs[:, 0] - first, pairs[:, 1]] = True
-        best = scores.topk(min(top_k, len(items)), dim=1)
-        parts.append(Found(best.indices.cpu(), best.values.cpu(), ranks_of(scores, hits).cpu()))
-    return Found(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def judge(candidates: Tensor, scores: Tensor, right: Tensor, items: int) -> Found:
-    """Candidates (Q, k) of `items` items in the order of new scores, (Q, k); the other items tie below all of these."""
-    count = torch.arange(len(candidates))[:, None]
-    hits = torch.isin(count * items + candidates, right[:, 0] * items + right[:, 1])
-    rank = ranks_of(scores, hits)
-    wrong = (~hits).sum(1)
-    beyond = items - candidates.shape[1] - torch.bincount(right[:, 0], minlength=len(candidates))
-    rank = torch.where(hits.any(1), rank, wrong + beyond / 2)
-    ordered = scores.sort(dim=1, descending=True, stable=True)
-    return Found(candidates.gather(1, ordered.indices), ordered.values, rank)
-
-
 @torch.no_grad()
 def match_scores(
-    model: VideoText, tokens: Tensor, texts: Texts, wanted: Tensor, ranks: Ranks, *, count: int, pairs: int
+    model: Matching,
+    tokens: Tensor,
+    texts: Texts,
+    wanted: Tensor,
+    ranks: Ranks,
+    *,
+    count: int,
+    pairs: int,
+    dtype: Dtype = "fp32",
 ) -> Tensor:
     """Matching logits (m,) of the wanted pairs, sorted numbers clip * count + caption; each rank does those of its clips.
 
@@ -228,11 +179,12 @@ def match_scores(
     clips, sizes = numbers[mine].unique_consecutive(return_counts=True)
     done = 0
     for clip, rows in zip(clips.tolist(), mine.split(sizes.tolist()), strict=True):
-        keys = text.clip_keys(tokens[clip // ranks.world_size][None].to(ranks.device))
-        for chosen in texts_of[rows].split(pairs):
-            hidden, mask = texts.rows(chosen, ranks.device)
-            fused = text.fuse(hidden[:, None], mask[:, None], keys, asked=1)  # the head reads the class token
-            own[done : (done := done + len(chosen))] = model.match(fused[:, 0])[:, 1].float().cpu()
+        with computing(ranks.device, dtype):
+            keys = text.clip_keys(tokens[clip // ranks.world_size][None].to(ranks.device))
+            for chosen in texts_of[rows].split(pairs):
+                hidden, mask = texts.rows(chosen, ranks.device)
+                fused = text.fuse(hidden[:, None], mask[:, None], keys, asked=1)  # the head reads the class token
+                own[done : (done := done + len(chosen))] = model.match(fused[:, 0])[:, 1].float().cpu()
     joint = torch.empty(len(wanted))
     for rows, part in gather((mine, own)):
         joint[rows] = part
@@ -240,7 +192,7 @@ def match_scores(
 
 
 def rerank(
-    model: VideoText,
+    model: Matching,
     clips: Gallery,
     texts: Texts,
     queries: Queries,
@@ -249,6 +201,7 @@ def rerank(
     ranks: Ranks,
     *,
     pairs: int,
+    dtype: Dtype = "fp32",
 ) -> dict[str, tuple[Found, Found]]:
     """Candidates of both directions, (of clips, of captions), in new orders; a pair that both want is computed once.
 
@@ -258,7 +211,7 @@ def rerank(
     by_clip = torch.arange(count_v)[:, None] * count_n + v2t.items
     by_text = t2v.items * count_n + torch.arange(count_n)[:, None]
     wanted = torch.cat([by_clip.flatten(), by_text.flatten()]).unique()
-    logits = match_scores(model, clips.tokens, texts, wanted, ranks, count=count_n, pairs=pairs)
+    logits = match_scores(model, clips.tokens, texts, wanted, ranks, count=count_n, pairs=pairs, dtype=dtype)
     own, other = (logits[torch.searchsorted(wanted, keys)] for keys in (by_clip, by_text))
     temperature = model.temperature.detach().cpu()
     return {
@@ -276,7 +229,7 @@ def _turned(right: Tensor) -> Tensor:
 
 
 def evaluate(
-    model: VideoText,
+    model: Matching,
     queries: Queries,
     tokens: Tokens,
     data: DataConfig,
@@ -286,6 +239,7 @@ def evaluate(
     batch_size: int = 32,
     pairs: int = 256,
     memory: int = 8 << 30,
+    dtype: Dtype = "fp32",
 ) -> tuple[dict[str, float], Found, Found]:
     """Recalls both ways by embeddings (`dual_*`) and after re-ranking (`match_*`), and what clips and captions found.
 
@@ -297,147 +251,32 @@ def evaluate(
         top_k: 0: no re-ranking; more than there is: all.
         batch_size: clips per rank and step. pairs: captions that ask a clip at once.
         memory: bytes of main memory for vision tokens and text outputs on each rank; beyond it they go to a temporary file.
+        dtype: what products are computed in, and those tokens and outputs kept in. Embeddings are compared in fp32.
 
     Raises:
         DataError: a clip that cannot be read (a score over others than the list's would be wrong), no room for tokens.
         WeightsError: embeddings or logits that are not finite.
     """
     model.eval()
-    keeper = Keeper(memory)
-    texts = encode_texts(model, tokens, keeper, batch_size=4 * batch_size, device=ranks.device)
-    clips = encode_clips(model, queries, data, keeper, ranks, batch_size=batch_size)
+    keeper = Keeper(memory, dtype)
+    texts = encode_texts(model, tokens, keeper, batch_size=4 * batch_size, device=ranks.device, dtype=dtype)
+    clips = encode_clips(model, queries, data, keeper, ranks, batch_size=batch_size, dtype=dtype)
     if not (texts.embeddings.isfinite().all() and clips.embeddings.isfinite().all()):
         raise WeightsError("the model's embeddings are not finite: the run that made this checkpoint diverged")
     # The first rank's lists are everyone's: another device might order near-ties otherwise.
     found = None
     if ranks.first:
-        sides = clips.embeddings.to(ranks.device), texts.embeddings.to(ranks.device)
-        listed = top_k or _LISTED
-        v2t = search(*sides, queries.right, listed)
-        found = v2t, search(*sides[::-1], _turned(queries.right), listed)
+        sides, listed = (clips.embeddings, texts.embeddings), top_k or LISTED
+        v2t = search(*sides, queries.right, listed, device=ranks.device)
+        found = v2t, search(*sides[::-1], _turned(queries.right), listed, device=ranks.device)
     v2t, t2v = gather(found)[0]
     figures: dict[str, float] = {"clips": len(queries.clips), "captions": len(queries.captions)}
     figures |= both_ways(v2t.rank, t2v.rank, "dual")
     if top_k:
-        ordered = rerank(model, clips, texts, queries, v2t, t2v, ranks, pairs=pairs)
+        ordered = rerank(model, clips, texts, queries, v2t, t2v, ranks, pairs=pairs, dtype=dtype)
         v2t, t2v = ordered["match"]
         if not (v2t.scores.isfinite().all() and t2v.scores.isfinite().all()):
             raise WeightsError("the matching head's scores are not finite: the run that made this checkpoint diverged")
         for name, (own, other) in ordered.items():
             figures |= both_ways(own.rank, other.rank, name)
     return figures, v2t, t2v
-
-
-def listing(queries: Queries, v2t: Found, t2v: Found) -> dict[str, list[dict[str, Any]]]:
-    """The ten best of every query by name, with scores: what `eval --scores` writes."""
-    right_texts, right_clips = ([[] for _ in range(len(side))] for side in (queries.clips, queries.captions))
-    for clip, text in queries.right.tolist():
-        right_texts[clip].append(text)
-        right_clips[text].append(clip)
-
-    def best(found: Found, query: int, name: Any) -> list[list[Any]]:
-        row = zip(found.items[query, :_LISTED].tolist(), found.scores[query, :_LISTED].tolist(), strict=True)
-        return [[name(item), round(score, 5)] for item, score in row]
-
-    def clip_of(row: int) -> str:
-        return queries.clips[row].name
-
-    def caption_of(row: int) -> str:
-        return queries.captions[row]
-
-    return {
-        "t2v": [
-            {
-                "caption": caption_of(query),
-                "right": [clip_of(row) for row in right_clips[query]],
-                "rank": t2v.rank[query].item() + 1,
-                "found": best(t2v, query, clip_of),
-            }
-            for query in range(len(queries.captions))
-        ],
-        "v2t": [
-            {
-                "clip": clip_of(query),
-                "right": [caption_of(row) for row in right_texts[query]],
-                "rank": v2t.rank[query].item() + 1,
-                "found": best(v2t, query, caption_of),
-            }
-            for query in range(len(queries.clips))
-        ],
-    }
-
-
-def zero_shot(
-    file: WeightsFile,
-    described: dict[str, Any],
-    source: Path,
-    list_path: Path,
-    data: DataConfig,
-    options: EvalOptions,
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """Zero-shot retrieval of a stage-2 model on a caption list; see Task.evaluate."""
-    usual = DataConfig()
-    for name in ("separator", "frame_pattern"):
-        value, default = getattr(data, name), getattr(usual, name)
-        require(value == default, f"--{name} is for lists of labeled clips, and retrieval reads captions; leave it out")
-    least, limit, max_length = (
-        3 if described["sep_token"] else 2,
-        described["text"]["max_positions"],
-        options.max_length,
-    )
-    require(
-        max_length == 0 or least <= max_length <= limit,
-        f"max_length is {max_length}; it must lie in [{least}, {limit}], the positions of this model's text encoder "
-        "(0: as trained)",
-    )
-    record = file.rest.get("config")
-    own = options.usual_tokenizer or (record.get("tokenizer", "") if isinstance(record, dict) else "")
-    words = _tokenizer(options.tokenizer, own, described["text"]["vocab_size"], source)
-    queries = read_queries(list_path, data.root, joining=options.joining, workers=data.workers)
-    model = VideoText(
-        vit_config(described),
-        text_config(described),
-        num_layers=described["num_layers"],
-        output_dim=described["output_dim"],
-        embed_dim=described["embed_dim"],
-    )
-    fit_video_text(model, file.state, str(source))
-    tokens = Tokens(
-        queries.captions, words, max_length=max_length or described["max_length"], sep=described["sep_token"]
-    )
-    whole = replace(data, sampling="intervals", augment="whole")
-    figures, v2t, t2v = evaluate(
-        model.to(ranks.device),
-        queries,
-        tokens,
-        whole,
-        ranks,
-        top_k=options.top_k,
-        batch_size=options.batch_size,
-        memory=int(options.memory_gib * 2**30),
-    )
-    if options.scores is not None and ranks.first:
-        write_json(options.scores, listing(queries, v2t, t2v))
-    return figures
-
-
-def _tokenizer(given: str, usual: str, vocab_size: int, checkpoint: Path) -> Any:
-    """The given tokenizer, or the model's usual one. Raises DataError, ConfigError: none, or not the model's."""
-    require(
-        bool(given or usual), f"{checkpoint} does not say which tokenizer it was trained with; give it: --tokenizer"
-    )
-    try:
-        tokenizer = load_tokenizer(given or usual)
-    except DataError as error:
-        if given:
-            raise
-        raise DataError(
-            f"{error}. The model of {checkpoint} was trained with it; if it has moved, say where: --tokenizer"
-        ) from error
-    require(
-        len(tokenizer) <= vocab_size,
-        f"the tokenizer {given or usual} has {len(tokenizer)} words, but the model of {checkpoint} knows {vocab_size}; give "
-        "the one it was trained with: --tokenizer",
-    )
-    return tokenizer

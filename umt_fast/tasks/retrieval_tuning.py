@@ -7,29 +7,36 @@ positions.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from umt_fast.config import AttentionBackend, TextConfig, VitConfig
+from umt_fast.config import AttentionBackend, ConfigError, RetrievalConfig, TextConfig, VitConfig, require
+from umt_fast.config.unused import Refuse
+from umt_fast.data.loaders.captions import CaptionLoader
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.sources.captions import CaptionList, list_and_folder
+from umt_fast.data.sources.choices import read_choices
+from umt_fast.data.sources.pairs import read_pairs
+from umt_fast.data.sources.queries import read_queries
+from umt_fast.engine.distributed import Ranks
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
+from umt_fast.models.description import base_description, text_description
 from umt_fast.models.downstream import RetrievalModel
 from umt_fast.models.weights import load_retrieval
+from umt_fast.tasks import retrieval
 from umt_fast.tasks import video_text_losses as vision_text
-
-
-def match_ids(keys: Sequence[str]) -> Tensor:
-    """int64 (N,), equal where keys are: numbers in the order of first appearance.
-
-    Officially the key is a clip's file name without folders or, where several clips share a caption (SSV2), the caption as
-    the list has it.
-    """
-    numbers: dict[str, int] = {}
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)
+from umt_fast.tasks.base import register
+from umt_fast.tasks.choosing import choice_batches
+from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
+from umt_fast.tasks.matching import whole_frames
+from umt_fast.tasks.multiple_choice import choose
 
 
 def retrieval_losses(
@@ -51,7 +58,7 @@ def retrieval_losses(
     Args:
         video: uint8 (B, T, H, W, 3), or normalized (B, 3, T, H, W).
         ids, mask: int64 (B, l) text with the class token first, and bool (B, l), False at padding.
-        index: int64 (B,), equal for rows that are right answers of each other (see match_ids).
+        index: int64 (B,), equal for rows that are right answers of each other (see data/sources/pairs.py).
         seed: int64 (1,), draws the hard negatives unless they are given.
         vtc, vtm: weights of the losses; one of weight 0 is not computed.
         negatives: (clip of each text, text of each clip), int64 (B,) each, rows of this rank.
@@ -155,3 +162,159 @@ class RetrievalTuning(nn.Module):
             class_token = 4 * length * w * w + 24 * w * w + 4 * length * w + 4 * n * w
             own += above * 4 * n * vit.width * w + 3 * ((above - 1) * whole + class_token + 4 * w)
         return total + 3 * own
+
+
+class _Judged:
+    """What both kinds of validation share: their list, tokens, and clips cut as the official evaluation does."""
+
+    def __init__(self, config: RetrievalConfig, ranks: Ranks) -> None:
+        """Raises DataError: a list that cannot be read, or names files that are not there."""
+        self.config, self.ranks = config, ranks
+        self.source, self.root = list_and_folder(config.data.validation or config.select_on_test)
+        self.data, self.words = whole_frames(config.data), load_tokenizer(config.tokenizer)
+
+    def tokens(self, texts: Sequence[str]) -> Tokens:
+        return Tokens(texts, self.words, max_length=self.config.max_length, sep=self.config.sep_token)
+
+
+class RecallValidation(_Judged):
+    """Recalls both ways on a caption list, by embeddings and re-ranked."""
+
+    best = "match_r_mean"
+
+    def __init__(self, config: RetrievalConfig, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        workers = config.data.workers
+        self.queries = read_queries(self.source, self.root, joining=config.captions, workers=workers)
+
+    def figures(self, objective: RetrievalTuning) -> dict[str, float]:
+        found, _, _ = retrieval.evaluate(
+            objective.model,
+            self.queries,
+            self.tokens(self.queries.captions),
+            self.data,
+            self.ranks,
+            batch_size=self.config.run.batch_size,
+            dtype=self.config.run.dtype,
+        )
+        return {name: value for name, value in found.items() if name not in ("clips", "captions")}
+
+
+class ChoiceValidation(_Judged):
+    """Accuracy on a list of choices."""
+
+    best = "accuracy"
+
+    def __init__(self, config: RetrievalConfig, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        self.choices = read_choices(self.source, self.root)
+
+    def figures(self, objective: RetrievalTuning) -> dict[str, float]:
+        size, vit = self.config.run.batch_size, self.config.student
+        tokens = self.tokens(self.choices.options)
+        batches = choice_batches(self.choices, tokens, self.data, vit, self.ranks, batch_size=size)
+        return {
+            "accuracy": choose(objective.model, batches, self.ranks, dtype=self.config.run.dtype).figures["accuracy"]
+        }
+
+
+# Places in the vocabulary of random text: the class token, and the first word that is none of the special tokens.
+_CLS, _FIRST_WORD = 1, 4
+
+
+class RetrievalTask:
+    """Fine-tuning of a stage-2 model on captioned clips, for retrieval and multiple choice."""
+
+    name = "retrieval"
+    Config = RetrievalConfig
+
+    def settled(self, config: RetrievalConfig) -> RetrievalConfig:
+        return config
+
+    def refuse_unread(self, config: RetrievalConfig, refuse: Refuse, world_size: int) -> None:
+        refuse("data.train", "retrieval reads caption lists: give them with --videos")
+        refuse("data.root", "caption lists carry their folders: give LIST=FOLDER")
+        refuse("data.separator data.frame_pattern", "caption lists have neither columns nor frame folders")
+        if not config.losses.vtc:
+            refuse("losses.gather", "losses.vtc is 0, and no other loss gathers")
+        require(
+            not config.losses.vtc or config.run.batch_size * world_size >= 2,
+            f"run.batch_size is {config.run.batch_size} on {world_size} rank, and losses.vtc compares pairs with each other; "
+            "raise it, or set losses.vtc to 0",
+        )
+
+    def objective(self, config: RetrievalConfig) -> RetrievalTuning:
+        return RetrievalTuning(
+            config.student,
+            config.text,
+            embed_dim=config.embed_dim,
+            init=config.init,
+            max_length=config.max_length,
+            dtype=config.run.dtype,
+            attention=config.run.attention,
+            vtc=config.losses.vtc,
+            vtm=config.losses.vtm,
+            gather=config.losses.gather,
+        )
+
+    def untrained(self, config: RetrievalConfig) -> RetrievalTuning:
+        config = copy.copy(config)
+        config.init = ""
+        return self.objective(config)
+
+    def loader(self, config: RetrievalConfig, ranks: Ranks) -> CaptionLoader:
+        """Captioned clips; `sample` is equal for rows that are right answers of each other."""
+        rows, tokenizer = _rows(config), load_tokenizer(config.tokenizer)
+        require(
+            len(tokenizer) <= config.text.vocab_size,
+            f"text.vocab_size is {config.text.vocab_size}, but the tokenizer {config.tokenizer} has {len(tokenizer)} words",
+        )
+        # With run.tune the winner is not known yet, and the candidates were timed with this shape.
+        fixed = config.run.compile or config.run.cuda_graph or config.run.tune != "off"
+        tokens = Tokens(rows.captions, tokenizer, max_length=config.max_length, sep=config.sep_token, fixed=fixed)
+        return CaptionLoader(clip_loader(config, rows.clips, config.student.num_frames, ranks), tokens, rows.sample)
+
+    def validation(self, config: RetrievalConfig, ranks: Ranks) -> RecallValidation | ChoiceValidation | None:
+        if not config.data.validation and not config.select_on_test:
+            return None
+        return {"retrieval": RecallValidation, "choices": ChoiceValidation}[config.validate](config, ranks)
+
+    def random_batches(self, config: RetrievalConfig) -> list[dict[str, Tensor]]:
+        """Texts are of full length."""
+        batch, words = random_clips(config, config.student.num_frames), config.text.vocab_size
+        ids = random_integers(words, len(batch["index"]), config.max_length, least=min(_FIRST_WORD, words - 1))
+        ids[:, 0] = _CLS
+        return [batch | {"ids": ids, "mask": torch.ones_like(ids, dtype=torch.bool), "sample": batch["index"]}]
+
+    def without_noise(self, config: RetrievalConfig) -> RetrievalConfig:
+        student = dataclasses.replace(config.student, drop_path=0.0)
+        text = dataclasses.replace(config.text, hidden_dropout=0.0, attention_dropout=0.0)
+        return dataclasses.replace(config, student=student, text=text)
+
+    def clips_of_epoch(self, config: RetrievalConfig) -> tuple[int, str] | None:
+        if not config.videos:
+            return None
+        return len(_rows(config).captions), f"rows of {', '.join(config.videos)}"
+
+    def visible_tokens(self, config: RetrievalConfig) -> int:
+        return flops.visible_of(config.student, None)
+
+    def describe(self, config: RetrievalConfig) -> dict[str, Any]:
+        return base_description(self.name, config) | {
+            "text": text_description(config.text),
+            "embed_dim": config.embed_dim,
+            "max_length": config.max_length,
+            "sep_token": config.sep_token,
+        }
+
+
+def _rows(config: RetrievalConfig) -> CaptionList:
+    """The rows of the training lists. Raises ConfigError: there is no list. DataError: one cannot be read."""
+    if not config.videos:
+        raise ConfigError("videos is empty; give caption lists: --videos list.json=folder")
+    return read_pairs(
+        config.videos, joining=config.captions, same_sample=config.same_sample, workers=config.data.workers
+    )
+
+
+register(RetrievalTask())

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from umt_fast.config import (
     CLIP_TEXT_LENGTH,
     CLIP_TEXT_WORDS,
     ConfigError,
-    DataConfig,
     Stage2Config,
     require,
 )
@@ -35,17 +33,16 @@ from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
 from umt_fast.data.sources.captions import read_corpora
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.precision import pick_device
-from umt_fast.masking import draw_uniform
+from umt_fast.masking import mask_named
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description, text_description
-from umt_fast.models.teachers.clip import ClipTeacher
+from umt_fast.models.teachers import build_teacher, teacher_kind
 from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.models.video_text import VideoText
-from umt_fast.models.weights import WeightsFile, load_bert, load_teacher, load_teacher_text, start_video_text
-from umt_fast.tasks import retrieval
+from umt_fast.models.weights import load_bert, start_video_text
 from umt_fast.tasks import video_text_losses as vision_text
-from umt_fast.tasks.base import EvalOptions, register
+from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
 from umt_fast.tasks.pretraining import refuse_teacher
 
@@ -64,9 +61,10 @@ class VideoTextPretraining(nn.Module):
         )
         self.teacher = None
         if config.runs_teacher:
-            self.teacher = ClipTeacher(config.teacher, layers, vit.tubelet_size)
-            load_teacher(self.teacher, config.teacher)
-        self.teacher_text = load_teacher_text(config.teacher) if config.losses.text_projection else None
+            self.teacher = build_teacher(config.teacher, layers, vit.tubelet_size)
+        self.teacher_text = None
+        if config.losses.text_projection:
+            self.teacher_text = teacher_kind(config.teacher).load_text(config.teacher)
         with_text = bool(config.init) and start_video_text(self.model, config.init)
         if config.bert != "untrained" and not with_text:
             load_bert(self.model.text_encoder, config.bert)
@@ -156,7 +154,7 @@ class VideoTextPretraining(nn.Module):
             )
             return *output, frames
         if mask is not None:
-            return draw_uniform(mask.kind, len(video), grid, mask.ratio, seed), None, None, frames
+            return mask_named(mask.kind).draw(len(video), grid, mask.ratio, seed), None, None, frames
         every = self.model.vision_encoder.encoder.every[: grid.size]
         return every.expand(len(video), -1), None, None, frames
 
@@ -180,7 +178,7 @@ class VideoTextPretraining(nn.Module):
         heads = layers if losses.uta else 0
         total = flops.tower_flops(vit, visible, num_layers=heads, output_dim=config.teacher.output_dim)
         if config.runs_teacher:
-            total += flops.teacher_flops(
+            total += teacher_kind(config.teacher).flops(
                 config.teacher, vit, mask, num_layers=heads, with_image=losses.vision_projection > 0
             )
         batch = config.run.batch_size
@@ -202,7 +200,7 @@ _CLS, _SPECIAL, _MASK = 1, (0, 1, 2), 3
 
 
 class VideoTextTask:
-    """Pre-training on captioned clips and images; judged by zero-shot retrieval."""
+    """Pre-training on captioned clips and images."""
 
     name = "video_text"
     Config = Stage2Config
@@ -264,6 +262,9 @@ class VideoTextTask:
                 parts.append(CaptionLoader(clip_loader(config, corpus.clips, frames, ranks, data), tokens, sample))
         return PackedLoader(*parts) if packed else AlternatingLoader(parts, config.run.seed)
 
+    def validation(self, config: Stage2Config, ranks: Ranks) -> None:
+        return None
+
     def random_batches(self, config: Stage2Config) -> list[dict[str, Tensor]]:
         """Texts are of full length."""
         kinds = [(config.videos, config.student.num_frames), (config.images, config.student.tubelet_size)]
@@ -306,19 +307,6 @@ class VideoTextTask:
             "max_length": config.max_length,
             "sep_token": config.sep_token,
         }
-
-    def evaluate(
-        self,
-        file: WeightsFile,
-        described: dict[str, Any],
-        source: Path,
-        list_path: Path,
-        data: DataConfig,
-        options: EvalOptions,
-        ranks: Ranks,
-    ) -> dict[str, Any]:
-        """Zero-shot retrieval on a caption list."""
-        return retrieval.zero_shot(file, described, source, list_path, data, options, ranks)
 
 
 def _refuse_unread(config: Stage2Config, refuse: Refuse, world_size: int) -> None:

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from umt_fast.data.decode import transforms
-from umt_fast.data.decode.erasing import draw_box
-from umt_fast.data.decode.rand_augment import Policy, augment
+from umt_fast.data.decode.erasing import draw_boxes
+from umt_fast.extras import packages_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from umt_fast.data.decode.rand_augment import Policy
 
 AREA, ASPECT = (0.08, 1.0), (0.75, 1.3333)
 """Share of the frame that a training crop covers, uniform; its width over its height, log-uniform. 1.3333 is meant."""
@@ -66,12 +70,19 @@ def test_window(height: int, width: int, crops: int, crop: int) -> Window:
     return Window(start, 0, side, side) if height >= width else Window(0, start, side, side)
 
 
-def training_crop(height: int, width: int, flip: bool, rng: np.random.Generator) -> tuple[Window, bool]:
-    """A random window of AREA and ASPECT, and whether it is mirrored (in half of the draws if flip is on).
+def training_crop(
+    height: int,
+    width: int,
+    flip: bool,
+    rng: np.random.Generator,
+    area: tuple[float, float] = AREA,
+    aspect: tuple[float, float] = ASPECT,
+) -> tuple[Window, bool]:
+    """A random window of these limits, and whether it is mirrored (in half of the draws if flip is on).
 
     Where ten draws do not fit: the largest centered window of an allowed aspect.
     """
-    crop = transforms.random_resized_crop(width, height, flip, rng, AREA, ASPECT)
+    crop = transforms.random_resized_crop(width, height, flip, rng, area, aspect)
     return Window(crop.top, crop.left, crop.height, crop.width), crop.flip
 
 
@@ -143,11 +154,11 @@ def resized_tensor(planes: Tensor, size: int) -> Tensor:
 
 
 class Augmented(NamedTuple):
-    """video: uint8 (T, S, S, 3). box: (top, left, height, width) in its pixels, to be filled with noise once the pixels are
+    """video: uint8 (T, S, S, 3). boxes: (top, left, height, width) in its pixels, to be filled with noise once the pixels are
     normalized (decode.erasing); without area: nothing is erased."""
 
     video: np.ndarray
-    box: tuple[int, int, int, int]
+    boxes: list[tuple[int, int, int, int]]
 
 
 def training_view(
@@ -158,6 +169,10 @@ def training_view(
     policy: Policy | None,
     flip: bool,
     erasing: float,
+    erasing_count: int = 1,
+    area: tuple[float, float] = AREA,
+    aspect: tuple[float, float] = ASPECT,
+    interpolation: str = "bicubic",
 ) -> Augmented:
     """One augmented view of a clip, in the official order: RandAugment on whole frames, crop, mirror, box.
 
@@ -167,18 +182,25 @@ def training_view(
         rng: draws everything, in that order; once for all frames.
         policy: None: no RandAugment.
         flip: whether half of the views are mirrored (not for SSV2, whose labels know left from right).
-        erasing: probability of a box.
+        erasing: probability of boxes, of which there are erasing_count.
+        area, aspect: limits of the crop.
+        interpolation: for RandAugment, bicubic or bilinear.
     """
     if policy is not None:
         drawn = policy.draw(rng)
         if drawn:
+            with packages_of("video"):
+                from PIL import Image
+
+                from umt_fast.data.decode.rand_augment import augment
             pictures = [Image.fromarray(f) for f in frames] if isinstance(frames, np.ndarray) else frames
-            frames = augment(pictures, drawn)
+            frames = augment(pictures, drawn, interpolation)
     if not isinstance(frames, np.ndarray):
         frames = np.stack([np.asarray(frame) for frame in frames])
-    window, mirrored = training_crop(*frames.shape[1:3], flip, rng)
+    window, mirrored = training_crop(*frames.shape[1:3], flip, rng, area, aspect)
     video = resized_crop(frames, window, size)
-    return Augmented(np.ascontiguousarray(video[:, :, ::-1]) if mirrored else video, draw_box(size, size, erasing, rng))
+    boxes = draw_boxes(size, size, erasing, erasing_count, rng)
+    return Augmented(np.ascontiguousarray(video[:, :, ::-1]) if mirrored else video, boxes)
 
 
 def resized_crop(frames: np.ndarray, window: Window, size: int) -> np.ndarray:

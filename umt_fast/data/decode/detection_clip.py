@@ -16,10 +16,10 @@ from typing import Literal
 import numpy as np
 
 from umt_fast.data.decode.boxes import Size
-from umt_fast.data.decode.video import VideoError, decode_frames, iterate_frames, outline
+from umt_fast.data.decode.video import VideoError, decode_frames, iterate_frames, outline, rotation_of
 from umt_fast.data.errors import DataError
 
-Spread = Literal["center", "even"]
+Spread = Literal["center", "even", "still"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class Temporal:
     """Frames that the clip has around its key frame."""
     spread: Spread = "center"
     """`center`: num_frames frames, rate apart, from the middle of the clip. `even`: the middles of num_frames equal parts of
-    the whole clip."""
+    the whole clip. `still`: the key frame num_frames times, for what a single picture tells."""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "rate"):
@@ -41,8 +41,13 @@ class Temporal:
                 raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.span < 2:
             raise DataError(f"span is {self.span}; a clip has at least one frame on each side of its key frame")
-        if self.spread not in ("center", "even"):
-            raise DataError(f"spread is {self.spread!r}; choose 'center' or 'even'")
+        if self.spread not in ("center", "even", "still"):
+            raise DataError(f"spread is {self.spread!r}; choose 'center', 'even' or 'still'")
+
+    @classmethod
+    def of_key_frame(cls, *, num_frames: int = 8) -> Temporal:
+        """The key frame alone, num_frames times; nothing around it is read."""
+        return cls(num_frames=num_frames, span=2, spread="still")
 
     @classmethod
     def official(cls, *, sparse: bool, as_described: bool = False, num_frames: int = 8, rate: int = 8) -> Temporal:
@@ -59,6 +64,8 @@ class Temporal:
     def indices(self, count: int) -> np.ndarray:
         """int64 (num_frames,), the chosen ones of `count` frames, ascending; a window larger than the clip repeats its ends."""
         step = np.arange(self.num_frames)
+        if self.spread == "still":
+            return np.full(self.num_frames, count // 2)
         if self.spread == "center":
             first = (count - self.num_frames * self.rate) // 2 + (self.rate - 1) // 2
             return np.clip(first + step * self.rate, 0, count - 1)
@@ -153,20 +160,20 @@ class SecondFiles:
 
         return decode_frames(path, choose, num_frames=count)
 
+    def sizes(self, movies: Iterable[str]) -> dict[str, Size]:
+        """Width and height of each movie, read from one of its files; a movie without a readable one is left out."""
+        folders = {movie: sorted((self.root / movie).glob("*.mp4")) for movie in movies}
+        found = {movie: first_size(paths) for movie, paths in folders.items()}
+        return {movie: size for movie, size in found.items() if size is not None}
 
-def movie_sizes(root: str | Path, movies: Iterable[str]) -> dict[str, Size]:
-    """Width and height of each movie, read from one of its files.
 
-    A movie without a readable file is left out; who needs its size says so.
-    """
-    sizes = {}
-    for movie in movies:
-        for path in sorted((Path(root) / movie).glob("*.mp4")):
-            try:
-                found = outline(path)
-            except VideoError:
-                continue
-            turned = found.rotation % 180 != 0
-            sizes[movie] = (found.height, found.width) if turned else (found.width, found.height)
-            break
-    return sizes
+def first_size(paths: Iterable[Path]) -> Size | None:
+    """Width and height, rotation applied, of the first of some videos that can be read; None: none can."""
+    for path in paths:
+        try:
+            picture = next(iterate_frames(path))
+        except VideoError:
+            continue
+        turned = rotation_of(picture) % 180 != 0
+        return (picture.height, picture.width) if turned else (picture.width, picture.height)
+    return None

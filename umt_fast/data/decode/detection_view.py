@@ -193,39 +193,39 @@ def batched(samples: Sequence[Sample], *, multiple: int = 16, boxes_per_clip: in
 
     Args:
         multiple: of pixels that sides are padded to; the tower's patch.
-        boxes_per_clip: N becomes this times B, whatever the clips hold, so that shapes never change; None: the boxes there
-            are.
+        boxes_per_clip: every clip gets so many rows, whatever it holds, so that shapes never change; None: those there are.
 
     Returns:
-        index int64 (B,); video and sizes as `padded` gives them; boxes fp32 (N, 4); box_clip int64 (N,); box_valid bool (N,),
-        false for rows that fill up; labels bool (N, classes) or scores fp32 (N,).
+        index int64 (B,); video and sizes as `padded` gives them; boxes fp32 (N, 4); box_clip int64 (N,), ascending; box_valid
+        bool (N,), the padding mask: false for rows that fill up, whose boxes and labels are zero; labels bool (N, classes) or
+        scores fp32 (N,).
 
-    Raises ValueError: more boxes in all than fit.
+    Raises ValueError: a clip with more boxes than fit.
     """
     video, sizes = padded([sample.frames for sample in samples], multiple)
     counts = [len(sample.boxes) for sample in samples]
-    total = sum(counts)
-    rows = total if boxes_per_clip is None else boxes_per_clip * len(samples)
-    if total > rows:
+    rows = counts if boxes_per_clip is None else [boxes_per_clip] * len(samples)
+    if any(count > room for count, room in zip(counts, rows, strict=True)):
         raise ValueError(
-            f"{total} boxes in {len(samples)} clips, and room for {boxes_per_clip} a clip; raise boxes_per_clip, or give "
+            f"a clip has {max(counts)} boxes, and there is room for {boxes_per_clip} a clip; raise boxes_per_clip, or give "
             "training_sample a smaller max_boxes"
         )
 
     def filled(parts: list[Tensor]) -> Tensor:
-        whole = torch.cat(parts)
-        return torch.cat([whole, whole.new_zeros(rows - total, *whole.shape[1:])])
+        padding = [room - len(part) for part, room in zip(parts, rows, strict=True)]
+        pairs = zip(parts, padding, strict=True)
+        return torch.cat([piece for part, n in pairs for piece in (part, part.new_zeros(n, *part.shape[1:]))])
 
-    batch = {
+    name = "labels" if samples[0].labels is not None else "scores"
+    return {
         "index": torch.tensor([sample.index for sample in samples]),
         "video": video,
         "sizes": sizes,
         "boxes": filled([sample.boxes for sample in samples]),
-        "box_clip": filled([torch.arange(len(samples)).repeat_interleave(torch.tensor(counts))]),
-        "box_valid": filled([torch.ones(total, dtype=torch.bool)]),
+        "box_clip": torch.arange(len(samples)).repeat_interleave(torch.tensor(rows)),
+        "box_valid": filled([torch.ones(count, dtype=torch.bool) for count in counts]),
+        name: filled([getattr(sample, name) for sample in samples]),
     }
-    name = "labels" if samples[0].labels is not None else "scores"
-    return batch | {name: filled([getattr(sample, name) for sample in samples])}
 
 
 def _opencv() -> Any:

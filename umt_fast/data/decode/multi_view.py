@@ -60,15 +60,20 @@ class MultiViewReader:
 
         num_frames: the decodable count, if known; else packets are counted. Raises VideoError, as decode_frames does.
         """
-        plan = _Plan(self)
-        return self._views(decode_frames(path, plan, num_frames), plan.frames)
+        plan = self.plan()
+        return self.views(decode_frames(path, plan, num_frames), plan.frames)
 
     def read_folder(self, folder: str | Path, num_frames: int, pattern: str) -> np.ndarray:
         """The same of a folder of num_frames pictures; see video.read_frame_folder."""
-        plan = _Plan(self)
-        return self._views(read_frame_folder(folder, plan, num_frames, pattern), plan.frames)
+        plan = self.plan()
+        return self.views(read_frame_folder(folder, plan, num_frames, pattern), plan.frames)
 
-    def _views(self, pictures: np.ndarray, frames: FramesOfViews) -> np.ndarray:
+    def plan(self) -> Plan:
+        """What chooses the frames of one video, whose `frames` then say where each segment's are."""
+        return Plan(self)
+
+    def views(self, pictures: np.ndarray, frames: FramesOfViews) -> np.ndarray:
+        """The views as `read` gives them, of the chosen pictures, uint8 (F, h, w, 3)."""
         sized = short_side_resized(pictures, self.size)
         out = np.empty((self.num_views, self.num_frames, self.size, self.size, 3), np.uint8)
         for crop in range(self.crops):
@@ -78,7 +83,7 @@ class MultiViewReader:
         return out
 
 
-class _Plan:
+class Plan:
     """Chooses frames, and remembers for which count it was asked last: damage may make the decoder ask again."""
 
     frames: FramesOfViews

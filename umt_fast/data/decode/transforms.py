@@ -11,12 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
+
+from umt_fast.extras import packages_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
 # A side this close to the wanted size is taken as that size, which saves a resize.
@@ -110,6 +115,9 @@ def apply(frames: np.ndarray | Sequence[Image.Image], crop: Crop, size: int) -> 
         stacked = windows if isinstance(windows, np.ndarray) else np.stack([np.asarray(window) for window in windows])
         windows, resized = bicubic(torch.from_numpy(stacked), size).numpy(), False
     out = np.empty((len(frames), size, size, 3), np.uint8)
+    if resized or crop.flip:
+        with packages_of("video"):
+            from PIL import Image
     for number, window in enumerate(windows):
         if (resized or crop.flip) and not isinstance(window, Image.Image):
             window = Image.fromarray(window)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from umt_fast.data.decode import selective
 from umt_fast.data.decode.sampling import within_seconds
+from umt_fast.extras import packages_of
 
 if TYPE_CHECKING:
     import av  # at the point of use: prepared clips and frame folders are read without it
@@ -38,7 +38,8 @@ def _reason(error: Exception) -> str:
 
 def open_video(path: str | Path) -> tuple[av.container.InputContainer, av.video.stream.VideoStream]:
     """A file and, of its video streams, the one that FFmpeg's own tools show. Raises VideoError."""
-    import av
+    with packages_of("video"):
+        import av
 
     try:
         container = av.open(str(path))
@@ -84,7 +85,8 @@ def iterate_frames(path: str | Path) -> Iterator[av.VideoFrame]:
 
     Raises VideoError when nothing at all can be decoded.
     """
-    from av.error import FFmpegError
+    with packages_of("video"):
+        from av.error import FFmpegError
 
     container, stream = open_video(path)
     seen = 0
@@ -257,13 +259,16 @@ def _stack(path: str | Path, pictures: dict[int, np.ndarray], chosen: np.ndarray
 
 def read_frame_folder(folder: str | Path, choose: Chooser, num_frames: int, pattern: str) -> np.ndarray:
     """Chosen frames of a folder of pictures numbered from 1, uint8 (T, H, W, 3)."""
+    with packages_of("video"):
+        from PIL import Image
+
     pictures = []
     for number in choose(num_frames).tolist():
         path = Path(folder) / pattern.format(number + 1)
         try:
             with Image.open(path) as picture:
                 pictures.append(np.asarray(picture.convert("RGB")))
-        except (OSError, UnidentifiedImageError) as error:
+        except OSError as error:
             raise VideoError(f"{path}: {_reason(error)}") from error
     if len({picture.shape for picture in pictures}) > 1:
         raise VideoError(f"{folder}: frames change size")

@@ -74,12 +74,14 @@ def _stack(samples: list[Sample | VideoError], columns: Columns | None) -> _Read
     repeats = samples[0].video.shape[0]
     index = torch.tensor([sample.index for sample in samples])
     added = columns(index) if columns else {}
+    own = {name: np.concatenate([sample.columns[name] for sample in samples]) for name in samples[0].columns}
     return _Read(
         video=torch.from_numpy(np.concatenate([sample.video for sample in samples])),
         index=index.repeat_interleave(repeats),
         label=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
         bad={number: reason for sample in samples for number, reason in sample.bad.items()},
-        columns={name: rows.repeat_interleave(repeats, 0) for name, rows in added.items()},
+        columns={name: rows.repeat_interleave(repeats, 0) for name, rows in added.items()}
+        | {name: torch.from_numpy(rows) for name, rows in own.items()},
     )
 
 
@@ -102,6 +104,8 @@ class ClipLoader:
     """
 
     kinds = 1
+    remedy = "`scan` the list to find them all"
+    """What to do about files that cannot be read."""
 
     def __init__(
         self,
@@ -115,7 +119,9 @@ class ClipLoader:
         world_size: int = 1,
         seed: int = 0,
         train: bool = True,
+        reader: Callable[..., ClipReader] = ClipReader,
     ) -> None:
+        """reader: makes what reads a sample, called as ClipReader is; another gives other crops, and columns of its own."""
         if not clips:
             raise DataError("the list holds no clips")
         if train and len(clips) < batch_size * world_size:
@@ -136,7 +142,7 @@ class ClipLoader:
         self.bad_files: dict[str, str] = {}
         self._batches = _Batches()
         self._columns: Columns | None = None
-        self._reader = ClipReader(clips, data, num_frames=num_frames, image_size=image_size, seed=seed, train=train)
+        self._reader = reader(clips, data, num_frames=num_frames, image_size=image_size, seed=seed, train=train)
 
     def __len__(self) -> int:
         """Batches of one whole epoch on this rank."""
@@ -240,9 +246,9 @@ class ClipLoader:
         allowed = self.data.max_bad_share * len(self.clips)
         if len(self.bad_files) > allowed:
             clip = self.clips[number]
-            remedy = "`scan` the list to find them all"
+            remedy = self.remedy
             if clip.shard:
-                remedy = "Repeat the `prepare` of that folder with --verify True to find them all"
+                remedy = "Repeat the `prepare` of that folder with --verify to find them all"
             elif clip.member:
                 remedy = "Fetch the tar files again"
             raise DataError(

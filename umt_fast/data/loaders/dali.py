@@ -31,7 +31,6 @@ import nvidia.dali.types as types
 import torch
 from nvidia.dali import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -43,6 +42,10 @@ from umt_fast.data.loaders.clips import ClipLoader, _Read
 from umt_fast.data.loaders.reader import ClipReader
 from umt_fast.data.sources.lists import Clip
 from umt_fast.data.sources.prepared import jpegs_of
+from umt_fast.extras import packages_of
+
+with packages_of("video"):
+    from PIL import Image
 
 log = logging.getLogger("umt_fast.data")
 
@@ -153,7 +156,7 @@ def _size_of(clip: Clip, picture: bytes) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(picture)) as opened:
             return opened.size
-    except (OSError, UnidentifiedImageError) as error:
+    except OSError as error:
         raise VideoError(f"{clip.path}: {error}") from error
 
 

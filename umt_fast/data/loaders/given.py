@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from umt_fast.config import DataConfig
-from umt_fast.data.decode.video import VideoError
+from umt_fast.data.decode.video import Chooser, VideoError, decode_frames
 from umt_fast.data.loaders.reader import ClipReader
 from umt_fast.data.sources.clip import Clip, DataError
 
@@ -33,6 +33,22 @@ def pixels_of(videos: Videos, data: DataConfig, *, num_frames: int, image_size: 
     paths = [Clip(path=str(clip)) if isinstance(clip, (str, Path)) else Clip(path="frames") for clip in clips]
     reader = ClipReader(paths, data, num_frames=num_frames, image_size=image_size, seed=0, train=False)
     return torch.from_numpy(np.concatenate([_read(reader, number, clip) for number, clip in enumerate(clips)]))
+
+
+def frames_of(video: str | Path | Decoded, choose: Chooser) -> np.ndarray:
+    """Chosen frames of one clip, uint8 (T, H, W, 3), as they are. Raises DataError as pixels_of."""
+    clips = _clips_of(video)
+    if len(clips) != 1:
+        raise DataError(f"{len(clips)} clips were given, and one is wanted: a path, or frames as uint8 (T, H, W, 3)")
+    (clip,) = clips
+    if isinstance(clip, np.ndarray):
+        return clip[choose(len(clip))]
+    if not Path(clip).is_file():
+        raise DataError(f"{clip} is no video file")
+    try:
+        return decode_frames(clip, choose)
+    except VideoError as error:
+        raise DataError(str(error)) from error
 
 
 def _clips_of(videos: Videos) -> list[str | Path | np.ndarray]:

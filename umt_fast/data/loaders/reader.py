@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from umt_fast.config import DataConfig
 from umt_fast.data.decode import sampling, transforms
@@ -17,6 +16,9 @@ from umt_fast.data.decode.video import Chooser, VideoError, decode_frames, read_
 from umt_fast.data.sources.lists import Clip
 from umt_fast.data.sources.prepared import StoredChooser, read_prepared
 from umt_fast.data.sources.tars import extracted
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # How many other clips may replace an unreadable one before the loader gives up on that place of the batch.
 MAX_ATTEMPTS = 20
@@ -32,6 +34,8 @@ class Sample:
     index: int
     label: int
     bad: dict[int, str]
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    """Arrays of as many rows as there are crops."""
 
 
 class ClipReader:
@@ -80,9 +84,17 @@ class ClipReader:
 
     def frames(self, clip: Clip, random_key: tuple[int, ...]) -> np.ndarray | list[Image.Image]:
         """The T chosen frames of a clip, uint8 (T, H, W, 3), or Pillow's pictures of a prepared one. Raises VideoError."""
+        return self.chosen(clip, self.chooser_of(clip, random_key), self.stored_chooser(random_key))
+
+    def chooser_of(self, clip: Clip, random_key: tuple[int, ...]) -> Chooser:
+        """The chooser of one clip, for readers whose rule depends on what it is."""
+        return self.chooser(random_key)
+
+    def chosen(self, clip: Clip, choose: Chooser, stored: StoredChooser) -> np.ndarray | list[Image.Image]:
+        """The frames of a clip that `choose` picks, or `stored` from a prepared one. Raises VideoError."""
         if clip.shard:
-            return read_prepared(clip, self.stored_chooser(random_key))
-        choose, seconds = self.chooser(random_key), self.data.max_seconds
+            return read_prepared(clip, stored)
+        seconds = self.data.max_seconds
         if clip.frame_folder:
             return read_frame_folder(clip.path, choose, clip.num_frames, self.data.frame_pattern)
         if not Path(clip.path).exists():
@@ -116,15 +128,16 @@ class ClipReader:
             [transforms.apply(frames, crop, self.image_size) for crop in self.windows(width, height, random_key)]
         )
 
+    def views(self, clip: Clip, random_key: tuple[int, ...]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A clip's crops, uint8 (crops, T, S, S, 3), and Sample.columns. Raises VideoError."""
+        return self.crops(self.frames(clip, random_key), random_key), {}
+
     def read(self, epoch: int, index: int) -> Sample:
         """The sample of clip `index` in an epoch, or of the clip that replaces it (`with_replacements`)."""
-
-        def read_one(chosen: int) -> np.ndarray:
-            clip, key = self.clips[chosen], (self.seed, epoch, chosen)
-            return self.crops(self.frames(clip, key), key)
-
-        chosen, video, bad = self.with_replacements(epoch, index, read_one)
-        return Sample(video, chosen, self.clips[chosen].label, bad)
+        chosen, (video, columns), bad = self.with_replacements(
+            epoch, index, lambda number: self.views(self.clips[number], (self.seed, epoch, number))
+        )
+        return Sample(video, chosen, self.clips[chosen].label, bad, columns)
 
     def with_replacements(
         self, epoch: int, index: int, read_one: Callable[[int], Read], known: Mapping[int, str] = MappingProxyType({})

@@ -12,6 +12,10 @@ from torch import Tensor
 from umt_fast.config import CLIP_TEXT_LENGTH
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.columns import Strings
+from umt_fast.extras import packages_of
+
+# Texts that are encoded together where all of them are.
+_AT_ONCE = 4096
 
 
 class Tokens:
@@ -56,6 +60,12 @@ class Tokens:
         ids = torch.tensor([sequence + [self.pad] * (longest - len(sequence)) for sequence in sequences])
         return ids, torch.arange(longest) < lengths[:, None]
 
+    def count_cut(self) -> int:
+        """How many of the texts are longer than max_length and lose their last pieces."""
+        parts = (self.captions[first : first + _AT_ONCE] for first in range(0, len(self), _AT_ONCE))
+        encoded = (self.tokenizer.encode_batch_fast(part, add_special_tokens=False) for part in parts)
+        return sum(len(text.ids) > self.pieces for part in encoded for text in part)
+
     def columns(self, rows: Tensor) -> dict[str, Tensor]:
         """The same by the names of a batch, and `teacher_ids` where they were asked for."""
         ids, mask = self[rows]
@@ -63,7 +73,8 @@ class Tokens:
 
     def teacher_ids(self, rows: Tensor) -> Tensor:
         """int64 (B, l): start token, CLIP's word pieces, end token, zeros; longer captions lose their last pieces."""
-        import open_clip  # slow to import, and most runs need no such ids
+        with packages_of("train"):
+            import open_clip  # slow to import, and most runs need no such ids
 
         ids = open_clip.tokenize([self.captions[row] for row in rows.tolist()], CLIP_TEXT_LENGTH)
         # The end token has the largest id.
@@ -75,7 +86,8 @@ def load_tokenizer(name: str) -> Any:
 
     Raises DataError where it is neither.
     """
-    from transformers import BertTokenizerFast
+    with packages_of("text"):
+        from transformers import BertTokenizerFast
 
     # Of a folder without a vocabulary a tokenizer is made all the same, to which every word is unknown.
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("vocab.txt", "tokenizer.json")):
@@ -90,6 +102,29 @@ def load_tokenizer(name: str) -> Any:
     # What cannot be fetched may come as its special tokens alone, without an error.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise DataError(missing)
+    return tokenizer
+
+
+def tokenizer_of(given: str, usual: str, vocab_size: int, source: object) -> Any:
+    """The given tokenizer of a model that knows vocab_size words, or its usual one; source: where it came from, for messages.
+
+    Raises DataError: none can be had, none is known, or it has more words than the model.
+    """
+    if not (given or usual):
+        raise DataError(f"{source} does not say which tokenizer it was trained with; give it: --tokenizer")
+    try:
+        tokenizer = load_tokenizer(given or usual)
+    except DataError as error:
+        if given:
+            raise
+        raise DataError(
+            f"{error}. The model of {source} was trained with it; if it has moved, say where: --tokenizer"
+        ) from error
+    if len(tokenizer) > vocab_size:
+        raise DataError(
+            f"the tokenizer {given or usual} has {len(tokenizer)} words, but the model of {source} knows {vocab_size}; give "
+            "the one it was trained with: --tokenizer"
+        )
     return tokenizer
 
 

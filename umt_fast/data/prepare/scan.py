@@ -19,12 +19,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.video import VideoError, iterate_frames, open_video, rate_of, rotation_of
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.lists import Clip, read_list
+from umt_fast.extras import packages_of
 from umt_fast.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")
@@ -84,6 +83,9 @@ def probe(clip: Clip, frame_pattern: str) -> Clip:
 
 
 def _probe_folder(clip: Clip, frame_pattern: str) -> Clip:
+    with packages_of("video"):
+        from PIL import Image
+
     sizes = set()
     files = _files(clip, frame_pattern)
     for path in files:
@@ -91,7 +93,7 @@ def _probe_folder(clip: Clip, frame_pattern: str) -> Clip:
             with Image.open(path) as picture:
                 picture.load()
                 sizes.add(picture.size)
-        except (OSError, UnidentifiedImageError) as error:
+        except OSError as error:
             raise VideoError(f"{path}: {error}") from error
     if len(sizes) > 1:
         raise VideoError(f"{clip.path}: frames change size: {sorted(sizes)}")
@@ -152,7 +154,7 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
     data, out = data or DataConfig(), Path(out)
     clips = read_list(list_path, data)
     if any(clip.shard for clip in clips):
-        raise DataError(f"{list_path} holds prepared clips; check them with `prepare` and --verify True")
+        raise DataError(f"{list_path} holds prepared clips; check them with `prepare` and --verify")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
     done = _journal(partial, clips)
@@ -216,7 +218,7 @@ def verify(manifest: str | Path, *, workers: int = 4, data: DataConfig | None = 
     data = data or DataConfig()
     clips = read_list(manifest, data)
     if any(clip.shard for clip in clips):
-        raise DataError(f"{manifest} holds prepared clips; check them with `prepare` and --verify True")
+        raise DataError(f"{manifest} holds prepared clips; check them with `prepare` and --verify")
     bare = sum(not clip.checksum for clip in clips)
     if bare:
         raise DataError(

@@ -59,14 +59,14 @@ def read_captions(path: str | Path, root: str = "", *, workers: int = 4) -> Capt
 
 def read_corpora(entries: Sequence[str], *, workers: int = 4) -> CaptionList:
     """Several caption lists as one, each given as LIST or LIST=FOLDER; a file keeps its identity within a list."""
-    sources = [_list_and_folder(entry) for entry in entries]
+    sources = [list_and_folder(entry) for entry in entries]
     for name, root in sources:
         if root and not Path(root).is_dir():
             raise DataError(f"{name}={root} is not a list, and {root} is not a folder; give LIST or LIST=FOLDER")
     return _join(sources, workers)
 
 
-def _list_and_folder(entry: str) -> tuple[str, str]:
+def list_and_folder(entry: str) -> tuple[str, str]:
     """Splits LIST=FOLDER at the `=` before which a list ends: either path may hold others, as those of year=2024/ do."""
     if "=" not in entry or Path(entry).is_file():
         return entry, ""

@@ -1,8 +1,8 @@
 """Key frames with boxes of people: AVA's annotations for training, detected boxes for testing.
 
-Three files are read. Annotations (JSON): `images` with id, movie, timestamp, width and height, and `annotations` with
-image_id, bbox (left, top, width, height in pixels) and action_ids. Detected boxes (JSON): a list of image_id, bbox, score.
-AVA's own ground truth (CSV): `movie,second,x1,y1,x2,y2,class[,person]` with coordinates in [0, 1].
+Two JSON files are read; AVA's own CSV files are read by ava_csv. Annotations: `images` with id, movie, timestamp, width and
+height, and `annotations` with image_id, bbox (left, top, width, height in pixels) and action_ids. Detected boxes: a list of
+image_id, bbox, score.
 
 The rules are the official ones. Key frames come in the order of their ids. Training leaves out key frames without an
 annotation, testing those without a detected box of the least score. Boxes are cut to the picture, and those that vanish are
@@ -11,7 +11,7 @@ left out; a key frame that loses all of its boxes stays.
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
 import logging
 import math
@@ -47,7 +47,7 @@ class KeyFrame(NamedTuple):
     scores: Tensor | None
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """One key frame as it was read; boxes are left, top, width, height."""
 
     movie: str
@@ -60,7 +60,7 @@ class _Row(NamedTuple):
 class KeyFrames(Sequence[KeyFrame]):
     """All key frames, held as a few arrays, so that worker processes share their memory."""
 
-    def __init__(self, rows: Sequence[_Row], sizes: Mapping[str, Size], num_classes: int, *, labeled: bool) -> None:
+    def __init__(self, rows: Sequence[Row], sizes: Mapping[str, Size], num_classes: int, *, labeled: bool) -> None:
         self.movies = sorted({row.movie for row in rows})
         self.num_classes, self.labeled = num_classes, labeled
         numbers = {movie: number for number, movie in enumerate(self.movies)}
@@ -74,6 +74,26 @@ class KeyFrames(Sequence[KeyFrame]):
         if labeled:
             for box, labels in enumerate(labels for row in rows for labels in row.labels):
                 self._labels[box, np.array(labels, np.int64) - 1] = True
+
+    def identity(self) -> str:
+        """64 bits, in hexadecimal, of all key frames with their boxes and labels in their order."""
+        digest = hashlib.blake2b("\0".join(self.movies).encode(), digest_size=8)
+        for column in (self._sizes, self._movie, self._second, self._start, self._boxes, self._scores, self._labels):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
+
+    def places(self) -> list[tuple[str, int]]:
+        """Movie and second of every key frame, without its boxes."""
+        pairs = zip(self._movie.tolist(), self._second.tolist(), strict=True)
+        return [(self.movies[movie], second) for movie, second in pairs]
+
+    def count_boxes(self) -> int:
+        """Boxes of all key frames, those too that lie outside of their pictures."""
+        return len(self._boxes)
+
+    def name_of(self, index: int) -> str:
+        """What messages call a key frame."""
+        return f"{self.movies[self._movie[index]]}, second {self._second[index]}"
 
     def __len__(self) -> int:
         return len(self._second)
@@ -99,7 +119,7 @@ def training_frames(annotations: str | Path, num_classes: int = AVA_CLASSES) -> 
     path = Path(annotations)
     document = _annotation_file(path)
     images, sizes = _images(path, document)
-    found: dict[Any, _Row] = {}
+    found: dict[Any, Row] = {}
     unknown = 0
     for number, entry in enumerate(_list_of(path, document, "annotations")):
         where = f"{path}: annotations[{number}]"
@@ -109,7 +129,7 @@ def training_frames(annotations: str | Path, num_classes: int = AVA_CLASSES) -> 
         if image not in images:
             unknown += 1
             continue
-        row = found.setdefault(image, _Row(*images[image], [], [], []))
+        row = found.setdefault(image, Row(*images[image], [], [], []))
         row.boxes.append(box)
         row.labels.append(labels)
     if unknown:
@@ -131,7 +151,7 @@ def test_frames(
     path, detected = Path(annotations), Path(detected)
     images, sizes = _images(path, _annotation_file(path))
     require_list(detected, "file of detected boxes", "a JSON list of image_id, bbox and score")
-    found: dict[Any, _Row] = {}
+    found: dict[Any, Row] = {}
     best = -math.inf
     for number, entry in enumerate(_list_of(detected, _json(detected), "")):
         where = f"{detected}: [{number}]"
@@ -143,7 +163,7 @@ def test_frames(
             continue  # one file of boxes serves several annotation files
         best = max(best, score)
         if score >= min_score:
-            row = found.setdefault(image, _Row(*images[image], [], [], []))
+            row = found.setdefault(image, Row(*images[image], [], [], []))
             row.boxes.append(box)
             row.scores.append(score)
     if not found:
@@ -157,62 +177,6 @@ def test_frames(
 
 # Not a test, though pytest would take its name for one.
 test_frames.__test__ = False  # type: ignore[attr-defined]
-
-
-def training_frames_of_csv(truth: str | Path, sizes: Mapping[str, Size], num_classes: int = AVA_CLASSES) -> KeyFrames:
-    """The key frames of AVA's own ground truth, by movie and second. Lines of one box and person are one box with several
-    classes.
-
-    Args:
-        truth: the CSV file. A line that ends after the second names a key frame without boxes and adds nothing.
-        sizes: width and height in pixels of each movie (see data.decode.detection_clip.movie_sizes).
-
-    Raises DataError: a line that is not as above, its number named; a movie without a size; or nothing left.
-    """
-    path = Path(truth)
-    require_list(path, "ground truth", "a CSV file of `movie,second,x1,y1,x2,y2,class[,person]`")
-    found: dict[tuple[str, int], dict[tuple, list[int]]] = {}
-    for number, row in _csv_rows(path):
-        where = f"{path}, line {number}"
-        try:
-            movie, second, corners = row[0], int(row[1]), tuple(float(value) for value in row[2:6])
-            label, person = int(row[6]), row[7:]
-            if len(person) > 1 or not all(0 <= value <= 1 for value in corners):
-                raise ValueError
-        except (ValueError, IndexError) as error:
-            raise DataError(
-                f"{where}: {','.join(row)[:200]!r} is not `movie,second,x1,y1,x2,y2,class[,person]` with coordinates in [0, 1]"
-            ) from error
-        if not 1 <= label <= num_classes:
-            raise DataError(f"{where}: class {label}; classes run from 1 to {num_classes}")
-        if movie not in sizes:
-            raise DataError(
-                f"{where}: the size of movie {movie!r} is not known; its folder of one-second files is missing"
-            )
-        found.setdefault((movie, second), {}).setdefault((*corners, *person), []).append(label)
-    if not found:
-        raise DataError(f"{path} holds no box; give AVA's ground truth of training")
-    rows = []
-    for (movie, second), people in sorted(found.items()):
-        width, height = sizes[movie]
-        boxes = [(x1 * width, y1 * height, (x2 - x1) * width, (y2 - y1) * height) for x1, y1, x2, y2, *_ in people]
-        rows.append(_Row(movie, second, boxes, list(people.values()), []))
-    return KeyFrames(rows, sizes, num_classes, labeled=True)
-
-
-def movies_of_csv(truth: str | Path) -> list[str]:
-    """The movies that a ground truth names, sorted."""
-    path = Path(truth)
-    require_list(path, "ground truth", "a CSV file of `movie,second,x1,y1,x2,y2,class[,person]`")
-    return sorted({row[0] for _, row in _csv_rows(path)})
-
-
-def _csv_rows(path: Path) -> Iterable[tuple[int, list[str]]]:
-    """Lines with their numbers, without those that name a key frame alone."""
-    with open(path, newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if row and not (len(row) >= 2 and not any(row[2:])):
-                yield number, row
 
 
 def _json(path: Path) -> Any:

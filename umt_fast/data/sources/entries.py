@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.clip import Clip, require_list
+from umt_fast.data.sources.json_lists import json_list, shortened
 from umt_fast.data.sources.tars import read_tars
 
 _LAYOUT = '{"video" or "image": name, "caption": text}'
-# Characters read at once, and the most that one entry may have.
-_BLOCK, _LARGEST = 1 << 20, 1 << 26
-_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 class Entry(NamedTuple):
@@ -61,10 +57,10 @@ def read_entries(source: str | Path, root: str = "", workers: int = 4) -> Iterat
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    for number, entry in enumerate(_json_list(path)):
+    for number, entry in enumerate(json_list(path, _LAYOUT)):
         place = f"{path}, entry {number}"
         if not isinstance(entry, dict):
-            raise DataError(f"{place}: it is {_short(entry)}; expected {_LAYOUT}")
+            raise DataError(f"{place}: it is {shortened(entry)}; expected {_LAYOUT}")
         key = "image" if entry.get("video") is None else "video"
         yield place, _texts(place, entry, key), _texts(place, entry, "caption")
 
@@ -72,87 +68,14 @@ def _json_rows(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 def _texts(place: str, entry: dict[str, Any], key: str) -> list[str]:
     if entry.get(key) is None:
         missing = '"caption"' if key == "caption" else '"video" or "image"'
-        raise DataError(f"{place} has no {missing}: {_short(entry)}; expected {_LAYOUT}")
+        raise DataError(f"{place} has no {missing}: {shortened(entry)}; expected {_LAYOUT}")
     value = entry[key]
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise DataError(f'{place}: "{key}" is {_short(value)}; it must be a text or a list of texts')
+        raise DataError(f'{place}: "{key}" is {shortened(value)}; it must be a text or a list of texts')
     if key != "caption" and not (texts and all(texts)):
-        raise DataError(f'{place}: "{key}" is {_short(value)}; it must name a file')
+        raise DataError(f'{place}: "{key}" is {shortened(value)}; it must name a file')
     return texts
-
-
-def _short(value: Any) -> str:
-    try:
-        return json.dumps(value)[:200]
-    except RecursionError:
-        return "nested too deeply"
-
-
-class _JsonText:
-    """Values and marks of a JSON file one at a time, with a block of it in memory."""
-
-    def __init__(self, file: TextIO) -> None:
-        self.file, self.text, self.at = file, "", 0
-        self.decoder = json.JSONDecoder()
-
-    def peek(self) -> str:
-        """The next character that is not blank; empty at the end."""
-        while True:
-            self.at = _BLANKS.match(self.text, self.at).end()
-            if self.at < len(self.text):
-                return self.text[self.at]
-            self.text, self.at = self.file.read(_BLOCK), 0
-            if not self.text:
-                return ""
-
-    def mark(self, allowed: str) -> str:
-        """Goes past the next character, one of `allowed`."""
-        found = self.peek()
-        if not found or found not in allowed:
-            raise json.JSONDecodeError(f"expected {' or '.join(allowed)}", self.text, self.at)
-        self.at += 1
-        return found
-
-    def value(self) -> Any:
-        """The next value, however many blocks it takes."""
-        self.peek()
-        while True:
-            try:
-                value, self.at = self.decoder.raw_decode(self.text, self.at)
-                return value
-            except json.JSONDecodeError:
-                more = self.file.read(_BLOCK) if len(self.text) - self.at < _LARGEST else ""
-                if not more:
-                    raise
-                self.text, self.at = self.text[self.at :] + more, 0
-
-
-def _json_list(path: Path) -> Iterator[Any]:
-    """The elements of a JSON list; a list of tens of millions is never in memory as a whole."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = _JsonText(file)
-            if text.peek() != "[":
-                kind = type(text.value()).__name__
-                raise DataError(f"{path} holds a JSON {kind}; it must be a list of entries")
-            text.mark("[")
-            if text.peek() == "]":
-                return
-            while True:
-                yield text.value()
-                number += 1
-                if text.mark(",]") == "]":
-                    break
-            if text.peek():
-                raise json.JSONDecodeError("text after the list", "", 0)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON (entry {number}: {error.msg})") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: entry {number} is nested too deeply; expected {_LAYOUT}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not JSON in UTF-8; convert it (as by `iconv -f UTF-16 -t UTF-8`)") from error
 
 
 def _sqlite_rows(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -23,10 +23,9 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from umt_fast.config import DataConfig
 from umt_fast.data.decode.sampling import intervals
@@ -34,6 +33,10 @@ from umt_fast.data.decode.video import VideoError
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.clip import Clip
 from umt_fast.data.sources.columns import Clips, ClipsBuilder
+from umt_fast.extras import packages_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger("umt_fast.data")
 
@@ -102,6 +105,9 @@ def candidates(num_frames: int, settings: Settings, rng: np.random.Generator) ->
 
 def pack(frames: np.ndarray, numbers: np.ndarray, source_frames: int, settings: Settings) -> bytes:
     """The record of some frames, uint8 (K, H, W, 3), that are the given numbers of their source."""
+    with packages_of("video"):
+        from PIL import Image
+
     height, width = frames.shape[1:3]
     scale = settings.short_side / min(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -131,7 +137,7 @@ def read_record(clip: Clip) -> bytes:
     except OSError as error:
         raise VideoError(f"{clip.path}: {clip.shard}: {error.strerror}") from error
     if len(record) < clip.size:
-        raise VideoError(f"{clip.path}: {clip.shard} ends inside it; run `prepare` with --verify True")
+        raise VideoError(f"{clip.path}: {clip.shard} ends inside it; run `prepare` with --verify")
     return record
 
 
@@ -141,20 +147,23 @@ def jpegs_of(clip: Clip, choose: StoredChooser) -> dict[int, bytes]:
     count = int.from_bytes(record[:4], "little")
     first = _HEAD + _ENTRY * count
     if count < 1 or first > len(record):
-        raise VideoError(f"{clip.path}: damaged in {clip.shard}; run `prepare` with --verify True")
+        raise VideoError(f"{clip.path}: damaged in {clip.shard}; run `prepare` with --verify")
     table = np.frombuffer(record, "<u4", 3 * count, _HEAD).reshape(count, 3).astype(np.int64)
     ends = first + np.cumsum(table[:, 1])
     found = {}
     for number in choose(count, int.from_bytes(record[4:8], "little")).tolist():
         jpeg = record[ends[number] - table[number, 1] : ends[number]]
         if zlib.crc32(jpeg) != table[number, 2]:
-            raise VideoError(f"{clip.path}: damaged in {clip.shard}; run `prepare` with --verify True")
+            raise VideoError(f"{clip.path}: damaged in {clip.shard}; run `prepare` with --verify")
         found[number] = jpeg
     return found
 
 
 def read_prepared(clip: Clip, choose: StoredChooser) -> list[Image.Image]:
     """The T chosen stored frames, decoded, as RGB. Raises VideoError."""
+    with packages_of("video"):
+        from PIL import Image
+
     chosen: list[int] = []
 
     def remember(stored: int, source: int) -> np.ndarray:
@@ -165,7 +174,7 @@ def read_prepared(clip: Clip, choose: StoredChooser) -> list[Image.Image]:
     for number, jpeg in jpegs_of(clip, remember).items():
         try:
             pictures[number] = Image.open(io.BytesIO(jpeg)).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+        except OSError as error:
             raise VideoError(f"{clip.path}: {clip.shard}: {error}") from error
     return [pictures[number] for number in chosen]
 

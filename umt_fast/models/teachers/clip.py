@@ -1,375 +1,41 @@
-"""The frozen CLIP visual tower, computing only what pre-training uses.
-
-Legend: R = B * T frames, L patch tokens per frame, m visible tokens per frame, n = T * m per view, M views (masks) of a clip,
-C width, K layers, D output width. Parameter names are those of OpenAI CLIP's `visual.` part.
-
-What it leaves out of the textbook forward (all of it exact): the last block's attention map except the class token's
-row; that block's queries, output projection and MLP at hidden tokens; ln_post and the projection at hidden tokens of all
-K intermediate features; and every gradient record.
-"""
+"""The official teacher: CLIP's visual tower, under the parameter names of the `visual.` part of OpenAI's CLIP."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from torch import nn
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-import kernels
-from kernels import library
-from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, TeacherConfig, TeacherPrecision
-from umt_fast.masking import TokenGrid, draw_uniform, flatten_frames, num_visible, seed_of_view
-from umt_fast.models.attention import Attends
-from umt_fast.models.linear import Multiplies
-from umt_fast.models.resize import bicubic
-from umt_fast.models.teachers.quantized import QuantizedLinear
+from umt_fast.config import MaskConfig, TeacherConfig, VitConfig
+from umt_fast.models import flops
+from umt_fast.models.teachers.base import register
+from umt_fast.models.teachers.clip_text import load_clip_text
+from umt_fast.models.teachers.frame_tower import FrameTower
+from umt_fast.models.weights import fit
+from umt_fast.models.weights.clip import visual_state
 
 
-class TeacherOutput(NamedTuple):
-    """visible: int32 (B * M, n) ascending flat indices, the M views of a clip side by side. targets: (K, B * M, n, D)
-    projected, not normalized. image: fp32 (B, D), CLIP's own unit image embeddings averaged over frames. The last two where
-    they were asked for."""
+@register
+class ClipTeacher(FrameTower):
+    """CLIP's image encoder. All intermediate features go through its ln_post and its projection, as officially."""
 
-    visible: Tensor
-    targets: Tensor | None
-    image: Tensor | None = None
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm whose statistics and fp32 parameters stay exact when the tower computes in bf16."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Eager on a GPU, one kernel moves a fifth of the bytes of cast, norm and cast; a compiler fuses those itself.
-        if x.is_cuda and x.dtype != torch.float32 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            rows = x.reshape(-1, *x.shape[-2:])
-            return kernels.gather_norm(rows, None, self.weight, self.bias, eps=self.eps).view(x.shape)
-        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            return super().forward(x)  # one pass, its statistics in fp32 too
-        return super().forward(x.float()).to(x.dtype)
-
-
-class Attention(Attends):
-    """The parameters of CLIP's multi-head attention, by their names."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        self.in_proj: QuantizedLinear | None = None
-        nn.init.xavier_uniform_(self.in_proj_weight)
-
-    def project(self, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
-        """Some of (q, k, v), each (..., H, head dim): parts is a slice of range(3)."""
-        width = x.shape[-1]
-        if self.in_proj is not None and parts == slice(0, 3):
-            out = self.in_proj(x)
-        else:
-            rows = slice(parts.start * width, parts.stop * width)
-            if parts == slice(0, 3) and not torch.is_grad_enabled():
-                # A slice is made anew at each call: only the whole weight can be kept packed.
-                out = kernels.frozen_linear(x, self.in_proj_weight, self.in_proj_bias)
-            else:
-                out = kernels.library_linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
-        return out.unflatten(-1, (parts.stop - parts.start, self.num_heads, -1)).unbind(-3)
-
-
-class Mlp(nn.Module):
-    """Linear, GELU (CLIP's x * sigmoid(1.702 x), or the exact one), Linear."""
-
-    def __init__(self, width: int, activation: str) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.activation == "gelu":
-            return self.c_proj(F.gelu(self.c_fc(x)))
-        if torch.is_grad_enabled():
-            hidden = self.c_fc(x)
-            return self.c_proj(hidden * torch.sigmoid(1.702 * hidden))
-        # x * sigmoid(ax) = silu(ax) / a: a pass in place, and both factors ride on the matrix products.
-        if isinstance(self.c_proj, QuantizedLinear):
-            return self.c_proj(F.silu(self.c_fc(x, 1.702, 1.702), inplace=True), 1 / 1.702)
-        scaled = torch.addmm(self.c_fc.bias * 1.702, x.flatten(0, -2), self.c_fc.weight.t(), alpha=1.702)
-        out = torch.addmm(self.c_proj.bias, F.silu(scaled, inplace=True), self.c_proj.weight.t(), alpha=1 / 1.702)
-        return out.view(*x.shape)
-
-
-class Block(Multiplies):
-    """A CLIP block, whole or finished for some tokens only."""
-
-    def __init__(self, config: TeacherConfig) -> None:
-        super().__init__()
-        self.ln_1 = LayerNorm(config.width)
-        self.attn = Attention(config.width, config.num_heads)
-        self.ln_2 = LayerNorm(config.width)
-        self.mlp = Mlp(config.width, config.activation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(R, 1 + L, C) -> the same."""
-        if self.linear_backend == "fused":
-            qkv = self._after_norm(x, "in_proj", "none")
-            q, k, v = qkv.unflatten(-1, (3, self.attn.num_heads, -1)).unbind(-3)
-        else:
-            q, k, v = self.attn.project(self.ln_1(x), slice(0, 3))
-        return self.finish(x, q, k, v)
-
-    def fuse(self, dtype: torch.dtype) -> None:
-        """Computes by fused products from now on. A block in 8 bits has its own products and stays as it is."""
-        attn, mlp = self.attn, self.mlp
-        if attn.in_proj is not None:
-            return
-        super().fuse(dtype)
-        for name, norm, weight, bias in (
-            ("in_proj", self.ln_1, attn.in_proj_weight, attn.in_proj_bias),
-            ("c_fc", self.ln_2, mlp.c_fc.weight, mlp.c_fc.bias),
-        ):
-            weight, bias, deferred = kernels.defer_norm(weight, bias, norm.weight, norm.bias, norm.eps, dtype)
-            for part, value in (("weight", weight), ("bias", bias), ("column", deferred.column)):
-                self.register_buffer(f"{name}_{part}", value, persistent=False)
-
-    def _after_norm(self, x: Tensor, name: str, activation: str) -> Tensor:
-        """act(LayerNorm(x) @ W.T + b) of the layer `name`, its norm deferred behind its product."""
-        weight, bias, column = (getattr(self, f"{name}_{part}") for part in ("weight", "bias", "column"))
-        norm = kernels.DeferredNorm(column, self.ln_1.eps)
-        return kernels.linear(x, weight, bias, activation=activation, norm=norm, backend="triton")
-
-    def quantize(self, precision: TeacherPrecision) -> None:
-        """Puts the four large matrices into 8 bits; for a block that is always computed whole."""
-        attn, mlp = self.attn, self.mlp
-        attn.in_proj = QuantizedLinear(attn.in_proj_weight, attn.in_proj_bias, precision)
-        attn.in_proj_weight = attn.in_proj_bias = None
-        attn.out_proj = QuantizedLinear(attn.out_proj.weight, attn.out_proj.bias, precision)
-        mlp.c_fc = QuantizedLinear(mlp.c_fc.weight, mlp.c_fc.bias, precision)
-        mlp.c_proj = QuantizedLinear(mlp.c_proj.weight, mlp.c_proj.bias, precision)
-
-    def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The block's output for the tokens x (R, m, C) whose queries are q (R, m, H, d), given all keys and values."""
-        heads = kernels.attention(q, k, v, prefer=self.attn.attention_backend).flatten(2)
-        out = self.attn.out_proj
-        if self.linear_backend == "fused":
-            x = kernels.linear(heads, out.weight, out.bias, residual=x, backend="triton")
-            hidden = self._after_norm(x, "c_fc", self.mlp.activation)
-            second = self.mlp.c_proj
-            return kernels.linear(hidden, second.weight, second.bias, residual=x, backend="triton")
-        if torch.is_grad_enabled() or isinstance(out, QuantizedLinear) or not library.packs(x, out.weight):
-            x = x + out(heads)
-            return x + self.mlp(self.ln_2(x))
-        x = x + kernels.frozen_linear(heads, out.weight, out.bias)
-        return self._packed_mlp(x)
-
-    def _packed_mlp(self, x: Tensor) -> Tensor:
-        """x + mlp(ln_2(x)), each of the two products with all that follows it up to the other."""
-        norm, first, second = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
-        if self.mlp.activation == "gelu":
-            hidden = kernels.frozen_linear(norm(x), first.weight, first.bias, activation="gelu")
-            return x + kernels.frozen_linear(hidden, second.weight, second.bias)
-        # x * sigmoid(ax) = silu(ax) / a: the one factor rides on the norm, the other on the sum.
-        factor = 1.702
-        y = F.layer_norm(x, norm.normalized_shape, norm.weight * factor, norm.bias * factor, norm.eps)
-        hidden = kernels.frozen_linear(y, first.weight, first.bias * factor, activation="silu")
-        out = kernels.frozen_linear(hidden, second.weight, second.bias * factor)
-        return torch.add(x, out, alpha=1 / factor)
-
-
-class ClipTeacher(nn.Module):
-    """CLIP's image encoder over the frames of a clip, frozen: parameters take no gradient, forward records none."""
+    name = "clip"
 
     def __init__(self, config: TeacherConfig, num_layers: int, tubelet_size: int = 1) -> None:
-        super().__init__()
-        self.config, self.num_layers = config, num_layers
-        patch = (tubelet_size, config.patch_size, config.patch_size)
-        self.conv1 = nn.Conv3d(3, config.width, patch, patch, bias=False)
-        side = config.image_size // config.patch_size
-        self.class_embedding = nn.Parameter(config.width**-0.5 * torch.randn(config.width))
-        self.positional_embedding = nn.Parameter(config.width**-0.5 * torch.randn(side * side + 1, config.width))
-        self.ln_pre = LayerNorm(config.width)
-        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(Block(config) for _ in range(config.depth))})
-        self.ln_post = LayerNorm(config.width)
-        self.proj = nn.Parameter(config.width**-0.5 * torch.randn(config.width, config.output_dim))
-        self.register_buffer("pixel_mean", 255 * torch.tensor(IMAGENET_MEAN), persistent=False)
-        self.register_buffer("pixel_std", 255 * torch.tensor(IMAGENET_STD), persistent=False)
-        self.requires_grad_(False).eval()
+        super().__init__(config, num_layers, tubelet_size, eps=1e-5, norm_first=True, patch_bias=False, projects=True)
 
-    def train(self, mode: bool = True) -> ClipTeacher:
-        """Stays in evaluation mode."""
-        return super().train(False)
+    @staticmethod
+    def check(config: TeacherConfig) -> None:
+        """Every TeacherConfig is of a CLIP tower."""
 
-    def compute_in(self, dtype: torch.dtype) -> ClipTeacher:
-        """Casts the matrix weights once; LayerNorms stay fp32. No autocast is then needed, nor any cast per step."""
-        for module in self.modules():
-            if not isinstance(module, (LayerNorm, QuantizedLinear)):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(dtype)
-        return self
+    @staticmethod
+    def flops(
+        config: TeacherConfig, vit: VitConfig, mask: MaskConfig, *, num_layers: int, with_image: bool = False
+    ) -> float:
+        return flops.frame_tower_flops(config, vit, mask, num_layers=num_layers, with_image=with_image)
 
-    def quantize(self, precision: TeacherPrecision) -> ClipTeacher:
-        """Computes all blocks but the last in 8 bits from now on (`native` changes nothing).
+    @staticmethod
+    def load_text(config: TeacherConfig) -> nn.Module:
+        return load_clip_text(config)
 
-        The last block draws the mask and costs 3% of the tower's work at B/16: it stays exact.
-        """
-        if precision != "native":
-            for block in self.blocks[:-1]:
-                block.quantize(precision)
-        return self
-
-    @property
-    def blocks(self) -> nn.ModuleList:
-        return self.transformer["resblocks"]
-
-    def _frames(self, video: Tensor) -> Tensor:
-        """The video at the teacher's resolution; uint8 stays uint8 where no resize is needed."""
-        size = self.config.image_size
-        height = video.shape[2] if video.dtype == torch.uint8 else video.shape[3]
-        if height == size:
-            return video
-        if video.dtype == torch.uint8:
-            frames = ((video - self.pixel_mean) / self.pixel_std).flatten(0, 1).permute(0, 3, 1, 2)
-            batch = video.shape[0]
-        else:
-            batch = video.shape[0]
-            frames = video.transpose(1, 2).flatten(0, 1)
-        # The official resize: fp32, bicubic, no antialiasing.
-        frames = frames.float()
-        if frames.is_cuda and not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
-            frames = bicubic(frames, (size, size))
-        else:
-            frames = F.interpolate(frames, (size, size), mode="bicubic", align_corners=False)
-        return frames.unflatten(0, (batch, -1)).transpose(1, 2)
-
-    def embed(self, video: Tensor) -> Tensor:
-        """Video -> (R, 1 + L, C), the class token first, through ln_pre."""
-        weight = self.conv1.weight
-        video = self._frames(video)
-        pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if video.dtype == torch.uint8 else {}
-        tubelet, per_frame = weight.shape[2], self.positional_embedding.shape[0] - 1
-        frames = (video.shape[1] if video.dtype == torch.uint8 else video.shape[2]) // tubelet
-        every = torch.arange(frames * per_frame, device=video.device, dtype=torch.int32).expand(video.shape[0], -1)
-        rows = kernels.patch_gather(
-            video, every, patch_size=weight.shape[-1], tubelet_size=tubelet, dtype=weight.dtype, **pixels
-        )
-        x = kernels.library_linear(rows.view(-1, per_frame, rows.shape[-1]), weight.flatten(1))
-        first = self.class_embedding.expand(x.shape[0], 1, -1)
-        return self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
-
-    @torch.no_grad()
-    def forward(
-        self, video: Tensor, mask: MaskConfig, seed: Tensor, *, with_image: bool = False, with_targets: bool = True
-    ) -> TeacherOutput:
-        """Draws the mask and computes the targets at its visible tokens.
-
-        Args:
-            video: uint8 (B, T, H, W, 3), or ImageNet-normalized (B, 3, T, H, W); CLIP is fed ImageNet statistics, as in
-                the official code.
-            mask: which tokens stay visible, and in how many views of each clip.
-            seed: int64 (1,) on the video's device.
-            with_image: give the image embedding too.
-            with_targets: give the targets; without them only the mask is drawn.
-        """
-        batch = video.shape[0]
-        x = self.embed(video)
-        per_frame = x.shape[1] - 1
-        frames = x.shape[0] // batch
-        side = int(per_frame**0.5)
-        last = self.blocks[-1]
-        features = []
-        for depth, block in enumerate(self.blocks[:-1]):
-            x = block(x)
-            if depth >= len(self.blocks) - self.num_layers:
-                features.append(x)
-        y = last.ln_1(x)
-        k, v = last.attn.project(y, slice(1, 3))
-        seeds = [seed_of_view(seed, view) for view in range(mask.per_clip)]
-        if mask.kind == "semantic":
-            (q,) = last.attn.project(y[:, 0], slice(0, 1))
-            m, several = num_visible(per_frame, mask.ratio), len(seeds) > 1
-            first = kernels.semantic_mask(q, k.transpose(1, 2), m, seed, return_scores=several)
-            kept, scores = first if several else (first, None)
-            drawn = [kept, *(kernels.sample_visible(scores, m, other) for other in seeds[1:])]
-            drawn = [flatten_frames(kept, frames, per_frame) for kept in drawn]
-        else:
-            grid = TokenGrid(frames, side, side)
-            drawn = [draw_uniform(mask.kind, batch, grid, mask.ratio, each) for each in seeds]
-        visible = drawn[0] if len(drawn) == 1 else torch.stack(drawn, 1).flatten(0, 1)
-        targets = None
-        if with_targets:
-            rectangular = mask.kind != "random"
-            targets = self.targets_at(visible, x, y, k, v, features, views=len(seeds), rectangular=rectangular)
-        return TeacherOutput(visible, targets, self._image(x, y, k, v, frames) if with_image else None)
-
-    def _image(self, x: Tensor, y: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
-        """The last block finished for the class tokens, normed and projected."""
-        last = self.blocks[-1]
-        (q,) = last.attn.project(y[:, :1], slice(0, 1))
-        found = self.ln_post(last.finish(x[:, :1], q, k, v)) @ self.proj
-        return F.normalize(found.float(), dim=-1).view(-1, frames, found.shape[-1]).mean(1)
-
-    def targets_at(
-        self,
-        visible: Tensor,
-        x: Tensor,
-        y: Tensor,
-        k: Tensor,
-        v: Tensor,
-        features: list[Tensor],
-        *,
-        views: int = 1,
-        rectangular: bool,
-    ) -> Tensor:
-        """Targets (K, B * M, n, D) at visible (B * M, n), from the last block's input x, its norm y, its keys and values.
-
-        rectangular: every frame has the same number of visible tokens. Otherwise frames differ, no batch of queries
-        per frame is rectangular, and the last block is finished for all tokens; so it is where views see more than there are.
-        """
-        last = self.blocks[-1]
-        batch, n = visible.shape[0] // views, visible.shape[1]
-        frames, per_frame = x.shape[0] // batch, x.shape[1] - 1
-        if rectangular and views == 1:
-            kept = visible.view(x.shape[0], -1) % per_frame + 1
-            (q,) = last.attn.project(kernels.token_gather(y, kept), slice(0, 1))
-            rows = [self._normed(feature, kept) for feature in features]
-            rows.append(self.ln_post(last.finish(kernels.token_gather(x, kept), q, k, v)))
-        else:
-            # Past one class token per frame, flat indices move on by the frame's number plus one.
-            kept = (visible + visible // per_frame + 1).view(batch, -1)
-            rows = [self._normed(feature.view(batch, frames * (per_frame + 1), -1), kept) for feature in features]
-            if rectangular and views * n < frames * per_frame:
-                # Frame by frame the tokens of all its views; from (B, T, M, m) back to the views' order on the way.
-                by_frame = visible.view(batch, views, frames, -1).transpose(1, 2)
-                flat = by_frame.flatten(2).flatten(0, 1) % per_frame + 1
-                (q,) = last.attn.project(kernels.token_gather(y, flat), slice(0, 1))
-                done = last.finish(kernels.token_gather(x, flat), q, k, v).view(batch, views * n, -1)
-                order = torch.arange(views * n, dtype=torch.int32, device=x.device)
-                order = order.view(frames, views, -1).transpose(0, 1).reshape(1, -1).expand(batch, -1)
-                rows.append(self._normed(done, order))
-            else:
-                (q,) = last.attn.project(y, slice(0, 1))
-                done = last.finish(x, q, k, v).view(batch, frames * (per_frame + 1), -1)
-                rows.append(self._normed(done, kept))
-        # Of matrices, a compiler lets the products write their rows of the result, and copies none.
-        rows = [kernels.library_product(row.flatten(0, 1), self.proj.t()) for row in rows]
-        return torch.cat(rows).view(len(rows), batch * views, n, -1)
-
-    def _normed(self, feature: Tensor, kept: Tensor) -> Tensor:
-        """ln_post of the kept rows of intermediate features."""
-        norm = self.ln_post
-        return kernels.gather_norm(feature, kept, norm.weight, norm.bias, eps=norm.eps)
-
-    @torch.no_grad()
-    def features(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """All tokens: projected intermediate features (K, B, N, D), not normalized, and attention scores (R, L) fp32."""
-        batch = video.shape[0]
-        x = self.embed(video)
-        features = []
-        for depth, block in enumerate(self.blocks):
-            if depth == len(self.blocks) - 1:
-                q, k = block.attn.project(block.ln_1(x), slice(0, 2))
-                scores = kernels.class_attention(q[:, 0], k.transpose(1, 2))
-            x = block(x)
-            if depth >= len(self.blocks) - self.num_layers:
-                features.append(x[:, 1:].reshape(batch, -1, x.shape[-1]))
-        return self.ln_post(torch.stack(features)) @ self.proj, scores
+    def load(self) -> None:
+        positions, tubelet = len(self.positional_embedding), self.conv1.weight.shape[2]
+        fit(self, visual_state(self.config, positions, tubelet), f"teacher weights {self.config.weights}")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import kernels
 from umt_fast.config import ConfigError, TeacherConfig, TeacherPrecision
+from umt_fast.models.teachers.base import teacher_kind
 
 
 class QuantizedLinear(nn.Module):
@@ -33,7 +34,8 @@ class QuantizedLinear(nn.Module):
 
 
 def require_precision(teacher: TeacherConfig, device: torch.device) -> None:
-    """Raises ConfigError where the device cannot compute in teacher.precision."""
+    """Raises ConfigError where the device cannot compute in teacher.precision, or teacher.kind has no such form."""
+    teacher_kind(teacher)
     if teacher.precision != "native":
         try:
             kernels.quantized_backend(teacher.precision, device)

@@ -1,13 +1,13 @@
 """Weights in and out in the official layouts.
 
 `files` reads and writes them, `torchscript` reads OpenAI's archives without running them, `layouts` puts them into our
-models, `downstream` into those of the video-text tasks, `teacher` fills the CLIP teacher. Nothing is left random in
-silence: each key that finds no partner is listed, and unless it is one that is expected to be absent (a fresh
-classification head, say) loading fails.
+models, `downstream` into those of the video-text tasks; `clip` and `timm_vit` read what teachers are filled with
+(models/teachers). Nothing is left random in silence: each key that finds no partner is listed, and unless it is one that is
+expected to be absent (a fresh classification head, say) loading fails.
 """
 
-from umt_fast.models.weights.detection import load_detector
-from umt_fast.models.weights.downstream import load_question, load_retrieval
+from umt_fast.models.weights.detection import fit_detector, load_detector
+from umt_fast.models.weights.downstream import fit_retrieval, load_question, load_retrieval
 from umt_fast.models.weights.files import (
     UnreadableError,
     WeightsError,
@@ -27,7 +27,6 @@ from umt_fast.models.weights.layouts import (
     load_video_text,
     start_video_text,
 )
-from umt_fast.models.weights.teacher import load_teacher, load_teacher_text
 
 __all__ = [
     "UnreadableError",
@@ -35,6 +34,8 @@ __all__ = [
     "WeightsFile",
     "fit",
     "fit_classifier",
+    "fit_retrieval",
+    "fit_detector",
     "fit_video_text",
     "kind_of",
     "load_bert",
@@ -44,8 +45,6 @@ __all__ = [
     "load_retrieval",
     "load_state",
     "load_student",
-    "load_teacher",
-    "load_teacher_text",
     "load_video_text",
     "read_weights",
     "save_state",

@@ -119,14 +119,14 @@ def fit_retrieval(model: RetrievalModel, state: dict[str, Tensor], source: str) 
 
 def fit_question(model: QuestionModel, state: dict[str, Tensor], source: str) -> None:
     """Copies the tensors of a stage-2 or fine-tuned question-answering file into a model; see load_question."""
-    has_decoder = any(key.startswith("text_decoder.") for key in state)
-    if kind_of(state) == "downstream" and not has_decoder:
+    kind = kind_of(state)
+    if kind == "downstream":
         raise WeightsError(
             f"{source} is fine-tuned for retrieval and has no answer decoder (text_decoder.*); question answering starts from "
             "a stage-2 file"
         )
     tower, text = model.vision_encoder.encoder.config.width, model.text_encoder.config.width
-    if not has_decoder and tower != text:
+    if kind == "stage-2" and tower != text:
         raise WeightsError(
             f"the decoder cannot start from {source}: its fusion layers read tokens of width {tower}, the decoder reads text "
             f"of width {text}; use a text encoder as wide as the tower"
@@ -136,9 +136,10 @@ def fit_question(model: QuestionModel, state: dict[str, Tensor], source: str) ->
 
 def _fit(model: nn.Module, state: dict[str, Tensor], source: str, task: str) -> None:
     kind = kind_of(state)
-    if kind not in ("stage-2", "downstream"):
+    own_kind = "question-answering" if task == "question answering" else "downstream"
+    if kind not in ("stage-2", own_kind):
         raise WeightsError(
-            f"{source} holds {kind} weights (by its keys); {task} starts from stage-2 or downstream weights"
+            f"{source} holds {kind} weights (by its keys); {task} starts from stage-2 or {own_kind} weights"
         )
     log.info("%s holds %s weights, told by its keys", source, kind)
     own = model.state_dict()

@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from umt_fast.config import VitConfig
 from umt_fast.masking import TokenGrid
-from umt_fast.models.vit import resized_table
+from umt_fast.models.classifier import Classifier, pretraining_grid
+from umt_fast.models.vit import position_table, resized_table
 from umt_fast.models.weights.files import WeightsError, load_state
 from umt_fast.models.weights.layouts import fit
-
-if TYPE_CHECKING:
-    from umt_fast.models.classifier import Classifier
 
 log = logging.getLogger("umt_fast.weights")
 
@@ -182,6 +182,20 @@ def _positions(classifier: Classifier, table: Tensor, source: str) -> Tensor | N
     if table.shape[1] != grid.size:
         log.info("%s: pos_embed resized from %d to %d rows", source, table.shape[1], grid.size)
     return found
+
+
+def with_positions(state: dict[str, Tensor], vit: VitConfig) -> dict[str, Tensor]:
+    """A classifier's state as the official layout has it: with the position table, `pos_embed` (1, N, C), of a clip that has
+    not as many tokens as the pre-training's. A state that has one is left alone."""
+    own = vit.position_grid or pretraining_grid(vit.patch_size)
+    if "pos_embed" in state or TokenGrid(*vit.grid).size == TokenGrid(*own).size:
+        return state
+    return state | {"pos_embed": position_table(replace(vit, position_grid=own))[None]}
+
+
+def is_deepspeed(path: Path) -> bool:
+    """Whether a folder is a deepspeed checkpoint, or has the `latest` that names one."""
+    return path.is_dir() and ((path / "latest").is_file() or any(path.glob(_MODEL_STATES)))
 
 
 def deepspeed_file(path: str | Path) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
+from umt_fast.extras import packages_of
 from umt_fast.models.weights.files import WeightsError, load_state
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("umt_fast.weights")
 
-Kind = Literal["stage-1", "stage-2", "downstream", "classifier", "CLIP", "unknown"]
+Kind = Literal["stage-1", "stage-2", "downstream", "question-answering", "classifier", "detector", "CLIP", "unknown"]
 # Constant, and not in every file.
 _POSITION_IDS = "text_encoder.bert.embeddings.position_ids"
 
@@ -29,15 +30,20 @@ def kind_of(state: dict[str, Tensor]) -> Kind:
     """What a file holds, told by its keys.
 
     `stage-1`: tower and alignment heads. `stage-2`: tower, text encoder, masked-language head. `downstream`: the same without
-    that head and the alignment heads, as stage-2 models are after official fine-tuning. `classifier`: tower and head.
+    that head and the alignment heads, as stage-2 models are after official fine-tuning; `question-answering`: that, with a
+    decoder of answers and nothing to compare clips with texts. `classifier`: tower and head. `detector`: the same with the
+    tower's own norm, and none of its averaged tokens.
     """
     patch = "patch_embed.proj.weight"
     if f"vision_encoder.encoder.{patch}" in state:
-        return "downstream" if any(key.startswith("text_encoder.embeddings.") for key in state) else "stage-2"
+        if not any(key.startswith("text_encoder.embeddings.") for key in state):
+            return "stage-2"
+        return "question-answering" if any(key.startswith("text_decoder.") for key in state) else "downstream"
     if f"encoder.{patch}" in state:
         return "stage-1"
     if patch in state:
-        return "classifier"
+        detects = {"norm.weight", "head.weight"} <= state.keys() and "fc_norm.weight" not in state
+        return "detector" if detects else "classifier"
     if "conv1.weight" in state or "visual.conv1.weight" in state:
         return "CLIP"
     return "unknown"
@@ -168,7 +174,8 @@ def load_bert(text_encoder: nn.Module, name: str) -> None:
 
     Raises WeightsError: weights that cannot be found, or of another size.
     """
-    from transformers import BertForMaskedLM
+    with packages_of("text"):
+        from transformers import BertForMaskedLM
 
     try:
         state = BertForMaskedLM.from_pretrained(name).state_dict()

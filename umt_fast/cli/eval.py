@@ -1,0 +1,111 @@
+"""`eval NAME`: figures of a checkpoint or weights file, by one of the evaluations that tasks have registered."""
+
+# Annotations are read by tyro while the command is built, so they must not be strings.
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from umt_fast import recipe
+from umt_fast.cli.command import call
+from umt_fast.cli.outputs import check_output
+from umt_fast.config import ConfigError, RunConfig, require
+from umt_fast.engine.distributed import distributed_run
+from umt_fast.files import write_json
+from umt_fast.models.description import MODELS, TOKENIZERS
+from umt_fast.tasks import EVALUATIONS, Evaluation, evaluation_named, task_of
+from umt_fast.tasks.evaluate import evaluate_checkpoint
+
+
+def main(arguments: list[str]) -> None:
+    """`eval NAME FILE LIST ...`. Raises ConfigError: no such evaluation."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [
+            f"  {name:10s} {(type(each).__doc__ or '').strip().splitlines()[0]}" for name, each in EVALUATIONS.items()
+        ]
+        usage = "\n".join(
+            ["usage: python -m umt_fast eval NAME FILE LIST [...]; `eval NAME --help` has the options", *lines]
+        )
+        if not arguments:
+            raise ConfigError(f"eval needs the name of an evaluation: {', '.join(EVALUATIONS)}")
+        print(usage)
+        return
+    evaluation = evaluation_named(arguments[0])
+    call(_command_of(evaluation), arguments[1:], f"eval {evaluation.name}", description=_description(evaluation))
+
+
+def _description(evaluation: Evaluation) -> str:
+    return f"{(type(evaluation).__doc__ or '').strip()} Under torchrun the ranks share the clips and the first one reports."
+
+
+def _command_of(judge: Evaluation) -> Callable[..., None]:
+    def command(
+        checkpoint: Annotated[Path, tyro.conf.Positional],
+        list_path: Annotated[Path, tyro.conf.Positional],
+        /,
+        evaluation: Annotated[judge.Options, tyro.conf.OmitArgPrefixes],
+        model: str = "",
+        num_frames: int = 0,
+        image_size: int = 0,
+        out: Path | None = None,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+    ) -> None:
+        """One evaluation.
+
+        Args:
+            checkpoint: A run's checkpoint-*, or weights alone, ours or official, flat or under `model` or `module`.
+            list_path: The clips.
+            evaluation: Options of its own.
+            model: What a file is of that does not say it: a name of `umt_fast.list_models()`, or the recipe it was trained
+                with, as NAME:VARIANT or PAGE.py:VARIANT.
+            num_frames: With --model: frames of a clip; 0: as the file's position table or the model says.
+            image_size: With --model: pixels per side, likewise.
+            out: JSON file to write the figures to, besides printing them.
+            device: auto, cpu or cuda.
+        """
+        scores = evaluation.scores
+        for path in (out, scores):
+            check_output(path, checkpoint, list_path)
+        if out is not None and scores is not None and out.resolve() == scores.resolve():
+            raise ConfigError(f"--out and --scores are both {out}; give two files")
+        described, tokenizer = _named(model, num_frames, image_size)
+        with distributed_run(RunConfig(device=device)) as ranks:
+            figures = evaluate_checkpoint(
+                judge.name,
+                checkpoint,
+                list_path,
+                ranks=ranks,
+                options=evaluation,
+                model=described,
+                tokenizer=tokenizer,
+            )
+            if ranks.first:
+                print(json.dumps(figures))
+                if out is not None:
+                    write_json(out, figures)
+
+    return command
+
+
+def _named(model: str, num_frames: int, image_size: int) -> tuple[dict[str, Any] | None, str]:
+    """The description of --model, with what was said of its clips, and its usual tokenizer."""
+    if not model:
+        for name, value in (("num_frames", num_frames), ("image_size", image_size)):
+            require(value == 0, f"--{name} is for a file whose model is named; give --model, or leave it out")
+        return None, ""
+    if model in MODELS:
+        described, tokenizer = MODELS[model](), TOKENIZERS.get(model, "")
+    else:
+        try:
+            config = recipe.load(model)
+        except ConfigError as error:
+            raise ConfigError(f"--model {model} is none of {', '.join(MODELS)}, and no recipe: {error}") from error
+        described = task_of(config).describe(config)
+        named = {entry.name for entry in dataclasses.fields(config)}
+        tokenizer = config.tokenizer if "tokenizer" in named else ""
+    given = {"num_frames": num_frames, "image_size": image_size}
+    described["vit"] |= {name: value for name, value in given.items() if value}
+    return described, tokenizer

@@ -1,0 +1,153 @@
+"""Which items of a gallery are nearest to a query, exactly, and at which rank the right ones stand.
+
+Legend: Q queries, I items, E width of their embeddings, P pairs of a query with a right item. No array of all Q x I scores is
+ever made: queries and items are compared block by block, on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Queries and items whose scores are held at once: 128 MiB of them.
+_QUERIES, _ITEMS = 512, 1 << 16
+
+
+class Found(NamedTuple):
+    """For Q queries the k best items, best first, their scores, and the rank of the best right answer, 0: first."""
+
+    items: Tensor
+    scores: Tensor
+    rank: Tensor
+
+
+def ranks_of(scores: Tensor, right: Tensor) -> Tensor:
+    """The rank (Q,) of each query's best right item, from scores (Q, I) and right answers (bool, same).
+
+    Items that score the same as it count as half before it, so constant scores do not look like a hit.
+    """
+    best = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
+    return _before(scores, right, best)
+
+
+def _before(scores: Tensor, right: Tensor, best: Tensor) -> Tensor:
+    """How many wrong items score above `best` (Q, 1), and half of those that score the same."""
+    wrong = ~right
+    return ((scores > best) & wrong).sum(1) + ((scores == best) & wrong).sum(1) / 2
+
+
+def recalls(rank: Tensor, prefix: str) -> dict[str, float]:
+    """R@1, R@5, R@10 (shares of queries) and the median rank, counted from 1."""
+    figures = {f"{prefix}_r{k}": (rank < k).float().mean().item() for k in (1, 5, 10)}
+    return figures | {f"{prefix}_median_rank": rank.median().item() + 1}
+
+
+def both_ways(v2t: Tensor, t2v: Tensor, prefix: str) -> dict[str, float]:
+    """The recalls of both directions and `r_mean`, the mean of all six."""
+    figures = recalls(v2t, f"{prefix}_v2t") | recalls(t2v, f"{prefix}_t2v")
+    six = [value for name, value in figures.items() if "_r" in name and "rank" not in name]
+    return figures | {f"{prefix}_r_mean": sum(six) / len(six)}
+
+
+def official_recalls(v2t: Tensor, t2v: Tensor) -> dict[str, float]:
+    """The recalls of both directions' ranks under their official names, in per cent: `txt_*` clips find captions, `img_*`
+    captions find clips.
+
+    The official figures, but for R@k with less than k candidates re-ranked: officially a right answer that is no candidate
+    then has the place that a sort happens to leave it among the other equal ones; here see ranks_of.
+    """
+    figures = {}
+    for name, rank in (("txt", v2t), ("img", t2v)):
+        shares = [100 * (rank < k).double().mean().item() for k in (1, 5, 10)]
+        figures |= dict(zip((f"{name}_r1", f"{name}_r5", f"{name}_r10"), shares, strict=True))
+        figures[f"{name}_r_mean"] = sum(shares) / 3
+    return figures | {"r_mean": (figures["txt_r_mean"] + figures["img_r_mean"]) / 2}
+
+
+class _Blocks:
+    """Scores of queries (Q, E) on a device, block by block of items: pairs of the first item and (Q, b); many times over."""
+
+    def __init__(self, queries: Tensor, items: Tensor) -> None:
+        self.queries, self.items = queries, items
+        self.held = list(self._computed()) if len(items) <= _ITEMS else None
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        return iter(self.held) if self.held is not None else self._computed()
+
+    def _computed(self) -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, len(self.items), _ITEMS):
+            yield first, self.queries @ self.items[first : first + _ITEMS].to(self.queries.device).t()
+
+
+def nearest(queries: Tensor, items: Tensor, k: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """The k best items of each query by the product of embeddings, best first: their numbers and scores (Q, k), on the CPU.
+
+    Args:
+        queries, items: (Q, E) and (I, E). Items may lie elsewhere, in a mapped file too: a block of them is moved at a time.
+        k: more than I: all.
+        device: where products are computed; None: where the queries are.
+    """
+    device = device or queries.device
+    parts = []
+    for rows in queries.split(_QUERIES):
+        parts.append([part.cpu() for part in _best(_Blocks(rows.to(device), items), k)])
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _best(blocks: _Blocks, k: int) -> tuple[Tensor, Tensor]:
+    found = []
+    for first, block in blocks:
+        own = block.topk(min(k, block.shape[1]), dim=1)
+        found = [*found, (own.values, own.indices + first)]
+        if len(found) > 1:
+            scores, numbers = (torch.cat(column, 1) for column in zip(*found, strict=True))
+            kept = scores.topk(min(k, scores.shape[1]), dim=1)
+            found = [(kept.values, numbers.gather(1, kept.indices))]
+    ((scores, numbers),) = found
+    return numbers, scores
+
+
+def search(queries: Tensor, items: Tensor, right: Tensor, top_k: int, *, device: torch.device | None = None) -> Found:
+    """The best items of each query, as nearest gives them, and the rank of the best right one; on the CPU.
+
+    right: int64 (P, 2), query and item of every right pair, sorted. A pair's score is computed again for its rank, in the same
+    block, and so comes out the same.
+    """
+    device = device or queries.device
+    parts = []
+    for first in range(0, len(queries), _QUERIES):
+        rows = queries[first : first + _QUERIES].to(device)
+        begin, end = torch.searchsorted(right[:, 0].contiguous(), torch.tensor([first, first + len(rows)])).tolist()
+        pairs = right[begin:end] - torch.tensor([first, 0])
+        blocks = _Blocks(rows, items)
+        numbers, scores = _best(blocks, top_k)
+        best = torch.full((len(rows), 1), float("-inf"), device=device)
+        for start, block in blocks:
+            own = block.masked_fill(~_hits(pairs, start, block), float("-inf"))
+            best = torch.maximum(best, own.amax(1, keepdim=True))
+        rank = sum(_before(block, _hits(pairs, start, block), best) for start, block in blocks)
+        parts.append(Found(numbers.cpu(), scores.cpu(), rank.cpu()))
+    return Found(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _hits(pairs: Tensor, start: int, block: Tensor) -> Tensor:
+    """bool, as a block of scores that begins at item `start`: where pairs of a row and an item are."""
+    own = pairs[(pairs[:, 1] >= start) & (pairs[:, 1] < start + block.shape[1])].to(block.device)
+    hits = torch.zeros_like(block, dtype=torch.bool)
+    hits[own[:, 0], own[:, 1] - start] = True
+    return hits
+
+
+def judge(candidates: Tensor, scores: Tensor, right: Tensor, items: int) -> Found:
+    """Candidates (Q, k) of `items` items in the order of new scores, (Q, k); the other items tie below all of these."""
+    count = torch.arange(len(candidates))[:, None]
+    hits = torch.isin(count * items + candidates, right[:, 0] * items + right[:, 1])
+    rank = ranks_of(scores, hits)
+    wrong = (~hits).sum(1)
+    beyond = items - candidates.shape[1] - torch.bincount(right[:, 0], minlength=len(candidates))
+    rank = torch.where(hits.any(1), rank, wrong + beyond / 2)
+    ordered = scores.sort(dim=1, descending=True, stable=True)
+    return Found(candidates.gather(1, ordered.indices), ordered.values, rank)
