@@ -7,7 +7,6 @@ copy. Writes rates.jsonl and rates.json, one line, which `python -m umt_fast pla
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from benchmarks.bench_kernels import spans_of
 from benchmarks.timing import DEVICE, GPU, Clocks, Lines, Row, about, out_folder, short, spread
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.engine.precision import cpu_has_bf16
+from umt_fast.files import write_json
 from umt_fast.models.flops import grid_of, visible_of
 
 DTYPE = torch.bfloat16 if GPU or cpu_has_bf16() else torch.float32
@@ -249,10 +249,7 @@ def read(out: Path) -> Row:
 
 def write(out: Path, changes: Row) -> None:
     """rates.json with some entries changed: one line, whole or not at all."""
-    whole = read(out) | changes
-    partial = out / "rates.json.partial"
-    partial.write_text(json.dumps(whole) + "\n")
-    os.replace(partial, out / "rates.json")
+    write_json(out / "rates.json", read(out) | changes)
 
 
 def summary(lines: Lines) -> Row:

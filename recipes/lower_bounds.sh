@@ -36,8 +36,11 @@ echo "The lowest versions declared, with $("$base" --version):" >&2
 cat "$folder/lowest.txt" >&2
 "$folder/bin/python" -m pip install -q --no-compile -r "$folder/lowest.txt"
 
-# The heart: kernels, parity with the official code, models, data, a run and its continuation, the API, the commands.
-tests=(tests/kernels tests/models tests/reference tests/config tests/data tests/objectives tests/engine/test_trainer.py
-    tests/engine/test_optim.py tests/tasks tests/test_hub.py tests/test_counted.py tests/test_cli.py)
+# The everyday tests of what touches these packages: kernels, parity with the official code, data, a run and its continuation,
+# the Python API, the commands.
+if [ $# = 0 ]; then
+    set -- -m "not slow" tests/kernels tests/models tests/reference tests/config tests/data tests/objectives tests/tasks \
+        tests/engine/test_trainer.py tests/engine/test_optim.py tests/test_hub.py tests/test_predict.py tests/test_cli.py
+fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD"
-"$folder/bin/python" -m pytest -q "${@:-${tests[@]}}"
+"$folder/bin/python" -m pytest -q -n auto --dist worksteal "$@"

@@ -101,7 +101,7 @@ def retrieval() -> RetrievalConfig:
     """Captions of the clips of stage 2, whole clips now; no flip here either."""
     pretraining = stage2()
     return RetrievalConfig(
-        run=RunConfig(batch_size=32, epochs=4, warmup_epochs=0.5, dtype="fp32", log_every=25, tensorboard=False),
+        run=RunConfig(batch_size=32, epochs=2, warmup_epochs=0.2, dtype="fp32", log_every=25, tensorboard=False),
         data=DataConfig(workers=1, flip=False, sampling="intervals", augment="random_resized_crop"),
         student=pretraining.student,
         text=pretraining.text,
@@ -114,7 +114,7 @@ def retrieval() -> RetrievalConfig:
 def choices() -> RetrievalConfig:
     """The same, half as long."""
     config = retrieval()
-    config.run.epochs, config.validate = 2, "choices"
+    config.run.epochs, config.validate = 1, "choices"
     return config
 
 

@@ -1,12 +1,13 @@
 """Runs on the sample world beside the quickstart's own; they start from its videos and its pre-trained student.
 
-| variant  | what                                                                                              |
-|----------|---------------------------------------------------------------------------------------------------|
-| motions  | a detector: which way does the thing in each box move (4 classes)? `still`: from its key frame    |
-| still    | alone, repeated, so that no motion is to be seen: the same model, steps and boxes                 |
+| variant | what                                                                                                |
+|---------|-----------------------------------------------------------------------------------------------------|
+| motions | a detector: which way does the thing in each box move (4 classes)?                                  |
+| still   | the same model, boxes and steps on the key frame alone, repeated: what a single picture tells       |
 
-`python -m umt_fast.sample_world.detection` trains them from pre-training and from scratch, with three seeds, and prints the
-frame mAP of each.
+`bash recipes/quickstart_motions.sh` trains them from pre-training and from scratch, with three seeds, and prints the frame mAP
+of each on 480 unseen clips with 1158 boxes. Seed 0 gave 56.3 from pre-training, 46.9 from scratch, and 29.9 for `still` from
+pre-training; guessing gives about 25.
 """
 
 from umt_fast.config import DataConfig, DetectionConfig, KeyFrameConfig, OptimConfig, RunConfig, VitConfig
@@ -17,7 +18,9 @@ DEFAULT = "motions"
 def motions() -> DetectionConfig:
     """Four frames, four apart, around the middle of a clip of two seconds; no mirror, which would turn left into right."""
     return DetectionConfig(
-        run=RunConfig(batch_size=16, epochs=15, warmup_epochs=2, dtype="fp32", log_every=30, keep=1, tensorboard=False),
+        run=RunConfig(
+            batch_size=16, epochs=4, warmup_epochs=0.5, dtype="fp32", log_every=30, keep=1, tensorboard=False
+        ),
         data=DataConfig(workers=1),
         clips=KeyFrameConfig(
             movies="whole",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from tests.parity_files import COMMITTED
 from tests.videos import write_video
 
 # Without a GPU the kernels run under Triton's interpreter; it must be chosen before triton is imported.
@@ -17,6 +18,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreted kernels take long for the shared folder's parity files; those committed here are small."""
+    for item in items if not torch.cuda.is_available() else ():
+        values = list(getattr(getattr(item, "callspec", None), "params", {}).values())
+        files = [value for value in values if isinstance(value, Path) and value.suffix == ".safetensors"]
+        interpreted = any(isinstance(value, str) and value == "triton" for value in values)
+        if interpreted and any(COMMITTED not in path.parents for path in files):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

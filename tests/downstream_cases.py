@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tests.parity_files import relative
+from tests.parity_files import relative, tower_of
 from umt_fast.config import TextConfig, VitConfig
 
 LIMIT = 1e-4
@@ -12,16 +12,7 @@ LIMIT = 1e-4
 
 def sizes_of(config: dict, tensors: dict[str, Tensor]) -> tuple[VitConfig, TextConfig]:
     """The sizes of a downstream file's tower and text encoder; nothing is dropped."""
-    vit = VitConfig(
-        width=config["dim"],
-        depth=config["depth"],
-        num_heads=config["heads"],
-        patch_size=config["patch"],
-        image_size=config["img"],
-        num_frames=config["t"],
-        tubelet_size=config.get("tubelet", 1),
-        drop_path=0.0,
-    )
+    vit = tower_of(config)
     embeddings = "text_encoder.embeddings."
     text = TextConfig(
         width=tensors[f"{embeddings}word_embeddings.weight"].shape[1],

@@ -10,6 +10,8 @@ import pytest
 from safetensors import safe_open
 from torch import Tensor
 
+from umt_fast.config import VitConfig
+
 COMMITTED = Path(__file__).resolve().parent / "parity"
 
 
@@ -33,6 +35,20 @@ def read_case(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """The configuration and the tensors of a file."""
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}
+
+
+def tower_of(config: dict) -> VitConfig:
+    """The sizes of a file's vision tower; nothing is dropped."""
+    return VitConfig(
+        width=config["dim"],
+        depth=config["depth"],
+        num_heads=config["heads"],
+        patch_size=config["patch"],
+        tubelet_size=config.get("tubelet", 1),
+        image_size=config["img"],
+        num_frames=config["t"],
+        drop_path=0.0,
+    )
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

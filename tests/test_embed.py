@@ -237,7 +237,7 @@ def test_refusals(tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture) ->
         assert main(arguments) == 2, arguments
         said = capsys.readouterr().err.strip().splitlines()
         assert re.search(message, said[-1]), said
-    assert out.read_bytes() == before and not list(tmp_path.glob("*.partial"))
+    assert out.read_bytes() == before and not list(tmp_path.glob("*.writing"))
 
 
 def test_a_file_is_written_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,4 +253,4 @@ def test_a_file_is_written_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("umt_fast.cli.embed.save_file", full)
     with pytest.raises(ValueError, match="cannot be written"):
         write_features(out, {"pooled": torch.zeros(9, 3)}, ["b"], {})
-    assert read_features(out)[1] == ["a", "ü\n"] and not list(tmp_path.glob("*.partial"))
+    assert read_features(out)[1] == ["a", "ü\n"] and not list(tmp_path.glob("*.writing"))

@@ -10,6 +10,7 @@ import torch
 
 import umt_fast
 from tests.detection_world import COLORS, HEIGHT, WIDTH, configured, encode, write_world
+from umt_fast.__main__ import main
 from umt_fast.config import ConfigError
 from umt_fast.data.decode import detection_view as views
 from umt_fast.data.errors import DataError
@@ -109,6 +110,14 @@ def test_an_official_file_is_told_by_its_keys(
     save_state({key: value for key, value in state.items() if key != "norm.bias"}, tmp_path / "part.pth")
     with pytest.raises(WeightsError, match=r"missing: norm\.bias"):
         umt_fast.load_model("umt_b16_ava", weights=tmp_path / "part.pth")
+
+
+def test_a_converted_file_is_the_same_detector(checkpoint: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(checkpoint), str(tmp_path / "detector.safetensors")]) == 0
+    model, other = (
+        umt_fast.load_model(weights=f, device="cpu") for f in (checkpoint, tmp_path / "detector.safetensors")
+    )
+    assert other.description == model.description and other.fingerprint() == model.fingerprint()
 
 
 def test_a_detector_starts_another_one(checkpoint: Path) -> None:

@@ -16,13 +16,13 @@ ALLOWED = {
     "extras": {"config"},
     "files": set(),
     "workers": set(),
-    "data": {"config", "extras", "workers"},
-    "models": {"config", "extras", "masking", "registry"},
-    "engine": {"config", "extras", "interrupts"},
+    "data": {"config", "extras", "files", "workers"},
+    "models": {"config", "extras", "files", "masking", "registry"},
+    "engine": {"config", "extras", "files", "interrupts"},
     "tasks": {"config", "extras", "files", "masking", "data", "models", "engine"},
     "reference": {"config", "masking"},
     "bench": {"config", "masking", "models", "engine", "tasks", "reference"},
-    "demo": {"config", "extras", "data", "tasks", "pretrained"},
+    "demo": {"config", "extras", "files", "data", "tasks", "pretrained"},
 }
 FILES = sorted((REPOSITORY / "umt_fast").rglob("*.py")) + sorted((REPOSITORY / "kernels").rglob("*.py"))
 

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from umt_fast import __main__ as command_line
+from umt_fast.cli import main as command_line
 
 pytestmark = pytest.mark.process
 
@@ -46,6 +47,14 @@ def ends(leader: int, seconds: float = 30.0) -> bool:
     return not group(leader)
 
 
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C: the process says one line, and its whole group ends."""
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and said.splitlines() == ["umt_fast: interrupted"], said
+    assert ends(process.pid)
+
+
 @contextmanager
 def under_way(command: str, tiny_list: Path) -> Iterator[subprocess.Popen]:
     """The command on a list that takes long, in a process group of its own, its workers at work."""
@@ -70,10 +79,7 @@ def under_way(command: str, tiny_list: Path) -> Iterator[subprocess.Popen]:
 @pytest.mark.parametrize("command", ["scan", "prepare"])
 def test_ctrl_c_is_one_line_and_ends_everything(command: str, tiny_list: Path) -> None:
     with under_way(command, tiny_list) as process:
-        os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode == 130 and said.splitlines() == ["umt_fast: interrupted"], said
-        assert ends(process.pid)
+        interrupt(process)
 
 
 @pytest.mark.slow
@@ -103,7 +109,7 @@ def test_ctrl_c_while_a_command_starts(module: str, tmp_path: Path) -> None:
 def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
     program = (
         "import sys\n"
-        "from umt_fast import __main__ as command_line\n"
+        "from umt_fast.cli import data, main as command_line\n"
         "from umt_fast import interrupts\n"
         "from umt_fast import workers\n"
         "def scan(rest):\n"
@@ -112,7 +118,7 @@ def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
         "    with workers.worker_pool(1, 'umt_fast.data.loaders.captions') as pool:\n"
         "        pool.submit(abs, 1).result()\n"
         "        raise AssertionError('not interrupted')\n"
-        "command_line.COMMANDS['scan'] = scan\n"
+        "data.scan = scan\n"
         "if __name__ == '__main__':\n"
         "    sys.exit(command_line.main(['scan']))\n"
     )
@@ -128,10 +134,7 @@ def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
     ) as process:
         process.stdout.readline()
         time.sleep(1)  # the server is importing torch, which takes seconds
-        os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
-        assert process.returncode == 130 and said.splitlines() == ["umt_fast: interrupted"], said
-        assert ends(process.pid)
+        interrupt(process)
 
 
 @pytest.mark.slow
@@ -147,6 +150,7 @@ def test_ctrl_c_in_every_command(name: str, monkeypatch: pytest.MonkeyPatch, cap
     def interrupted(rest: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(command_line.COMMANDS, name, interrupted)
+    module = SimpleNamespace(**{command_line.COMMANDS[name].partition(".")[2]: interrupted})
+    monkeypatch.setattr(command_line.importlib, "import_module", lambda _: module)
     assert command_line.main([name]) == 130
     assert capsys.readouterr().err == "umt_fast: interrupted\n"

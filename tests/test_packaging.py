@@ -98,7 +98,11 @@ def test_the_wheels_share_no_file_and_are_typed(wheels: dict[str, Path]) -> None
     assert set(wheels) == {"umt_fast", "umt_kernels"}
     umt_fast, kernels = files(wheels["umt_fast"]), files(wheels["umt_kernels"])
     assert not umt_fast & kernels
-    assert {"umt_fast/py.typed", "umt_fast/bundled/kernels/py.typed"} < umt_fast and "kernels/py.typed" in kernels
+    assert {
+        "umt_fast/py.typed",
+        "umt_fast/report.html.jinja",
+        "umt_fast/bundled/kernels/py.typed",
+    } < umt_fast and "kernels/py.typed" in kernels
     inside = {name.removeprefix("umt_fast/bundled/") for name in umt_fast if name.startswith("umt_fast/bundled/")}
     assert inside == {name for name in kernels if name.startswith("kernels/")}
     pages = {name.rpartition("/")[2] for name in umt_fast if name.startswith("umt_fast/recipes/")}

@@ -1,7 +1,11 @@
 """The report: self-contained, complete, and only about what is there."""
 
+import base64
 import json
+import os
 import re
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,15 +32,48 @@ def rows(count: int) -> str:
     )
 
 
+def curves(page: str) -> list[str]:
+    """The SVG figures of a page."""
+    return [base64.b64decode(found).decode() for found in re.findall(r'data:image/svg\+xml;base64,([^"]+)"', page)]
+
+
+def heights(svg: str, name: str) -> list[float]:
+    """How far down the page each point of a named line lies."""
+    path = re.search(rf'<g id="{name}">\s*<path d="([^"]+)"', svg)[1]
+    return [float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)]
+
+
 def test_a_plain_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(rows(40) + '{"step": 40, "lo')
     page = write_report(tmp_path).read_text()
     HTMLParser().feed(page)
-    assert page.count("<svg") == 2 and "Throughput" in page and "Kept tokens" not in page and "motion" not in page
-    points = re.search(r'points="([^"]+)"', page)[1].split()
-    heights = [float(point.split(",")[1]) for point in points]
-    assert len(points) == 39 and heights == sorted(heights), "a falling loss must go down the page"
+    assert len(curves(page)) == 2 and "Throughput" in page and "Kept tokens" not in page and "motion" not in page
+    found = heights(curves(page)[0], "loss")
+    assert len(found) == 39 and found == sorted(found), "a falling loss must go down the page"
+    # By 2 / step, the loss falls from its first point to the second by half of its whole way and more.
+    assert (found[1] - found[0]) / (found[-1] - found[0]) == pytest.approx((2 - 2 / 2) / (2 - 2 / 39), abs=1e-4)
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_equal_files_give_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at another time, in a process that has drawn before, and with settings of matplotlib's own left around."""
+    import matplotlib
+
+    (tmp_path / "metrics.jsonl").write_text(rows(40))
+    first = write_report(tmp_path).read_bytes()
+    os.utime(tmp_path / "metrics.jsonl", (0, 0))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86_400)
+    monkeypatch.setitem(matplotlib.rcParams, "svg.hashsalt", None)
+    assert write_report(tmp_path).read_bytes() == first
+    assert all("dc:date" not in svg for svg in curves(first.decode()))
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"pip install 'umt_fast\[report\]'"):
+        write_report(tmp_path)
 
 
 def test_a_quickstart(tmp_path: Path) -> None:
@@ -76,11 +113,11 @@ def test_odd_rows_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCap
     text = "".join(json.dumps(row) + "\n" for row in whole[:4] + odd + whole[4:])
     (tmp_path / "metrics.jsonl").write_text(text + "[" * 100_000 + '\n{"step": 12, "lo')
     page = write_report(tmp_path).read_text()
-    assert len(re.search(r'points="([^"]+)"', page)[1].split()) == 8 and "nan" not in page
+    assert len(heights(curves(page)[0], "loss")) == 8 and "nan" not in page
     assert "left out 5 lines" in caplog.text
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     page = write_report(tmp_path).read_text()
-    assert "not logged" in page and "<svg" not in page
+    assert "not logged" in page and not curves(page)
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,6 @@ def _fetched(released: ZooFile) -> Path:
     """A released file from the cache of earlier calls, or from its authors' repository."""
     from huggingface_hub import hf_hub_download, model_info, snapshot_download
 
-    _require_built(released)
     # The file is found by its name: folders of that repository are its authors' to change.
     try:
         cached = Path(snapshot_download(REPOSITORY, local_files_only=True)).rglob(released.file)
@@ -186,17 +185,9 @@ def _fetched(released: ZooFile) -> Path:
     raise WeightsError(f"{REPOSITORY} on Hugging Face has no {released.file}; fetch it elsewhere and give weights=PATH")
 
 
-def _require_built(released: ZooFile) -> None:
-    require(
-        bool(released.model),
-        f"{released.name} is for {released.task} ({released.data}), which load_model does not build",
-    )
-
-
 def _architecture(released: ZooFile | None, name: str | None, file: WeightsFile, path: Path) -> str:
     """The architecture of a file that does not describe itself. Raises WeightsError: nothing was said."""
     if released is not None:
-        _require_built(released)
         return released.model
     if name is not None:
         return name

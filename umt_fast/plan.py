@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from umt_fast.config import ConfigError, check_numbers, require
+from umt_fast.models.flops import tower_parts
 from umt_fast.tasks import task_of
 
 Gpu = Literal["a100", "h100", "h200"]
@@ -156,9 +157,7 @@ def work_of(config: Any) -> Work:
     per_token = kept * ACTIVATION_BYTES * vit.width + vit.checkpoint_blocks * 4 * vit.width
     # Two thirds of what is trained is backward; the blocks' products stand for the rest in proportion.
     n, views = task_of(config).visible_tokens(config), getattr(objective, "views_per_clip", 1)
-    span = n if vit.attention == "joint" else n // (vit.num_frames // vit.tubelet_size)
-    block = n * vit.width**2 * (8 + 4 * vit.mlp_ratio) + 4 * n * span * vit.width
-    backward = min(1.0, 2 * vit.depth * views * block / flops)
+    backward = min(1.0, 2 * views * tower_parts(vit, n)["blocks"] / flops)
     return Work(flops, backward, trained, frozen, views * n * per_token, views)
 
 

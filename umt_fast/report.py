@@ -6,11 +6,9 @@ A section appears only where its data does; nothing is fetched when the page is 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import logging
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,23 +18,17 @@ import numpy as np
 
 from umt_fast.config import ConfigError
 from umt_fast.extras import packages_of
+from umt_fast.files import write_text
 
 with packages_of("video"):
     from PIL import Image
 
 log = logging.getLogger("umt_fast")
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d5d9de; }
-table { border-collapse: collapse; margin: .6rem 0; } td, th { padding: .25rem .8rem; border-bottom: 1px solid #e4e7eb;
-       text-align: left; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
-figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top; }
-figcaption, .note { color: #5b636d; font-size: .87rem; max-width: 56rem; }
-img { image-rendering: pixelated; max-width: 100%; }
-"""
 _COLORS = ("#2563a8", "#c2571a", "#2f8f57", "#8a3fa0", "#b3202c", "#6b7280")
+Points = tuple[list[float], list[float]]
+Captioned = list[tuple[str, str]]
+"""Captions with pictures as data URIs."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -76,53 +68,58 @@ def _mean(rows: list[dict[str, Any]], key: str, scale: float = 1.0) -> float | s
     return scale * sum(values) / len(values) if values else "not logged"
 
 
-def _table(rows: list[list[Any]], head: list[str]) -> str:
-    def cell(value: Any) -> str:
-        number = isinstance(value, (int, float))
-        text = f"{value:,.4g}" if isinstance(value, float) else html.escape(str(value))
-        return f'<td class="n">{text}</td>' if number else f"<td>{text}</td>"
-
-    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
-def curve(lines: dict[str, tuple[list[float], list[float]]], title: str, width: int = 420, height: int = 220) -> str:
-    """An SVG figure of named (x, y) lines over common axes; nothing where no line has a point."""
-    lines = {name: points for name, points in lines.items() if points[0]}
-    if not lines:
-        return ""
-    every_x = [x for xs, _ in lines.values() for x in xs]
-    every_y = [y for _, ys in lines.values() for y in ys]
-    left, bottom, top = 52, 24, 8
-    low_x, high_x, low_y, high_y = min(every_x), max(every_x), min(every_y), max(every_y)
-    span_x, span_y = (high_x - low_x) or 1, (high_y - low_y) or 1
-
-    def place(x: float, y: float) -> str:
-        px = left + (x - low_x) / span_x * (width - left - 8)
-        py = top + (high_y - y) / span_y * (height - top - bottom)
-        return f"{px:.1f},{py:.1f}"
-
-    parts = [f'<svg width="{width}" height="{height}" role="img" aria-label="{html.escape(title)}">']
-    for share in (0, 0.5, 1):
-        y = low_y + share * span_y
-        py = top + (1 - share) * (height - top - bottom)
-        parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{py:.1f}" y2="{py:.1f}" stroke="#e4e7eb"/>')
-        parts.append(f'<text x="{left - 6}" y="{py + 4:.1f}" text-anchor="end" font-size="11">{y:.3g}</text>')
-    parts.append(f'<text x="{left}" y="{height - 6}" font-size="11">step {low_x:g}</text>')
-    parts.append(f'<text x="{width - 8}" y="{height - 6}" text-anchor="end" font-size="11">{high_x:g}</text>')
-    for (_, (xs, ys)), color in zip(lines.items(), _COLORS * len(lines), strict=False):
-        points = " ".join(place(x, y) for x, y in zip(xs, ys, strict=True))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.5"/>')
-    parts.append("</svg>")
-    legend = " ".join(
-        f'<span style="color:{color}">{html.escape(name)}</span>'
-        for name, color in zip(lines, _COLORS * len(lines), strict=False)
-    )
-    return f"<figure>{''.join(parts)}<figcaption>{html.escape(title)}: {legend}</figcaption></figure>"
+def require_packages() -> None:
+    """Raises MissingPackageError where what draws the page is not installed."""
+    with packages_of("report"):
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
 
 
-def _smoothed(rows: list[dict[str, Any]], key: str, points: int = 150) -> tuple[list[float], list[float]]:
+def curve(lines: dict[str, Points], title: str) -> bytes:
+    """An SVG of named (x, y) lines over steps; the same bytes for the same points. Each line is the group of its name."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    fixed = {
+        "svg.hashsalt": title,
+        "path.simplify": False,
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#9aa1a9",
+        "axes.prop_cycle": matplotlib.cycler(color=_COLORS),
+    }
+    with matplotlib.rc_context(fixed):
+        figure = Figure(figsize=(4.4, 2.5), layout="constrained")
+        axes = figure.subplots()
+        for name, (xs, ys) in lines.items():
+            axes.plot(xs, ys, linewidth=1.2, label=name, gid=name, marker="" if len(xs) > 1 else ".")
+        axes.grid(axis="y", color="#e4e7eb")
+        axes.set_xlabel("step")
+        if len(lines) > 1:
+            axes.legend(frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _drawn(rows: list[dict[str, Any]], keys: list[str], title: str, points: int = 150) -> Captioned:
+    """The curves of some figures of a run in one picture of so many points each; none where no row has one."""
+    lines = {key: line for key in keys if (line := _smoothed(rows, key, points))[0]}
+    return [(title, _data_uri("svg+xml", curve(lines, title)))] if lines else []
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _smoothed(rows: list[dict[str, Any]], key: str, points: int = 150) -> Points:
     """At most `points` means of consecutive steps."""
     values = [(row["step"], row[key]) for row in rows if _number(row.get(key))]
     size = max(1, len(values) // points)
@@ -148,14 +145,10 @@ def mask_picture(video: np.ndarray, kept: np.ndarray, side: int, scale: int = 2)
     return Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1))
 
 
-def _embedded(picture: Image.Image, caption: str) -> str:
+def _png(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    caption = html.escape(caption)
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-    )
+    return _data_uri("png", buffer.getvalue())
 
 
 def found_picture(videos: np.ndarray, right: np.ndarray, scale: int = 2) -> Image.Image:
@@ -173,23 +166,15 @@ def found_picture(videos: np.ndarray, right: np.ndarray, scale: int = 2) -> Imag
     return Image.fromarray(np.concatenate(rows[:-1], 1).repeat(scale, 0).repeat(scale, 1))
 
 
-def _retrieval_section(path: Path) -> str:
+def _retrieval(path: Path) -> Captioned:
     with np.load(path) as found:
         captions, right, videos = found["caption"], found["right"], found["video"]
-    parts = [
-        "<h2>Captions and the clips they found</h2>",
-        '<p class="note">The three best of all unseen clips after re-ranking; green: the caption\'s own clip.</p>',
-    ]
-    parts += [
-        _embedded(found_picture(clips, hits, 1), str(caption))
-        for caption, hits, clips in zip(captions, right, videos, strict=True)
-    ]
-    return "".join(parts)
+    found = zip(captions, right, videos, strict=True)
+    return [(str(caption), _png(found_picture(clips, hits, 1))) for caption, hits, clips in found]
 
 
-def _results_section(path: Path) -> str:
-    results = read_results(path)
-    parts = ["<h2>What pre-training gave</h2>"]
+def _results(path: Path) -> dict[str, Any]:
+    results, found = read_results(path), {}
     if "comparison" in results:
         scores = results["comparison"]
         names = {
@@ -197,45 +182,26 @@ def _results_section(path: Path) -> str:
             "scratch": "the same student from scratch",
             "teacher": "the per-frame teacher",
         }
-        rows = [[text, 100 * scores["motion"][key], 100 * scores["scene"][key]] for key, text in names.items()]
-        parts.append(_table(rows, ["after the same short training", "motion labels, %", "scene labels (probe), %"]))
-        parts.append(
-            '<p class="note">Accuracy on unseen clips. Motion (4 classes, chance 25%) is what single frames do not show; '
-            "frames without their order can reach 50% at best. Scene has 24 classes, chance 4.2%.</p>"
-        )
+        found["comparison"] = [
+            [text, 100 * scores["motion"][key], 100 * scores["scene"][key]] for key, text in names.items()
+        ]
     if "foreground" in results:
         shares = results["foreground"]
-        rows = [[kind, 100 * shares[kind]] for kind in ("semantic", "random", "tube")]
-        parts.append(_table(rows, ["mask", "shape pixels among kept patches, %"]))
-        parts.append(
-            f'<p class="note">The semantic mask keeps {shares["ratio"]:.2f} times the foreground of a random one.</p>'
-        )
+        found["foreground"] = [[kind, 100 * shares[kind]] for kind in ("semantic", "random", "tube")]
+        found["foreground_ratio"] = float(shares["ratio"])
     if "teacher" in results:
-        teacher = results["teacher"]
-        parts.append(
-            f"<p>The teacher names {100 * teacher['zero_shot']:.1f}% of unseen frames right among "
-            f"{teacher['captions']} captions.</p>"
-        )
+        found["teacher"] = float(100 * results["teacher"]["zero_shot"]), results["teacher"]["captions"]
     if "retrieval" in results:
-        found = results["retrieval"]
-        rows = [
-            [way, how, *(100 * found[f"{head}_{side}_r{k}"] for k in (1, 5, 10)), found[f"{head}_{side}_median_rank"]]
+        scores = results["retrieval"]
+        found["retrieval"] = [
+            [way, how, *(100 * scores[f"{head}_{side}_r{k}"] for k in (1, 5, 10)), scores[f"{head}_{side}_median_rank"]]
             for side, way in (("t2v", "captions search clips"), ("v2t", "clips search captions"))
             for head, how in (("dual", "embeddings"), ("match", "re-ranked by matching"), ("both", "re-ranked by both"))
-            if f"{head}_{side}_r1" in found
+            if f"{head}_{side}_r1" in scores
         ]
-        parts.append(_table(rows, ["zero-shot, unseen clips", "by", "R@1, %", "R@5, %", "R@10, %", "median rank"]))
-        parts.append(
-            f'<p class="note">{found["clips"]} clips, {found["captions"]} captions. '
-            f"Chance at R@1 is {100 / found['clips']:.2f}%.</p>"
-        )
-    seconds = [[name, part.get("seconds", "")] for name, part in results.items() if isinstance(part, dict)]
-    parts.append("<h2>Time</h2>" + _table(seconds, ["part", "seconds"]))
-    if "comparison" in results:
-        parts.append(
-            '<p class="note">The comparison runs beside the other parts; its seconds are the wait for its end.</p>'
-        )
-    return "".join(parts)
+        found["gallery"], found["chance"] = (scores["clips"], scores["captions"]), 100 / scores["clips"]
+    found["seconds"] = [[name, part.get("seconds", "")] for name, part in results.items() if isinstance(part, dict)]
+    return found
 
 
 def _unseen(row: dict[str, Any]) -> list[str]:
@@ -243,60 +209,44 @@ def _unseen(row: dict[str, Any]) -> list[str]:
     return [key for key in row if key.startswith("val_")]
 
 
-def _runs_section(runs: dict[str, list[dict[str, Any]]]) -> str:
-    parts = ["<h2>Curves</h2>"]
-    judged = {name: [row for row in rows if _unseen(row)] for name, rows in runs.items()}
-    runs = {name: kept for name, rows in runs.items() if (kept := [row for row in rows if not _unseen(row)])}
+def _runs(runs: dict[str, list[dict[str, Any]]]) -> tuple[Captioned, list[list[Any]]]:
+    """Curves and throughput of each run that has rows of steps."""
+    curves, speeds = [], []
     for name, rows in runs.items():
-        parts.append(curve({"loss": _smoothed(rows, "loss")}, f"{name}, loss"))
+        judged = [row for row in rows if _unseen(row)]
+        rows = [row for row in rows if not _unseen(row)]
+        if not rows:
+            continue
+        speeds.append(_speed(name, rows))
         layers = sorted(key for key in rows[-1] if key.startswith("loss_layer_"))
-        if layers:
-            parts.append(curve({key: _smoothed(rows, key) for key in layers}, f"{name}, loss of each aligned layer"))
-        if "top1" in rows[-1]:
-            parts.append(curve({"top1": _smoothed(rows, "top1")}, f"{name}, training accuracy"))
-        for key in sorted({key for row in judged[name] for key in _unseen(row)}):
-            points = _smoothed(judged[name], key, len(judged[name]))
-            parts.append(curve({key: points}, f"{name}, {key.removeprefix('val_')} on unseen clips"))
-    speeds = []
-    for name, rows in runs.items():
-        half = rows[len(rows) // 2 :]
-        memory = max((row["memory_gib"] for row in rows if _number(row.get("memory_gib"))), default="not logged")
-        speeds.append(
-            [
-                name,
-                rows[-1]["step"],
-                _mean(half, "clips_per_s"),
-                _mean(half, "data_wait", 100),
-                _mean(half, "mfu", 100),
-                memory,
-                rows[-1].get("bad_files", "not logged"),
-            ]
-        )
-    head = ["run", "steps", "clips/s", "waiting for data, %", "of matmul rate, %", "peak memory, GiB", "bad files"]
-    parts.append("<h2>Throughput</h2>" + _table(speeds, head))
-    parts.append(
-        '<p class="note">Means over the second half of each run, as it was with everything else on the machine.</p>'
-    )
-    return "".join(parts)
+        curves += _drawn(rows, ["loss"], f"{name}, loss")
+        curves += _drawn(rows, layers, f"{name}, loss of each aligned layer")
+        curves += _drawn(rows, ["top1"], f"{name}, training accuracy")
+        for key in sorted({key for row in judged for key in _unseen(row)}):
+            curves += _drawn(judged, [key], f"{name}, {key.removeprefix('val_')} on unseen clips", len(judged))
+    return curves, speeds
 
 
-def _masks_section(path: Path) -> str:
+def _speed(name: str, rows: list[dict[str, Any]]) -> list[Any]:
+    half = rows[len(rows) // 2 :]
+    memory = max((row["memory_gib"] for row in rows if _number(row.get("memory_gib"))), default="not logged")
+    means = [_mean(half, "clips_per_s"), _mean(half, "data_wait", 100), _mean(half, "mfu", 100)]
+    return [name, rows[-1]["step"], *means, memory, rows[-1].get("bad_files", "not logged")]
+
+
+def _masks(path: Path) -> Captioned:
+    found = []
     with np.load(path) as masks:
         video, side = masks["video"], int(masks["side"])
-        parts = ["<h2>Kept tokens</h2>"]
-        parts.append('<p class="note">Above the frames the teacher sees, below what the student sees of them.</p>')
         for number in range(len(video)):
             for kind in ("semantic", "random") if number < 2 else ("semantic",):
                 picture = mask_picture(video[number], masks[kind][number], side)
-                parts.append(_embedded(picture, f"unseen clip {number}, {kind} mask"))
-    return "".join(parts)
+                found.append((f"unseen clip {number}, {kind} mask", _png(picture)))
+    return found
 
 
-def _tune_section(path: Path) -> str:
+def _tune(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text())
-    parts = [
-        f"<h2>Way of computing</h2><p>run.tune chose: {html.escape(found['label'])} ({html.escape(found['source'])}).</p>"
-    ]
     rows = [
         [
             " ".join(f"{name} {value}" for name, value in row["candidate"].items()),
@@ -306,13 +256,23 @@ def _tune_section(path: Path) -> str:
         ]
         for row in found["candidates"]
     ]
-    head = ["candidate", "ms per step", "peak memory, GiB", "first steps, s", "verdict", "why"]
-    return "".join([*parts, _table(rows, head)])
+    return {"label": found["label"], "source": found["source"], "candidates": rows}
 
 
-def _section(make: Callable[[Path], str], path: Path) -> str:
+_SECTIONS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "results": ("results.json", _results),
+    "masks": ("masks.npz", _masks),
+    "retrieval": ("retrieval.npz", _retrieval),
+    "tune": ("tune.json", _tune),
+}
+
+
+def _section(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What the page says about a file; nothing where there is none."""
+    if not path.is_file():
+        return None
     try:
-        return make(path)
+        return read(path)
     except ConfigError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, EOFError, zipfile.BadZipFile) as error:
@@ -322,31 +282,27 @@ def _section(make: Callable[[Path], str], path: Path) -> str:
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes report.html into a run's or a quickstart's folder and returns its path.
+    """Writes report.html into a run's or a quickstart's folder and returns its path; equal files give equal bytes.
 
-    Raises FileNotFoundError where the folder holds neither metrics nor results, ConfigError where a file of them is damaged.
+    Raises FileNotFoundError where the folder holds neither metrics nor results, ConfigError where a file of them is damaged or
+    matplotlib is missing.
     """
+    require_packages()
+    import jinja2
+
     folder = Path(folder)
     found = sorted(folder.glob("metrics.jsonl")) + sorted(folder.glob("*/metrics.jsonl"))
     found = [path for path in found if path.is_file()]
     runs = {str(path.parent.relative_to(folder)): read_metrics(path) for path in found}
     runs = {folder.resolve().name if name == "." else name: rows for name, rows in runs.items() if rows}
-    results = folder / "results.json"
-    if not runs and not results.exists():
+    if not runs and not (folder / "results.json").exists():
         raise FileNotFoundError(f"nothing to report in {folder}: no metrics.jsonl with a step, and no results.json")
-    parts = [f"<h1>umt_fast: {html.escape(folder.resolve().name)}</h1>"]
-    sections = {
-        "results.json": _results_section,
-        "masks.npz": _masks_section,
-        "retrieval.npz": _retrieval_section,
-        "tune.json": _tune_section,
-    }
-    parts += [_section(make, folder / name) for name, make in sections.items() if (folder / name).is_file()]
-    if runs:
-        parts.append(_runs_section(runs))
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>umt_fast</title><style>{_STYLE}</style>'
+    content = {key: _section(folder / name, read) for key, (name, read) in _SECTIONS.items()}
+    content["curves"], content["speeds"] = _runs(runs)
+    loader = jinja2.PackageLoader("umt_fast", "")
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    pages.filters["cell"] = _cell
+    page = pages.get_template("report.html.jinja").render(name=folder.resolve().name, **content)
     out = folder / "report.html"
-    temporary = out.with_name("report.html.partial")
-    temporary.write_text(page + "".join(parts) + "</html>\n", encoding="utf-8")
-    os.replace(temporary, out)
+    write_text(out, page + "\n")
     return out

@@ -39,7 +39,7 @@ class ZooFile:
     name: str
     """Its name there, without `.pth`."""
     model: str
-    """The architecture that load_model builds for it; empty: none of them."""
+    """The architecture that load_model builds for it."""
     task: Literal["stage 1", "stage 2", "classification", "detection", "retrieval", "question answering"]
     data: str
     """What it was trained on last."""
@@ -202,10 +202,8 @@ ZOO: dict[str, ZooFile] = {
 def describe_file(entry: ZooFile) -> str:
     """A released file in one line."""
     score = "" if entry.score is None else f", {entry.score} {entry.metric}"
-    built = f"load_model builds {entry.model}" if entry.model else "load_model does not build it"
-    return (
-        f"official {entry.task} file, {entry.data}, {entry.frames} frames of {entry.image_size} pixels{score}; {built}"
-    )
+    clip = f"{entry.frames} frames of {entry.image_size} pixels"
+    return f"official {entry.task} file, {entry.data}, {clip}{score}; load_model builds {entry.model}"
 
 
 def list_models() -> dict[str, str]:
@@ -234,8 +232,7 @@ def table() -> str:
         "",
         f"The files are in the repository `{REPOSITORY}` of Hugging Face. It is gated: accept its terms there and log in",
         '(`hf auth login`), then a name is enough: `umt_fast.load_model("b16_25m")`. Files that were fetched by hand need',
-        'their path too: `umt_fast.load_model("b16_25m", weights="b16_25m.pth")`. Files without a model are of kinds that',
-        "`load_model` does not build.",
+        'their path too: `umt_fast.load_model("b16_25m", weights="b16_25m.pth")`.',
         "",
         "| file (`.pth`) | model | task | trained on | frames | pixels | score, % | of what | note |",
         "|---|---|---|---|---|---|---|---|---|",

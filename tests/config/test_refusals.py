@@ -127,6 +127,7 @@ UNREAD = [
     (Stage1Config, {"run.compress": "bf16"}, "run.compress"),
     (Stage1Config, {"run.parallel": "fsdp"}, "run.parallel"),
     (Stage1Config, {"run.warmup_epochs": 0, "optim.warmup_lr": 1e-6}, "optim.warmup_lr"),
+    (Stage1Config, {"run.async_save": True}, "run.async_save"),
     (Stage1Config, {"data.workers": 0, "data.prefetch": 3}, "data.prefetch"),
     (Stage1Config, {"student.depth": 1, "student.drop_path": 0.2}, "student.drop_path"),
     (Stage1Config, {"optim.layer_decay": 0.75}, "optim.layer_decay"),

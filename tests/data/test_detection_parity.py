@@ -93,14 +93,18 @@ def by_group(tensors: dict[str, torch.Tensor], kind: str) -> list[str]:
     return sorted({".".join(key.split(".")[:2]) for key in tensors if key.startswith(f"{kind}.")})
 
 
+def given(config: dict, tensors: dict[str, torch.Tensor], kind: str) -> tuple:
+    """Frames, boxes, the frames' size, the rule, and the names of the outputs of a kind, of which there are some."""
+    frames, groups = tensors["frames.in"].numpy(), by_group(tensors, kind)
+    assert groups
+    return frames, tensors["frames.boxes"], (frames.shape[2], frames.shape[1]), rule_of(config), groups
+
+
 def test_parity_of_training_pixels_and_boxes(case: tuple) -> None:
     pytest.importorskip("cv2", reason="training views are resized by OpenCV: pip install opencv-python-headless")
     pytest.importorskip("torchvision", reason="the detector needs torchvision")
     config, tensors = case
-    frames, boxes = tensors["frames.in"].numpy(), tensors["frames.boxes"]
-    size, rule = (frames.shape[2], frames.shape[1]), rule_of(config)
-    groups = by_group(tensors, "train")
-    assert groups
+    frames, boxes, size, rule, groups = given(config, tensors, "train")
     for group in groups:
         x, y, hue, saturation, brightness, mirror = config[group]["draws"]
         draws = views.Draws(x, y, int(hue), int(saturation), int(brightness), mirror)
@@ -117,10 +121,7 @@ def test_parity_of_test_pixels_and_boxes(case: tuple) -> None:
     pytest.importorskip("cv2", reason="test views are resized by OpenCV: pip install opencv-python-headless")
     pytest.importorskip("torchvision", reason="the detector needs torchvision")
     config, tensors = case
-    frames, boxes = tensors["frames.in"].numpy(), tensors["frames.boxes"]
-    size, rule = (frames.shape[2], frames.shape[1]), rule_of(config)
-    groups = by_group(tensors, "test")
-    assert groups
+    frames, boxes, size, rule, groups = given(config, tensors, "test")
     for group in groups:
         view = views.test_view(frames, boxes, size, rule)
         assert np.array_equal(view.frames, tensors["frames.resized"].numpy())

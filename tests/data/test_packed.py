@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import resource
 from array import array
 from pathlib import Path
 
@@ -74,6 +75,28 @@ def test_long_lists_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monke
     assert [Path(entry.clips[0].path).name for entry in found] == [entry["video"] for entry in entries]
 
 
+def test_lists_as_python_writes_them_come_back(tmp_path: Path) -> None:
+    """Undecodable bytes of a file name as halves of surrogate pairs, and fields that nobody reads with any number."""
+    name = b"caf\xe9?.mp4".decode("utf-8", "surrogateescape")
+    rows = [
+        {"video": name, "caption": "x", "duration": float("nan"), "id": 1 << 80},
+        {"video": "\U0001f408.mp4", "caption": "y", "score": -float("inf")},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    clips = Clips.of(entry.clips[0] for entry in read_entries(tmp_path / "list.json"))
+    assert [clip.path for clip in clips] == [f"{tmp_path}/{row['video']}" for row in rows]
+    (tmp_path / "list.json").write_text('[{"video": "a", "caption": "x", "video": "b"}]')
+    assert [clip.path for entry in read_entries(tmp_path / "list.json") for clip in entry.clips] == [f"{tmp_path}/b"]
+
+
+def test_nested_too_deeply_is_one_message_and_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text('[{"video": "a", "caption": "x"}, ' + "[" * 50_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match="entry 1 is nested too deeply"):
+        list(read_entries(tmp_path / "list.json"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "KiB"
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -119,5 +142,7 @@ def test_identity_is_of_names_and_order_alone() -> None:
         identity("x/1.mp4y.mp4", ""),
     ]
     assert len({own, *others}) == 7
+    # Checkpoints hold it: a run refuses to continue where it changes.
+    assert own == "13009bdb940a17f4" and Clips.of([Clip(path="/a/half \ud83d.mp4")]).identity() == "27154fb87cbbc967"
     members = [Clip(path="/a/0.tar", member=name) for name in ("1.jpg", "2.jpg")]
     assert Clips.of(members).identity() != Clips.of(members[::-1]).identity()

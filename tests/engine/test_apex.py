@@ -12,6 +12,7 @@ from torch import Tensor
 from umt_fast.config import ConfigError, OptimConfig
 from umt_fast.engine.apex_adamw import apex_adamw, apex_fused_adam
 from umt_fast.engine.optim import build_optimizer, parameter_groups, upgraded_state
+from umt_fast.engine.sharding import load_states
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -116,8 +117,7 @@ def test_a_run_continues_under_either(apex: None, first: str, then: str) -> None
     module, optimizer = pair(first)
     run(module, optimizer, range(4))
     other, continued = pair(then)
-    other.load_state_dict(module.state_dict())
-    continued.load_state_dict(upgraded_state(optimizer.state_dict(), continued))
+    load_states(other, continued, module.state_dict(), upgraded_state(optimizer.state_dict(), continued))
     run(other, continued, range(4, 8))
     torch.testing.assert_close(values(other), values(whole), rtol=1e-5, atol=1e-6)
 

@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.assets import tiny
 from tests.engine.test_sharding import TEACHER, VIT, Loader
+from tests.ranks import run_ranks
 from umt_fast.config import AlignConfig, OptimConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
 from umt_fast.engine import compiling
 from umt_fast.engine import trainer as trainer_module
@@ -88,15 +87,11 @@ def every_run(out: Path) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     out = tmp_path_factory.mktemp("compiled")
-    script = f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}]\nfrom pathlib import Path\n"
-    script += f"from tests.engine.test_compile_ranks import every_run\nevery_run(Path({str(out)!r}))\n"
-    (out / "ranks.py").write_text(script)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(out / "ranks.py")], env=environment, capture_output=True, text=True, timeout=900
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from tests.engine.test_compile_ranks import every_run\nevery_run(Path(sys.argv[1]))\n"
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(out / "ranks.py", program, out)
     return json.loads((out / "found0.json").read_text()), (out / "log0.txt").read_text()
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.ranks import run_ranks
 from umt_fast.__main__ import main
 from umt_fast.config import DataConfig
 from umt_fast.data.loaders.clips import ClipLoader
@@ -137,10 +138,8 @@ def test_a_killed_run_holds_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_rank_is_refused(tmp_path: Path) -> None:
     """One that was not told would wait for the others for ever."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys; sys.path.insert(0, sys.argv[2])\n"
-        "from pathlib import Path\n"
+    program = (
+        "import sys; from pathlib import Path\n"
         "from umt_fast.config import RunConfig\n"
         "from umt_fast.engine.checkpoint import CheckpointError, own_folder\n"
         "from umt_fast.engine.distributed import distributed_run\n"
@@ -151,16 +150,8 @@ def test_every_rank_is_refused(tmp_path: Path) -> None:
         "    except CheckpointError as error:\n"
         "        print(f'rank {ranks.rank}: {error}')\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with own_folder(tmp_path / "run", first=True):
-        done = subprocess.run(
-            [*launch, str(script), str(tmp_path / "run"), str(REPOSITORY)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
+        done = run_ranks(tmp_path / "ranks.py", program, tmp_path / "run")
     assert all(f"rank {rank}: another run is writing" in done.stdout for rank in (0, 1)), done.stdout
     assert "entered" not in done.stdout
 

@@ -6,8 +6,6 @@ All runs of two ranks happen once, in one launch (`every_run`), and the tests re
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tests.ranks import run_ranks
+from tests.small_models import small_text
 from umt_fast.__main__ import main
 from umt_fast.config import (
     AlignConfig,
@@ -26,7 +26,6 @@ from umt_fast.config import (
     Stage1Config,
     Stage2Config,
     TeacherConfig,
-    TextConfig,
     VitConfig,
 )
 from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
@@ -64,16 +63,7 @@ def stage1(run: RunConfig) -> nn.Module:
 
 
 def stage2(run: RunConfig) -> nn.Module:
-    text = TextConfig(
-        width=32,
-        depth=2,
-        fusion_layer=1,
-        num_heads=2,
-        vocab_size=20,
-        max_positions=8,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
+    text = small_text(depth=2, vocab_size=20)
     config = Stage2Config(
         run=run,
         student=VitConfig(**VIT),
@@ -185,9 +175,11 @@ def every_run(out: Path) -> None:
             train(out / f"bf16_{parallel}", accumulate=2, compress="bf16", parallel=parallel, max_steps=4, **place)
             train(out / f"half_{parallel}", dtype="bf16", parallel=parallel, max_steps=3, **place)
         train(out / "static", max_steps=5, **place)
-        for kind in ("full", "sharded"):
+        for kind in ("full", "sharded", "background"):
+            form = {"checkpoint": "full"} if kind == "full" else {"checkpoint": "sharded"}
+            form["async_save"] = kind == "background"
             for parallel, last in (("fsdp", 2), ("ddp", 4), ("fsdp", 6)):
-                run = {"parallel": parallel, "checkpoint": kind, "max_steps": last, "save_every": 5}
+                run = {"parallel": parallel, "max_steps": last, "save_every": 5, **form}
                 train(out / f"crossing_{kind}", accumulate=2, **run, **place)
         # Stage 2 has a scalar, which is not cut, and a matrix under two names.
         for parallel, last in (("fsdp", 1), ("ddp", 2), ("fsdp", 4)):
@@ -215,21 +207,11 @@ def every_run(out: Path) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    script = out / "ranks.py"
-    script.write_text(
-        "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/engine']\n"
-        "from pathlib import Path\nfrom test_sharding import every_run\nevery_run(Path(sys.argv[1]))\n"
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from tests.engine.test_sharding import every_run\nevery_run(Path(sys.argv[1]))\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(out), str(REPOSITORY)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    (out / "stderr").write_text(done.stderr)
+    (out / "stderr").write_text(run_ranks(out / "ranks.py", program, out).stderr)
     return out
 
 
@@ -279,12 +261,12 @@ def test_stage_2_under_fsdp(runs: Path) -> None:
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "sharded"])
+@pytest.mark.parametrize("kind", ["full", "sharded", "background"])
 def test_each_layout_continues_the_other(kind: str, runs: Path) -> None:
     folder = runs / f"crossing_{kind}"
     assert rows(folder) == pytest.approx(rows(runs / "ddp"), rel=5e-6)
     names = sorted(path.name for path in folder.glob("checkpoint-*"))
-    suffix = {"full": "pt", "sharded": "sharded"}[kind]
+    suffix = "pt" if kind == "full" else "sharded"
     assert names == [f"checkpoint-{step:08d}.{suffix}" for step in (5, 6)], "keep 2, nothing partial left"
 
 

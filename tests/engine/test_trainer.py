@@ -178,7 +178,7 @@ def test_disk_full_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(checkpoint.CheckpointError, match="No space left"):
         checkpoint.save(tmp_path, 2, {"step": 2})
     assert [path for _, path in checkpoint.checkpoints(tmp_path)] == [old]
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.writing"))
 
 
 @pytest.mark.process

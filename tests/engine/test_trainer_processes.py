@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.test_trainer import losses, trainer
+from tests.ranks import run_ranks
 from umt_fast.engine import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -104,30 +105,24 @@ def test_a_signal_saves_and_ends(number: signal.Signals, ranks: int, tmp_path: P
     assert step == losses(out)[-1][0] < 24
 
 
+# argv: folder, noise, whether each rank has a folder of its own in it.
+RANKS = """
+import sys; from pathlib import Path
+from tests.engine.test_trainer import trainer
+from umt_fast.config import RunConfig
+from umt_fast.engine.distributed import distributed_run
+with distributed_run(RunConfig(device="cpu")) as ranks:
+    out = Path(sys.argv[1], str(ranks.rank)) if sys.argv[3] == "apart" else Path(sys.argv[1])
+    trainer(out, batch=2, noise=float(sys.argv[2]), rank=ranks.rank, world_size=ranks.world_size).train()
+"""
+
+
 @pytest.mark.process
 @pytest.mark.slow
 def test_two_ranks_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
     """Gradients of two ranks average to those of one process with both batches."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/engine']\n"
-        "from pathlib import Path\n"
-        "from test_trainer import trainer\n"
-        "from umt_fast.config import RunConfig\n"
-        "from umt_fast.engine.distributed import distributed_run\n"
-        "with distributed_run(RunConfig(device='cpu')) as ranks:\n"
-        "    place = {'rank': ranks.rank, 'world_size': ranks.world_size}\n"
-        "    trainer(Path(sys.argv[1]), batch=2, noise=0.0, **place).train()\n"
-    )
     trainer(tmp_path / "one", batch=4, noise=0.0).train()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "two"), str(REPOSITORY)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(tmp_path / "ranks.py", RANKS, tmp_path / "two", 0.0, "together")
     for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-5)
 
@@ -136,25 +131,6 @@ def test_two_ranks_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ranks_that_see_different_folders_stop(tmp_path: Path) -> None:
     """As on nodes whose `out` is not shared: one would go on from a checkpoint, the other begin anew and wait for ever."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/engine']\n"
-        "from pathlib import Path\n"
-        "from test_trainer import trainer\n"
-        "from umt_fast.config import RunConfig\n"
-        "from umt_fast.engine.distributed import distributed_run\n"
-        "with distributed_run(RunConfig(device='cpu')) as ranks:\n"
-        "    place = {'rank': ranks.rank, 'world_size': ranks.world_size}\n"
-        "    trainer(Path(sys.argv[1]) / str(ranks.rank), batch=2, **place).train()\n"
-    )
     trainer(tmp_path / "nodes" / "0", batch=4).train()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "nodes"), str(REPOSITORY)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode != 0
+    done = run_ranks(tmp_path / "ranks.py", RANKS, tmp_path / "nodes", 0.1, "apart", succeeds=False)
     assert "found checkpoints of different steps" in done.stderr and "all nodes share" in done.stderr

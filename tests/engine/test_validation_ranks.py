@@ -2,15 +2,13 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import umt_fast.train as train_module
+from tests.ranks import run_ranks
 from umt_fast.config import FinetuneConfig, OptimConfig, RunConfig
 from umt_fast.engine import precision, sharded_checkpoint
 from umt_fast.engine import trainer as trainer_module
@@ -76,20 +74,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             container.mux(stream.encode())
     (out / "tiny.csv").write_text("video0.mp4,0\nvideo1.mp4,1\n")
     (out / "unseen.csv").write_text("video0.mp4,0\nvideo1.mp4,1\nvideo2.mp4,1\n")
-    script = out / "ranks.py"
-    script.write_text(
-        "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/engine']\nfrom pathlib import Path\n"
-        "from test_validation_ranks import every_run\nevery_run(Path(sys.argv[1]), Path(sys.argv[1]))\n"
+    program = (
+        "import sys; from pathlib import Path\nfrom tests.engine.test_validation_ranks import every_run\n"
+        "every_run(Path(sys.argv[1]), Path(sys.argv[1]))\n"
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(out), str(REPOSITORY)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(out / "ranks.py", program, out)
     return out
 
 

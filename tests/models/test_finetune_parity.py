@@ -3,16 +3,14 @@
 Every `finetune_*.safetensors` is a case; sizes and options come from its metadata.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import kernels
-from tests.parity_files import parity_files, relative
-from umt_fast.config import FinetuneConfig, RunConfig, VitConfig
+from tests.parity_files import parity_files, read_case, relative, tower_of
+from umt_fast.config import FinetuneConfig, RunConfig
 from umt_fast.models.weights import fit
 from umt_fast.tasks.classification import Supervised
 
@@ -24,9 +22,7 @@ class Case:
     """One file: its tensors, and our objective filled with its weights."""
 
     def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            self.sizes = json.loads(file.metadata()["config"])
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
+        self.sizes, self.tensors = read_case(path)
         self.state = {k.removeprefix("model."): v for k, v in self.tensors.items() if k.startswith("model.")}
         self.table = self.state.pop("pos_embed", None)
         self.objective = self.with_smoothing(0.0)
@@ -34,16 +30,7 @@ class Case:
 
     def with_smoothing(self, value: float) -> Supervised:
         sizes = self.sizes
-        vit = VitConfig(
-            width=sizes["dim"],
-            depth=sizes["depth"],
-            num_heads=sizes["heads"],
-            patch_size=sizes["patch"],
-            tubelet_size=sizes["tubelet"],
-            image_size=sizes["img"],
-            num_frames=sizes["t"],
-            drop_path=0.0,
-        )
+        vit = tower_of(sizes)
         config = FinetuneConfig(
             run=RunConfig(dtype="fp32", epochs=2, warmup_epochs=1),
             student=vit,

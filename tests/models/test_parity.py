@@ -4,16 +4,14 @@ Every `stage1_*.safetensors` and `tubelet2_*.safetensors` (two frames a token) o
 may vary comes from its metadata.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import kernels
-from tests.parity_files import parity_files, relative
-from umt_fast.config import AlignConfig, MaskConfig, RunConfig, Stage1Config, TeacherConfig, VitConfig
+from tests.parity_files import parity_files, read_case, relative, tower_of
+from umt_fast.config import AlignConfig, MaskConfig, RunConfig, Stage1Config, TeacherConfig
 from umt_fast.models.weights import fit
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 
@@ -26,22 +24,11 @@ class Case:
     """One file: the tensors, and our objective filled with its weights."""
 
     def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            sizes = json.loads(file.metadata()["config"])
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
+        sizes, self.tensors = read_case(path)
         self.sizes, self.normalize, self.loss = sizes, sizes["fmt"], sizes["loss"]
         config = Stage1Config(
             run=RunConfig(dtype="fp32"),
-            student=VitConfig(
-                width=sizes["dim"],
-                depth=sizes["depth"],
-                num_heads=sizes["heads"],
-                patch_size=sizes["patch"],
-                tubelet_size=sizes["tubelet"],
-                image_size=sizes["img"],
-                num_frames=sizes["t"],
-                drop_path=0.0,
-            ),
+            student=tower_of(sizes),
             teacher=TeacherConfig(
                 width=sizes["twidth"],
                 depth=sizes["tdepth"],

@@ -3,17 +3,15 @@
 Every `stage2_*.safetensors` of parity_files is a case; everything that may vary comes from its metadata.
 """
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 import kernels
-from tests.parity_files import parity_files, relative
-from umt_fast.config import AlignConfig, Stage2Losses, TextConfig, VitConfig
+from tests.parity_files import parity_files, read_case, relative, tower_of
+from umt_fast.config import AlignConfig, Stage2Losses, TextConfig
 from umt_fast.models.video_text import HEAD_EPS, VideoText
 from umt_fast.models.weights import fit
 from umt_fast.tasks import video_text_losses as vision_text
@@ -27,19 +25,8 @@ class Case:
     """One file: its tensors, and our model filled with its weights."""
 
     def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            sizes = json.loads(file.metadata()["config"])
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
-        vit = VitConfig(
-            width=sizes["dim"],
-            depth=sizes["depth"],
-            num_heads=sizes["heads"],
-            patch_size=sizes["patch"],
-            image_size=sizes["img"],
-            num_frames=sizes["t"],
-            tubelet_size=sizes.get("tubelet", 1),
-            drop_path=0.0,
-        )
+        sizes, self.tensors = read_case(path)
+        vit = tower_of(sizes)
         self.align = AlignConfig(num_layers=sizes["k"], normalize=sizes.get("fmt", "l2"), loss=sizes.get("loss", "l2"))
         parts = ("vision_encoder.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
         state = {key: value for key, value in self.tensors.items() if key.startswith(parts)}

@@ -278,19 +278,27 @@ class OneBatch:
         return iter(lambda: self.batch, None)
 
 
+def on_gpu(settings: Stage1Config, out: Path, cuda_graph: bool) -> tuple[Trainer, Callable[[int], None]]:
+    """A trainer on a GPU, and what makes so many of its steps."""
+    settings.run.device, settings.run.out, settings.run.cuda_graph = "cuda", str(out), cuda_graph
+    trainer = Trainer(settings.run, settings.optim, UnmaskedAlignment(settings), OneBatch())
+    step, batches = trainer._wrapped(), Feed(trainer.loader, trainer.lane, trainer.ring)
+
+    def advance(steps: int) -> None:
+        for _ in range(steps):
+            trainer._train_step(step, batches, 0)
+
+    return trainer, advance
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_step_on_a_real_gpu_never_waits(cuda_graph: bool, tmp_path: Path) -> None:
-    settings = config(14)
-    settings.run.device, settings.run.out, settings.run.cuda_graph = "cuda", str(tmp_path), cuda_graph
-    trainer = Trainer(settings.run, settings.optim, UnmaskedAlignment(settings), OneBatch())
-    step, batches = trainer._wrapped(), Feed(trainer.loader, trainer.lane, trainer.ring)
-    for _ in range(2):
-        trainer._train_step(step, batches, 0)
+    trainer, advance = on_gpu(config(14), tmp_path, cuda_graph)
+    advance(2)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
-            trainer._train_step(step, batches, 0)
+        advance(3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     rows = [entry["values"]["loss"].item() for entry in trainer.pending]
@@ -302,11 +310,7 @@ def test_a_recorded_run_equals_an_eager_one(tmp_path: Path) -> None:
     found = []
     for cuda_graph in (False, True):
         torch.manual_seed(0)
-        settings = config(16)
-        settings.run.device, settings.run.out, settings.run.cuda_graph = "cuda", str(tmp_path), cuda_graph
-        trainer = Trainer(settings.run, settings.optim, UnmaskedAlignment(settings), OneBatch())
-        step, batches = trainer._wrapped(), Feed(trainer.loader, trainer.lane, trainer.ring)
-        for _ in range(4):
-            trainer._train_step(step, batches, 0)
+        trainer, advance = on_gpu(config(16), tmp_path, cuda_graph)
+        advance(4)
         found.append(torch.stack([entry["values"]["loss"] for entry in trainer.pending]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from tests.small_models import small_text
 from umt_fast.config import (
     AlignConfig,
     ConfigError,
@@ -14,7 +15,6 @@ from umt_fast.config import (
     Stage2Config,
     Stage2Losses,
     TeacherConfig,
-    TextConfig,
     VitConfig,
 )
 from umt_fast.models.vit import Packing, path_factors
@@ -28,16 +28,7 @@ def small(**changes: object) -> Stage2Config:
         "teacher": TeacherConfig(
             width=32, depth=3, num_heads=2, patch_size=8, image_size=32, output_dim=12, weights="untrained"
         ),
-        "text": TextConfig(
-            width=32,
-            depth=3,
-            fusion_layer=1,
-            num_heads=2,
-            vocab_size=50,
-            max_positions=8,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-        ),
+        "text": small_text(),
         "mask": MaskConfig(ratio=0.7),
         "align": AlignConfig(num_layers=2),
         "bert": "untrained",

@@ -1,8 +1,5 @@
 """Two processes with half the batch each: the losses and gradients of one process with all of it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.parity_files import parity_files
-from umt_fast.config import Stage2Losses, TextConfig, VitConfig
+from tests.ranks import run_ranks
+from tests.small_models import small_text
+from umt_fast.config import Stage2Losses, VitConfig
 from umt_fast.models.video_text import VideoText
 from umt_fast.tasks import video_text_losses as vision_text
 from umt_fast.tasks.video_text_losses import stage2_losses
@@ -23,16 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def small_model() -> VideoText:
     torch.manual_seed(3)
     vit = VitConfig(width=32, depth=2, num_heads=2, image_size=32, num_frames=2, drop_path=0.0)
-    text = TextConfig(
-        width=32,
-        depth=3,
-        fusion_layer=1,
-        num_heads=2,
-        vocab_size=50,
-        max_positions=8,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-    )
+    text = small_text()
     return VideoText(vit, text, num_layers=2, output_dim=16, embed_dim=12)
 
 
@@ -101,11 +91,9 @@ def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list:
     """Losses and gradients averaged over two processes: of FULL, and of OFFICIAL; then gathered_gradients of every file, by
     rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = folder / "ranks.py"
-    script.write_text(
-        "import sys; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests/objectives']\n"
-        "import torch, torch.distributed as dist\n"
-        "from test_stage2_ranks import OFFICIAL, gathered_gradients, gradients_of, parity_files\n"
+    program = (
+        "import sys, torch, torch.distributed as dist\n"
+        "from tests.objectives.test_stage2_ranks import OFFICIAL, gathered_gradients, gradients_of, parity_files\n"
         "dist.init_process_group('gloo')\n"
         "every = []\n"
         "for losses in (None, OFFICIAL):\n"
@@ -124,15 +112,7 @@ def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list:
         "dist.destroy_process_group()\n"
     )
     saved = folder / "mean.pt"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(saved), str(REPOSITORY)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(folder / "ranks.py", program, saved)
     return torch.load(saved, weights_only=True)
 
 

@@ -74,8 +74,8 @@ def test_the_comparison_runs(small: Path, monkeypatch: pytest.MonkeyPatch, caplo
     boxes.write_lists(small, "train", 24)
     boxes.write_lists(small, "test", 8)
     caplog.set_level(logging.INFO, "umt_fast")
-    found = {start: [detection.train_and_judge(small.parent, start, "", 0)] for start in ("scratch", "still_scratch")}
+    found = {start: [detection.train_and_judge(small.parent, start, "", 0)] for start in ("scratch", "still")}
     assert all(0 < value[0] < 1 for value in found.values())
     assert (small.parent / "detection" / "scratch_0" / "detections.csv").is_file()
     lines = detection.table(found).splitlines()
-    assert len(lines) == 4 and lines[3].startswith("| from scratch, the key frame alone |")
+    assert len(lines) == 4 and lines[3].startswith("| from pre-training, the key frame alone |")

@@ -231,7 +231,7 @@ def test_eval_answers_a_list(world: Path, capsys: pytest.CaptureFixture) -> None
     )
     asked, listed = world / "test.json", world / "answers.json"
     model = umt_fast.load_model(weights=checkpoint, tokenizer=world, device="cpu")
-    answers = read_answers(listed)
+    answers, seen = read_answers(listed), []
     for options, expected in (
         (("--answers", listed), {"rule": "official"}),
         (("--answers", listed, "--rule", "chain", "--top_k", 2), {"rule": "chain", "top_k": 2}),
@@ -244,6 +244,7 @@ def test_eval_answers_a_list(world: Path, capsys: pytest.CaptureFixture) -> None
         assert figures["accuracy_7"] == rows[2]["right"] and figures["accuracy_4"] == rows[3]["right"]
         assert (figures["questions"], figures["clips"], figures["cut"]) == (5, 2, 1)
         assert figures.get("answerable") == (None if expected is None else 0.8)
+        seen.append([row["found"] for row in rows])
         for row in rows:
             if expected is None:
                 assert row["answer"] == model.answer_freely(row["clip"], row["question"])[0] and row["found"] == []
@@ -251,6 +252,11 @@ def test_eval_answers_a_list(world: Path, capsys: pytest.CaptureFixture) -> None
             (own,) = model.answer(row["clip"], row["question"], answers, top=10, **expected)
             assert row["found"] == [[answer.text, pytest.approx(answer.probability, abs=1e-4)] for answer in own]
             assert row["right"] == (row["answer"] in row["expected"])
+    official, chain, _ = seen
+    assert [len(found) for found in official] == [4] * 5 and [len(found) for found in chain] == [2] * 5
+    # Two candidates' odds: the first word counts once in place of twice.
+    (best, share), (_, other) = chain[0]
+    assert share / other != pytest.approx(dict(official[0])[best] / dict(official[0])[chain[0][1][0]], rel=1e-3)
     (world / "moved").mkdir()
     asked.rename(world / "moved" / "test.json")
     assert judge(capsys, checkpoint, world / "moved" / "test.json", "--root", world, "--free") == figures
@@ -296,11 +302,11 @@ def test_an_official_file_is_judged_when_its_model_is_named(world: Path, capsys:
     assert "does not say which model it is of" in judge(capsys, *arguments, code=2)
 
 
-def test_the_best_epoch_is_kept(world: Path) -> None:
+def test_the_best_epoch_is_kept(world: Path, capsys: pytest.CaptureFixture) -> None:
     """Judged between epochs on a list whose clips the ranks share; the best file holds the best figure's weights."""
     config = configured(world, answers=str(world / "answers.json"))
     config.data.validation = str(world / "train.json")
-    config.run.max_steps, config.run.epochs = 6, 3
+    config.run.max_steps, config.run.epochs, config.run.dtype = 6, 3, "bf16"
     folder = train(config)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     judged = [row for row in rows if "val_accuracy" in row]
@@ -308,6 +314,8 @@ def test_the_best_epoch_is_kept(world: Path) -> None:
     best = torch.load(folder / "checkpoint-best.pt", weights_only=True)
     assert best["validation"]["figures"]["accuracy"] == max(row["val_accuracy"] for row in judged)
     assert umt_fast.load_model(weights=folder / "checkpoint-best.pt").description["task"] == "question_answering"
+    judged = judge(capsys, folder / "checkpoint-best.pt", world / "train.json", "--answers", config.answers)
+    assert {key: value for key, value in judged.items() if key.startswith("accuracy")} == best["validation"]["figures"]
     config.answers, config.run.out = "", str(world / "other")
     with pytest.raises(ConfigError, match="answers is empty; give the list of answers to choose from"):
         train(config)

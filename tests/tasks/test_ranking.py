@@ -29,6 +29,10 @@ def test_blocks_change_nothing() -> None:
         expected = scores.topk(min(k, 23))
         assert torch.equal(numbers, expected.indices)
         torch.testing.assert_close(values, expected.values)
+        numbers, values = nearest(queries, items, k, cosine=True)
+        expected = torch.cosine_similarity(queries[:, None], items, dim=2).topk(min(k, 23))
+        assert torch.equal(numbers, expected.indices)
+        torch.testing.assert_close(values, expected.values)
     # Several right items a query, in the first block, the last, and both.
     pairs = [(0, 0), (0, 22), (1, 22), (2, 3), (2, 4), (3, 11), (4, 5), (5, 19), (6, 1), (6, 2), (6, 21), (7, 8)]
     hits = torch.zeros(8, 23, dtype=torch.bool)

@@ -1,9 +1,9 @@
 """`bench stage1 --profile`: what each part of a step costs beside what it could cost at best.
 
 A part's bound is the larger of its FLOPs over the matmul rate and its bytes over the copy rate, both measured in the same
-run. FLOPs and bytes are counted from shapes: matrix products, and what these and the passes between them read and write
-when every elementwise operation is fused into a neighbor. The parts are timed eagerly within the Trainer's own
-steps, the device waited for at each boundary.
+run. FLOPs (models/flops.py) and bytes are counted from shapes: matrix products, and what these and the passes between them
+read and write when every elementwise operation is fused into a neighbor. The parts are timed eagerly within the Trainer's
+own steps, the device waited for at each boundary.
 
 Legend: B clips, T frames, L patches a frame, N = T * L, n visible tokens a view, C width, K aligned layers, D output width.
 """
@@ -21,7 +21,7 @@ from umt_fast.bench.trained import Border, timed_step, trainer_of
 from umt_fast.config import Stage1Config
 from umt_fast.engine.host_memory import keep_freed_memory
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
-from umt_fast.models.flops import grid_of, visible_of
+from umt_fast.models.flops import frame_tower_parts, grid_of, tower_parts, visible_of
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 # Elements a token, in widths, that a transformer block reads and writes: norm 2, qkv 4, attention 4, projection and
@@ -42,34 +42,23 @@ def costs(config: Stage1Config, trained: int) -> dict[str, Cost]:
     vit, clip, layers, batch = config.student, config.teacher, config.align.num_layers, config.run.batch_size
     grid, n, views = grid_of(vit), visible_of(vit, config.mask), config.mask.per_clip
     size = 2 if config.run.dtype == "bf16" else 4
-    c, d, frames = clip.width, clip.output_dim, grid.frames
-    tokens, kept = grid.per_frame + 1, views * n / frames
-    rows, patch = batch * frames * tokens, 3 * vit.tubelet_size * clip.patch_size**2
+    c, d, seen, inner = clip.width, clip.output_dim, batch * views * n, clip.depth - 1
+    rows, patch = batch * grid.frames * (grid.per_frame + 1), 3 * vit.tubelet_size * clip.patch_size**2
     teacher_weight = size if clip.precision == "native" else 1
-    inner = clip.depth - 1
-    # Keys and values of all tokens, the rest for those kept (all, where views see more than there are), and the class token's
-    # attention that draws them.
-    done, draws = kept if views == 1 or kept < grid.per_frame else tokens, views * 2 * tokens * c
-    last = batch * frames * (tokens * c * c * 4 + done * c * c * 20 + 4 * done * tokens * c + 2 * c * c + draws)
     width, student_patch = vit.width, 3 * vit.tubelet_size * vit.patch_size**2
-    seen, span = batch * views * n, n if vit.attention == "joint" else n // frames
-    block = Cost(
-        seen * width * (width * (8 + 4 * vit.mlp_ratio) + 4 * span),
-        size * (seen * BLOCK_TRAFFIC * width + (4 + 2 * vit.mlp_ratio) * width**2),
-    )
-    embed = Cost(2 * seen * width * student_patch, seen * (student_patch * (1 + 2 * size) + 4 * width))
-    heads = Cost(layers * 2 * seen * width * d, layers * seen * size * (3 * width + d))
-    forward = Cost(vit.depth * block.flops, vit.depth * block.bytes)
+    teacher = frame_tower_parts(clip, vit, config.mask, num_layers=layers)
+    student = tower_parts(vit, n, num_layers=layers, output_dim=d)
+    block = size * (seen * BLOCK_TRAFFIC * width + (4 + 2 * vit.mlp_ratio) * width**2)
+    embed = Cost(batch * views * student["patches"], seen * (student_patch * (1 + 2 * size) + 4 * width))
+    heads = Cost(batch * views * student["heads"], layers * seen * size * (3 * width + d))
+    forward = Cost(batch * views * student["blocks"], vit.depth * block)
     return {
-        "teacher patches": Cost(
-            2 * batch * grid.size * c * patch, batch * grid.size * (patch * (1 + 2 * size) + size * c)
-        ),
+        "teacher patches": Cost(batch * teacher["patches"], batch * grid.size * (patch * (1 + 2 * size) + size * c)),
         "teacher blocks": Cost(
-            inner * (rows * 24 * c * c + 4 * rows * tokens * c),
-            inner * (size * rows * BLOCK_TRAFFIC * c + teacher_weight * 12 * c * c),
+            batch * teacher["blocks"], inner * (size * rows * BLOCK_TRAFFIC * c + teacher_weight * 12 * c * c)
         ),
         "last block, mask, targets": Cost(
-            last + layers * 2 * seen * c * d,
+            batch * teacher["last"],
             size * (6 * rows * c + seen * BLOCK_TRAFFIC * c + 12 * c * c + layers * seen * (2 * c + d)),
         ),
         "student patches": embed,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +22,7 @@ from umt_fast.data.sources.columns import Clips
 from umt_fast.data.sources.entries import is_sqlite, read_entries
 from umt_fast.data.sources.lists import read_list
 from umt_fast.engine.distributed import Ranks, distributed_run, gather
+from umt_fast.files import WriteError, atomic_path
 from umt_fast.hub import load_model
 from umt_fast.pretrained import PretrainedModel
 
@@ -194,17 +194,12 @@ def _joined(numbers: list[Tensor], parts: list[dict[str, Tensor]]) -> tuple[Tens
 
 def write_features(out: Path, vectors: dict[str, Tensor], names: Iterable[str], of: dict[str, Any]) -> None:
     """Writes vectors (V, ...) by name, the clips' names and what made them; whole or not at all."""
-    partial = out.with_name(out.name + ".partial")
     content = {name: value.contiguous() for name, value in vectors.items()}
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(content, partial, {_METADATA: json.dumps(of), "names": json.dumps(list(names))})
-        partial.chmod(mode)  # it writes a private temporary file
-        os.replace(partial, out)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"{out} cannot be written: {str(error).splitlines()[0]}") from error
+        with atomic_path(out, errors=(SafetensorError,)) as temporary:
+            save_file(content, temporary, {_METADATA: json.dumps(of), "names": json.dumps(list(names))})
+    except WriteError as error:
+        raise ConfigError(str(error)) from error
 
 
 def read_features(path: Path) -> tuple[dict[str, Tensor], list[str], dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from umt_fast.config import ConfigError
+from umt_fast.files import require_writable
 
 
 def check_output(out: Path | None, *inputs: Path) -> None:
@@ -20,6 +20,6 @@ def check_output(out: Path | None, *inputs: Path) -> None:
         raise ConfigError(f"{out} cannot be written: {out.parent} is not a folder")
     try:
         # Files are written beside their place and renamed, so the folder is what counts.
-        tempfile.NamedTemporaryFile(dir=out.parent).close()
+        require_writable(out.parent)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error.strerror}") from error

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from umt_fast.cli.embed import read_features
 from umt_fast.config import ConfigError, require
 from umt_fast.hub import load_model
 from umt_fast.pretrained import PretrainedModel, VideoTextModel
+from umt_fast.tasks.ranking import nearest
 
 
 def command(
@@ -70,28 +70,31 @@ def command(
     )
     if loaded.fingerprint() != of["fingerprint"] or loaded.description != of["model"]:
         raise ConfigError(f"{features} was made with other weights than {weights}; give those, or `embed` again")
-    scores = scores_of_text(loaded, text, vectors) if clip is None else scores_of_clip(loaded, clip, vectors)
-    best = scores.topk(min(top, len(scores)))
-    for rank, (score, row) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), 1):
+    if clip is None:
+        query, kind = text_query(loaded, text), "embedding"
+    else:
+        query, kind = clip_query(loaded, clip)
+    numbers, scores = nearest(query, vectors[kind], top, device=loaded.device, cosine=clip is not None)
+    for rank, (score, row) in enumerate(zip(scores[0].tolist(), numbers[0].tolist(), strict=True), 1):
         if lines:
             print(json.dumps({"rank": rank, "score": round(score, 5), "name": names[row]}))
         else:
             print(f"{rank:4d}  {score:8.5f}  {names[row]}")
 
 
-def scores_of_text(model: PretrainedModel, text: str, vectors: dict[str, Tensor]) -> Tensor:
-    """(V,) products of the text's embedding with the clips'. Raises ConfigError: the model reads no texts."""
+def text_query(model: PretrainedModel, text: str) -> Tensor:
+    """(1, E), a text's embedding. Raises ConfigError: the model reads no texts."""
     if not isinstance(model, VideoTextModel):
         raise ConfigError(f"the model is of task {model.task!r}, which reads no texts; search with --clip PATH")
-    return vectors["embedding"] @ model.encode_text([text])[0].cpu()
+    return model.encode_text([text])
 
 
 @torch.no_grad()
-def scores_of_clip(model: PretrainedModel, clip: Path, vectors: dict[str, Tensor]) -> Tensor:
-    """(V,) cosines of a clip's vector with the clips'. Raises DataError: it cannot be read."""
+def clip_query(model: PretrainedModel, clip: Path) -> tuple[Tensor, str]:
+    """(1, E) or (1, C), a clip's vector, and of which kind it is. Raises DataError: it cannot be read."""
     found = model.vectors(clip)
     kind = "embedding" if "embedding" in found else "pooled"
-    return F.normalize(vectors[kind], dim=1) @ F.normalize(found[kind][0].cpu(), dim=0)
+    return found[kind], kind
 
 
 def main(arguments: list[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from umt_fast.config.core import check_numbers, require
 from umt_fast.config.models import TextConfig, VitConfig
-from umt_fast.config.run import DataConfig, OptimConfig, RunConfig
+from umt_fast.config.run import DataConfig, OptimConfig, RunConfig, video_text_optim
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,17 +47,7 @@ class RetrievalConfig:
     """More frames than stage 2 had continue its position table, as officially: leave position_grid empty."""
     text: TextConfig = field(default_factory=TextConfig)
     losses: RetrievalLosses = field(default_factory=RetrievalLosses)
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(
-            lr=2e-5,
-            schedule="scaled_cosine",
-            min_factor=0.01,
-            min_lr=0.0,
-            lr_batch=0,
-            betas=(0.9, 0.999),
-            weight_decay=0.02,
-        )
-    )
+    optim: OptimConfig = field(default_factory=lambda: video_text_optim(2e-5))
     embed_dim: int = 512
     """Width of the common space of clips and captions."""
     validate: Literal["retrieval", "choices"] = "retrieval"

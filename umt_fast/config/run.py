@@ -154,6 +154,19 @@ class OptimConfig:
         require(0 < self.layer_decay <= 1, f"optim.layer_decay is {self.layer_decay}; it must lie in (0, 1]")
 
 
+def video_text_optim(lr: float) -> OptimConfig:
+    """AdamW and its schedule as the official stage 2 and what is fine-tuned from it have them; lr holds for any batch."""
+    return OptimConfig(
+        lr=lr,
+        schedule="scaled_cosine",
+        min_factor=0.01,
+        min_lr=0.0,
+        lr_batch=0,
+        betas=(0.9, 0.999),
+        weight_decay=0.02,
+    )
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     """How long, how large, where to."""
@@ -213,6 +226,9 @@ class RunConfig:
     checkpoint: Literal["full", "sharded"] = "full"
     """`full`: one file, gathered and written by the first rank; `sharded`: a folder to which every rank writes its part, for
     models too large for one host (all nodes must share `out`). Either is continued under either `parallel`."""
+    async_save: bool = False
+    """Write sharded checkpoints while training goes on, from a copy of this rank's shards in host memory. A checkpoint has its
+    name once it is whole; the next one, and the end of the run, wait for it."""
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted after a newer one is safely on disk."""
     keep_every_epochs: int = 0

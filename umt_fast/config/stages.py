@@ -8,7 +8,7 @@ from typing import Literal
 from umt_fast.config.augment import AugmentConfig, MixConfig, no_mix
 from umt_fast.config.core import check_numbers, require
 from umt_fast.config.models import AlignConfig, MaskConfig, Stage2Losses, TeacherConfig, TextConfig, VitConfig
-from umt_fast.config.run import DataConfig, OptimConfig, RunConfig
+from umt_fast.config.run import DataConfig, OptimConfig, RunConfig, video_text_optim
 from umt_fast.masking import MASKS, TokenGrid, mask_named
 
 
@@ -154,17 +154,7 @@ class Stage2Config:
     row of a list, so that another caption of the same picture counts as wrong, as in the official pre-training; `media`: all
     rows of a list that name the same file. Officially equal row numbers of two lists meet as well, by accident; here rows of
     different lists never do."""
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(
-            lr=1e-4,
-            schedule="scaled_cosine",
-            min_factor=0.01,
-            min_lr=0.0,
-            lr_batch=0,
-            betas=(0.9, 0.999),
-            weight_decay=0.02,
-        )
-    )
+    optim: OptimConfig = field(default_factory=lambda: video_text_optim(1e-4))
     embed_dim: int = 512
     """Width of the common space of clips and captions."""
     init: str = ""

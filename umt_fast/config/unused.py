@@ -34,6 +34,8 @@ def refuse_unread(config: Any, refuse: Refuse, world_size: int) -> None:
     run = config.run
     if world_size == 1:
         refuse("run.parallel run.compress", "there is one rank: start several with torchrun")
+    if run.checkpoint != "sharded":
+        refuse("run.async_save", f"run.checkpoint {run.checkpoint} is written at once; take run.checkpoint sharded")
     if run.tune == "off":
         refuse("run.tune_axes run.tune_deadline", "run.tune is off")
     if run.warmup_epochs == 0:

@@ -6,7 +6,6 @@ Legend: V clips, E width of their embeddings.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from umt_fast.config import require
 from umt_fast.extras import packages_of
+from umt_fast.files import atomic_path
 from umt_fast.tasks.ranking import nearest
 
 Index = Literal["exact", "hnsw"]
@@ -78,7 +78,6 @@ def _graph(kind: str, rows: Tensor, beside: Path | None) -> Any:
     graph.hnsw.efConstruction = 200
     graph.add(values)
     if kept is not None:
-        partial = kept.with_name(kept.name + ".partial")
-        faiss.write_index(graph, str(partial))
-        os.replace(partial, kept)
+        with atomic_path(kept, shared=True, errors=(RuntimeError,)) as temporary:
+            faiss.write_index(graph, str(temporary))
     return graph

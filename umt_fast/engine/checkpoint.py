@@ -9,11 +9,8 @@ A file is `checkpoint-<step>.pt`, a dictionary of plain values and tensors that 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from typing import Any
 import torch
 
 from umt_fast.engine.distributed import gather
+from umt_fast.files import LockedError, WriteError, atomic_path, lock, remove_folder, require_writable
 
 log = logging.getLogger("umt_fast")
 
@@ -41,9 +39,7 @@ def prepare_folder(folder: Path) -> None:
     """Makes the run folder and tries it, so that a run that could not save does not start."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
+        require_writable(folder)
     except OSError as error:
         raise CheckpointError(f"run.out {folder} cannot be written: {error.strerror}") from error
 
@@ -62,39 +58,18 @@ def own_folder(folder: Path, *, first: bool) -> Iterator[None]:
         if first:
             try:
                 prepare_folder(folder)
-                stack.enter_context(_locked(folder))
+                stack.enter_context(lock(folder / ".lock"))
             except CheckpointError as error:
                 refusal = str(error)
+            except LockedError:
+                refusal = (
+                    f"another run is writing to {folder}; wait for its end or give another run.out (where none runs any "
+                    f"more, as after the loss of a machine, delete {folder / '.lock'})"
+                )
         refusal = gather(refusal)[0]
         if refusal:
             raise CheckpointError(refusal)
         yield
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    path = folder / ".lock"
-    with contextlib.ExitStack() as stack:
-        try:
-            # Not inherited by programs that are started meanwhile: one that outlives the run must not hold its lock.
-            fcntl.flock(stack.enter_context(open(path, "a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"another run is writing to {folder}; wait for its end or give another run.out (where none runs any more, "
-                f"as after the loss of a machine, delete {path})"
-            ) from error
-        except OSError as error:
-            log.warning("WARNING: %s cannot be locked (%s): start no second run in this folder", path, error.strerror)
-        yield
-
-
-def sync_folder(folder: Path) -> None:
-    """Puts the names of a folder's files on disk: a file's own fsync does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
@@ -107,20 +82,11 @@ def save(folder: Path, step: int, content: dict[str, Any]) -> Path:
 
 def write(path: Path, content: dict[str, Any]) -> Path:
     """Writes a file of a run atomically, as `save` does; the same errors."""
-    temporary = path.with_name(path.name + ".partial")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)  # the new name itself must survive too
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        raise CheckpointError(
-            f"checkpoint {path} cannot be written: {reason}. Earlier checkpoints are whole; make room and run again"
-        ) from error
+        with atomic_path(path, errors=(RuntimeError,)) as temporary:
+            torch.save(content, temporary)
+    except WriteError as error:
+        raise CheckpointError(f"checkpoint {error}. Earlier checkpoints are whole; make room and run again") from error
     return path
 
 
@@ -133,10 +99,7 @@ def prune(folder: Path, step_saved: int, keep: int, permanent_steps: int) -> Non
         if permanent_steps and step % permanent_steps == 0:
             continue
         if path.is_dir():
-            # Renamed first: a folder deleted by half must not be taken for a checkpoint.
-            leaving = path.with_name(path.name + ".partial")
-            os.replace(path, leaving)
-            shutil.rmtree(leaving, ignore_errors=True)
+            remove_folder(path)
         else:
             path.unlink(missing_ok=True)
 

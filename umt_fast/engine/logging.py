@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from umt_fast.extras import packages_of
+from umt_fast.files import write_text
 
 log = logging.getLogger("umt_fast")
 
@@ -37,9 +37,7 @@ class MetricsLog:
         kept = [line for line in self._lines() if _step_of(line) <= start_step]
         self.validations = [json.loads(line) for line in kept if f'"{VALIDATION}' in line]
         # Replaced, not rewritten in place: a kill between the two would lose the record of all steps.
-        shortened = self.path.with_name(self.path.name + ".partial")
-        shortened.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(shortened, self.path)
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.file = open(self.path, "a")
         self.writer = None
         if tensorboard:

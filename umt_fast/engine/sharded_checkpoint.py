@@ -1,16 +1,18 @@
 """Checkpoints as folders to which every rank writes its part, for models that no host should hold whole.
 
 `checkpoint-<step>.sharded` holds torch.distributed.checkpoint's files, with tensors named `model.<official name>` and
-`optimizer.<index>.<moment>`, and `rest.pt`: the rest of what a one-file checkpoint has. Any layout and any one rank alone
-can read it. All ranks must see the same folder.
+`optimizer.<name>.<moment>` (earlier versions: the parameter's number in place of its name), and `rest.pt`: the rest of what
+a one-file checkpoint has. Any layout and any one rank alone can read it. All ranks must see the same folder.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import shutil
+import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from umt_fast.engine.checkpoint import CheckpointError, sync_folder
+from umt_fast.engine.checkpoint import CheckpointError
 from umt_fast.engine.distributed import gather
+from umt_fast.files import WriteError, atomic_path, put
 
 REST = "rest.pt"
+# Said of every save and load of one process, also from the thread of one in the background.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 # What torch.distributed.checkpoint's index of tensors is made of, by the modules that define it.
 _INDEX_MODULES = (
     "torch",
@@ -55,76 +60,122 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """In the order of the optimizer's state_dict."""
-    return [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def _single() -> dict[str, bool]:
     """How torch is told that there is one process."""
     return {"no_dist": not dist.is_initialized()}
 
 
-def save(
-    folder: Path,
-    step: int,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rest: dict[str, Any],
-    *,
-    average: dict[str, Tensor] | None = None,
-    first: bool,
-) -> Path:
-    """Writes a checkpoint from all ranks atomically; see `write`. average: of the module's weights, by name."""
-    state = optimizer.state_dict()
-    tensors = {f"model.{name}": value for name, value in module.state_dict().items()}
-    tensors |= {f"model_ema.{name}": value for name, value in (average or {}).items()}
-    for index, values in state["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in values.items()}
-    path = folder / f"checkpoint-{step:08d}.sharded"
-    return write(path, tensors, rest | {"groups": state["param_groups"]}, first=first)
+def named_tensors(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of `model`, `optimizer` and, where there is one, `model_ema`, by the names that they have in the files."""
+    tensors = {
+        f"{part}.{name}": value for part in ("model", "model_ema") for name, value in content.get(part, {}).items()
+    }
+    for name, values in content["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{name}.{moment}": value for moment, value in values.items()}
+    return tensors
+
+
+class Save:
+    """A folder of tensors that all ranks write: begun when it is made, usable once `wait` returns.
+
+    The folder gets its name when every part is on disk, so that a kill at any time leaves the older checkpoints as they are.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: dict[str, Tensor],
+        rest: dict[str, Any],
+        *,
+        first: bool,
+        published: Callable[[Path], None] = lambda path: None,
+        group: dist.ProcessGroup | None = None,
+        background: bool = False,
+    ) -> None:
+        """Copies the tensors and writes the copy in the background, or writes them at once.
+
+        Args:
+            tensors: each rank gives its shards.
+            published: called on the first rank as soon as the folder has its name; in the background in a thread.
+            group: ranks' process group for CPU tensors, which nothing else uses meanwhile; None: the default one.
+
+        Raises CheckpointError as wait does, where it writes at once.
+        """
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.first, self.published = first, published
+        self.error: BaseException | None = None
+        self.ended = threading.Event()
+        try:
+            self._begin(rest)
+        except (OSError, RuntimeError) as error:
+            self.error = error
+        if any(gather(self.error is not None)):  # only the first rank begins; the others must not go on without it
+            self.error = self.error or RuntimeError("the first rank could not begin it")
+            self.ended.set()
+            self.wait()
+        to = {"storage_writer": FileSystemWriter(self.partial, sync_files=True), "process_group": group, **_single()}
+        if background:
+            dcp.async_save(tensors, **to).add_done_callback(self._end)
+        else:
+            written: Future = Future()
+            try:
+                written.set_result(dcp.save(tensors, **to))
+            except (OSError, RuntimeError, CheckpointException) as error:
+                written.set_exception(error)
+            self._end(written)
+            self.wait()
+
+    def _begin(self, rest: dict[str, Any]) -> None:
+        if self.first:
+            shutil.rmtree(self.partial, ignore_errors=True)  # of a save that was killed
+            self.partial.mkdir()
+            with atomic_path(self.partial / REST, errors=(RuntimeError,)) as temporary:
+                torch.save(rest, temporary)
+
+    def _end(self, written: Future) -> None:
+        """What follows when this rank's part is on disk; on the first rank all ranks' parts are then."""
+        try:
+            written.result()
+            if self.first:
+                put(self.partial, self.path)  # also in place of a damaged one that was passed over
+                self.published(self.path)
+        except BaseException as error:  # in a thread: wait raises it
+            self.error = error
+        finally:
+            self.ended.set()
+
+    def settle(self) -> None:
+        """Returns once this rank's part is written or has failed, whatever the other ranks do."""
+        self.ended.wait()
+
+    def wait(self) -> None:
+        """Returns once the checkpoint is on disk; every rank must call it.
+
+        Raises CheckpointError on every rank (disk full, no permission); older checkpoints are untouched then.
+        """
+        self.settle()
+        if not any(gather(self.error is not None)):
+            return
+        error = self.error or RuntimeError("another rank could not write its part")
+        if self.first:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        if not isinstance(error, (OSError, RuntimeError, CheckpointException)):
+            raise error
+        reason = WriteError.of(self.path, error)
+        raise CheckpointError(f"checkpoint {reason}. Earlier checkpoints are whole; make room and run again") from error
 
 
 def write(path: Path, tensors: dict[str, Tensor], rest: dict[str, Any], *, first: bool) -> Path:
-    """Writes a folder of tensors from all ranks atomically: it gets its name when every part is on disk.
-
-    Raises CheckpointError (disk full, no permission); older checkpoints are untouched then.
-    """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-            temporary.mkdir()
-        gather(None)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(tensors, storage_writer=FileSystemWriter(temporary, sync_files=True), **_single())
-        if first:
-            with open(temporary / REST, "wb") as file:
-                torch.save(rest, file)
-                file.flush()
-                os.fsync(file.fileno())
-            sync_folder(temporary)
-            shutil.rmtree(path, ignore_errors=True)  # a damaged one that was passed over
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
-        raise CheckpointError(
-            f"checkpoint {path} cannot be written: {reason}. Earlier checkpoints are whole; make room and run again"
-        ) from error
+    """Writes a folder of tensors from all ranks at once; see Save, also for the errors."""
+    Save(path, tensors, rest, first=first)
     return path
 
 
 def _load(path: Path, reader: _Reader, tensors: dict[str, Tensor]) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            dcp.load(tensors, storage_reader=reader, **_single())
-        except CheckpointException as error:  # not an Exception: callers could not catch it with the others
-            raise RuntimeError(f"{path}: {str(error).strip().splitlines()[-1]}") from error
+    try:
+        dcp.load(tensors, storage_reader=reader, **_single())
+    except CheckpointException as error:  # not an Exception: callers could not catch it with the others
+        raise RuntimeError(f"{path}: {str(error).strip().splitlines()[-1]}") from error
 
 
 def read(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -143,21 +194,21 @@ def read(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dic
             f"{path} does not fit the configured model: {', '.join(sorted(differing)[:5])} "
             f"({len(differing)} tensors differ in name or size)"
         )
-    parameters, state = _parameters(optimizer), {}
+    parameters, state = dict(module.named_parameters()), {}
+    numbered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, entry in index.items():
         if key.startswith("optimizer."):
-            _, number, name = key.split(".")
-            own = parameters[int(number)]
+            name, moment = key[len("optimizer.") :].rsplit(".", 1)
+            number = int(name) if name.isdecimal() else None
+            own = parameters[name] if number is None else numbered[number]
             fits = isinstance(own, DTensor) and entry.size == own.shape
             value = torch.empty_like(own) if fits else torch.empty(entry.size, dtype=entry.properties.dtype)
-            state.setdefault(int(number), {})[name] = value
-    tensors = {f"model.{name}": value for name, value in model.items()}
-    tensors |= {f"optimizer.{i}.{name}": value for i, values in state.items() for name, value in values.items()}
+            state.setdefault(name if number is None else number, {})[moment] = value
     averaged = {name: torch.empty_like(value) for name, value in model.items() if f"model_ema.{name}" in index}
-    tensors |= {f"model_ema.{name}": value for name, value in averaged.items()}
-    _load(path, reader, tensors)
-    average = {"model_ema": averaged} if averaged else {}
-    return rest | {"model": model, "optimizer": {"state": state, "param_groups": rest["groups"]}} | average
+    content = {"model": model, "optimizer": {"state": state, "param_groups": rest["groups"]}}
+    content |= {"model_ema": averaged} if averaged else {}
+    _load(path, reader, named_tensors(content))
+    return rest | content
 
 
 def read_weights(path: Path) -> dict[str, Any]:

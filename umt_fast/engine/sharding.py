@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -149,6 +150,31 @@ def load_average(values: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
         value.copy_(_like(stored[name], value))
 
 
+def named_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's saved state by parameter name; earlier versions counted the parameters in the order of their groups.
+
+    Raises ValueError where the groups are not this optimizer's.
+    """
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    own = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    saved = state["param_groups"]
+    if all(isinstance(number, int) for group in saved for number in group["params"]):
+        flat = [name for group in own for name in group]
+        moments = {flat[number]: values for number, values in state["state"].items() if number < len(flat)}
+        following = iter(flat)
+        saved = [
+            {**group, "params": [next(following, "") for _ in group["params"]]}
+            for group in _split_scalars(saved, optimizer.param_groups)
+        ]
+        state = {"state": moments, "param_groups": saved}
+    if [sorted(group["params"]) for group in saved] != [sorted(group) for group in own]:
+        raise ValueError(
+            f"its {len(saved)} groups of parameters are not the {len(own)} of this run. Continue with the optimizer settings "
+            "it was made with, or start a new run.out from these weights (--init)"
+        )
+    return state
+
+
 def load_states(
     module: nn.Module, optimizer: torch.optim.Optimizer, model: dict[str, Tensor], state: dict[str, Any]
 ) -> None:
@@ -167,15 +193,23 @@ def load_states(
             f"{len(unlike)} tensors differ, the first: {'; '.join(unlike[:3])}. Continue with the model settings it was made "
             "with, or start a new run.out"
         )
-    module.load_state_dict({name: _like(value, own[name]) if name in own else value for name, value in model.items()})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = named_state(module, optimizer, state)
+    parameters = dict(module.named_parameters())
     moments = {
-        index: {key: _like(value, parameters[index]) for key, value in values.items()}
-        for index, values in state["state"].items()
-        if index < len(parameters)
+        name: {key: _like(value, parameters[name]) for key, value in values.items()}
+        for name, values in state["state"].items()
     }
-    groups = _split_scalars(state["param_groups"], optimizer.state_dict()["param_groups"])
-    optimizer.load_state_dict(state | {"state": moments, "param_groups": groups})
+    # torch makes moments by a step before it loads them, of no rate and no gradient, which changes no weight. It must not be a
+    # skipped one: apex does not count the step after that.
+    optimizer.found_inf = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
+    set_state_dict(
+        module,
+        optimizer,
+        model_state_dict={name: _like(value, own[name]) for name, value in model.items()},
+        optim_state_dict=state | {"state": moments},
+        # A parameter that had no gradient so far has no moments. The names were compared above.
+        options=StateDictOptions(strict=False),
+    )
 
 
 def _split_scalars(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ from umt_fast.engine.graphed import GraphedStep, require_graphs
 from umt_fast.engine.logging import MetricsLog, progress_line
 from umt_fast.engine.optim import LayerOf, build_optimizer, upgraded_state
 from umt_fast.engine.precision import measure_matmul_rate, peak_memory_bytes
+from umt_fast.engine.saving import Saver
 from umt_fast.engine.schedule import warmup_cosine
 from umt_fast.engine.validation import Validator
 
@@ -132,6 +133,7 @@ class Trainer:
         records = {"config": self.config_record, "model_config": self.model_config}
         judged = validation is not None and run.validate_epochs > 0
         self.validator = Validator(validation, self, records) if judged else None
+        self.saver = Saver(run, self.folder, self.ranks, self.steps_per_epoch)
         self.step = 0
         self.pending: list[dict[str, Any]] = []
         self.stop_signal = self.stop_agreed = 0
@@ -163,8 +165,12 @@ class Trainer:
                     self._validate(metrics)
                 while self.step < self.last_step and not self.stop_agreed:
                     self._epoch(run_step, metrics)
+            self.saver.wait()
             if self.stop_agreed:
                 raise Stopped(self.stop_agreed, self.step)
+        except Exception:
+            self.saver.settle()
+            raise
         finally:
             if metrics is not None:
                 metrics.close()
@@ -313,22 +319,7 @@ class Trainer:
             "config": self.config_record,
             "model_config": self.model_config,
         }
-        module, optimizer, first = self.objective.trainable, self.optimizer, self.ranks.first
-        if self.run.checkpoint == "sharded":
-            average = self.average.state_dict() if self.average else None
-            path = sharded_checkpoint.save(
-                self.folder, self.step, module, optimizer, rest, average=average, first=first
-            )
-        else:
-            parts = {"model": module.state_dict(), "optimizer": optimizer.state_dict()}
-            if self.average:
-                parts["model_ema"] = self.average.state_dict()
-            parts = sharding.gathered(parts, keep=first)
-            path = checkpoint.save(self.folder, self.step, parts | rest) if first else self.folder
-        if first:
-            checkpoint.prune(self.folder, self.step, self.run.keep, self.steps_per_epoch * self.run.keep_every_epochs)
-            log.info("saved %s", path)
-        gather(None)  # a rank that is done has its checkpoint on disk, whichever rank wrote it
+        self.saver.save(self.step, self.objective.trainable, self.optimizer, self.average, rest)
         # Time spent saving is not the step's.
         self.window_start = time.perf_counter()
 

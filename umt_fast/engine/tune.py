@@ -21,6 +21,7 @@ from umt_fast.config import ConfigError
 from umt_fast.engine import tune_store
 from umt_fast.engine.distributed import Ranks, gather
 from umt_fast.engine.tune_process import Result
+from umt_fast.files import write_json
 
 log = logging.getLogger("umt_fast")
 
@@ -155,7 +156,8 @@ def choose(
     log.info("%s", _said(results, choice, source))
     rows = [dataclasses.asdict(result) for result in results]
     content = {"choice": choice, "label": label(choice), "source": source, "candidates": rows, "key": key}
-    tune_store.write_json(folder / FILE, content)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FILE, content, indent=1)
     return choice
 
 

@@ -6,20 +6,19 @@ a new driver, torch, GPU, batch size or line of code finds nothing and measures 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import umt_fast
+from umt_fast.files import checksum, write_json
 
 log = logging.getLogger("umt_fast")
 
@@ -55,12 +54,12 @@ def _version(library: str) -> str:
 
 def code_hash() -> str:
     """Of every Python file of umt_fast and kernels: a version number does not change with each line."""
-    digest = hashlib.sha256()
+    parts = []
     for package in ("umt_fast", "kernels"):
         root = Path(importlib.util.find_spec(package).origin).parent
         for path in sorted(root.rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+            parts += [str(path.relative_to(root)).encode() + b"\0", path]
+    return checksum(parts)[:16]
 
 
 def _cpu_name() -> str:
@@ -88,8 +87,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def path_of(key: dict[str, Any]) -> Path:
     """The file of a key."""
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return cache_folder() / "tune" / f"{digest}.json"
+    return cache_folder() / "tune" / f"{checksum(json.dumps(key, sort_keys=True).encode())}.json"
 
 
 def read(key: dict[str, Any]) -> dict[str, Any] | None:
@@ -112,30 +110,15 @@ def read(key: dict[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file whole or not at all, whoever else writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def write(key: dict[str, Any], choice: dict[str, Any], candidates: list[dict[str, Any]]) -> None:
     """Keeps a result under its key; where that cannot be, a warning says so."""
     path = path_of(key)
     try:
-        write_json(path, {"key": key, "choice": choice, "candidates": candidates})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": key, "choice": choice, "candidates": candidates}, indent=1, shared=True)
     except OSError as error:
         log.warning(
             "WARNING: run.tune cannot keep its result in %s (%s); set UMT_CACHE to a folder that can be written",
             path.parent,
-            error.strerror,
+            getattr(error, "reason", error.strerror),
         )

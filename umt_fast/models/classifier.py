@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from umt_fast.config import VitConfig
-from umt_fast.models.vit import VisionTransformer
+from umt_fast.models.vit import VisionTransformer, draw_linear
 
 
 def pretraining_grid(patch_size: int) -> tuple[int, int, int]:
@@ -28,10 +28,8 @@ class Classifier(VisionTransformer):
         super().__init__(config, with_norm=False)
         self.fc_norm = nn.LayerNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
-        with torch.no_grad():  # biases are zero already
+        draw_linear(self)
+        with torch.no_grad():
             self.head.weight.mul_(head_scale)
 
     def pooled(self, video: Tensor) -> Tensor:

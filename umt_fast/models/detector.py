@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from umt_fast.config import ConfigError, VitConfig
 from umt_fast.masking import TokenGrid
-from umt_fast.models.vit import VisionTransformer, resized_table, sinusoid_table
+from umt_fast.models.vit import VisionTransformer, draw_linear, resized_table, sinusoid_table
 
 PIXEL_MEAN, PIXEL_STD = (122.7717, 115.9465, 102.9801), (57.375, 57.375, 57.375)
 """Of red, green and blue on the scale 0 to 255. The official detection normalizes otherwise than the other stages."""
@@ -45,10 +45,8 @@ class Detector(VisionTransformer):
         _roi_align()
         self.roi = roi or RoiRule()
         self.head = nn.Linear(config.width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
-        with torch.no_grad():  # biases are zero already
+        draw_linear(self)
+        with torch.no_grad():
             self.head.weight.mul_(head_scale)
         self.table_grid = TokenGrid(*(config.position_grid or config.grid))
         self.position = sinusoid_table(self.table_grid.size, config.width)

@@ -238,6 +238,13 @@ class Block(Multiplies):
         return out if factors is None else x + out * factors[1].to(out.dtype)
 
 
+def draw_linear(module: nn.Module) -> None:
+    """Draws the matrices of all linear layers anew as fine-tuning does officially; their biases stay zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02, a=-2, b=2)
+
+
 class VisionTransformer(nn.Module):
     """A pre-LN ViT over the visible tokens of a clip, without class token (paper section 4.1).
 

@@ -8,7 +8,6 @@ Legend: B clips, T frames of a clip, t, h, w token frames, rows and columns, C w
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from umt_fast.data.loaders.given import Videos, pixels_of
 from umt_fast.data.loaders.tokens import load_tokenizer
 from umt_fast.data.sources.clip import DataError
 from umt_fast.engine.precision import device_of
-from umt_fast.files import write_json
+from umt_fast.files import checksum, write_json
 from umt_fast.models.description import found_in, vit_config
 from umt_fast.models.outputs import Features
 from umt_fast.models.vit import VisionTransformer
@@ -145,12 +144,12 @@ class PretrainedModel(
 
     def fingerprint(self) -> str:
         """Tells weights apart: a hash of every tensor's name, shape and about 64 of its values."""
-        seen = hashlib.blake2b(digest_size=16)
+        seen = []
         for name, value in sorted(self.network.state_dict().items()):
             flat = value.detach().flatten().float()
             sample = flat[:: max(1, len(flat) // 64)].cpu().numpy()
-            seen.update(f"{name} {tuple(value.shape)}".encode() + np.ascontiguousarray(sample).tobytes())
-        return seen.hexdigest()
+            seen.append(f"{name} {tuple(value.shape)}".encode() + np.ascontiguousarray(sample).tobytes())
+        return checksum(seen)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.compute == "bf16")

@@ -2,7 +2,7 @@
 
     python -m umt_fast.sample_world.captions runs/quickstart
 
-goes on from a quickstart with `--stage2 True`: writes the lists, judges the stage-2 weights on unseen clips as they are,
+goes on from a quickstart with `--stage2`: writes the lists, judges the stage-2 weights on unseen clips as they are,
 fine-tunes them for retrieval and for multiple choice, keeping the best epoch by clips that neither trains on, and judges
 those. Settings: recipes/quickstart.py:retrieval and :choices.
 """
@@ -116,7 +116,7 @@ def run(out: Path) -> dict[str, dict[str, float]]:
     seed = json.loads(path.read_text()).get("seed", 0) if path.is_file() else 0
     results = Results(out, seed)
     if "stage2" not in results.values:
-        raise ConfigError(f"{out} has no stage 2; run the quickstart with --stage2 True --out {out} first")
+        raise ConfigError(f"{out} has no stage 2; run the quickstart with --stage2 --out {out} first")
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # models this small gain nothing from a second core
     results.part("caption lists", lambda: write_lists(out / "world", seed))
@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
     """The command; see the module's head."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
-        print("usage: python -m umt_fast.sample_world.captions FOLDER\nFOLDER: of a quickstart with --stage2 True")
+        print("usage: python -m umt_fast.sample_world.captions FOLDER\nFOLDER: of a quickstart with --stage2")
         return 0 if arguments else 2
     try:
         print(table(run(Path(arguments[0]))))

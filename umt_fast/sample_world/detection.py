@@ -30,13 +30,12 @@ from umt_fast.train import train
 
 log = logging.getLogger("umt_fast")
 
-LABELED, JUDGED = 480, 240
+LABELED, JUDGED = WORLD["train"], WORLD["test"]
 """Clips of training and of judging."""
 STARTS = {
     "pretrained": "from pre-training",
     "scratch": "from scratch",
     "still": "from pre-training, the key frame alone",
-    "still_scratch": "from scratch, the key frame alone",
 }
 """What is compared, by name."""
 
@@ -99,10 +98,10 @@ def run(out: str | Path, seed: int = 0, seeds: int = 3) -> dict[str, Any]:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
         with side_by_side() as pool:
-            runs = {
-                start: [pool.submit(train_and_judge, out, start, pretrained, number) for number in range(seeds)]
-                for start in STARTS
-            }
+            submit, runs = pool.submit, {start: [] for start in STARTS}
+            for number in range(seeds):
+                for start, every in runs.items():
+                    every.append(submit(train_and_judge, out, start, pretrained, number))
             return {"map": {start: [one.result() for one in every] for start, every in runs.items()}}
 
     return results.part(f"detection, {seeds} seeds", compare)["map"]

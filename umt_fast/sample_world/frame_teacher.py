@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import FinetuneConfig, TeacherConfig
+from umt_fast.models import flops
 from umt_fast.models.teachers import load_teacher
 from umt_fast.models.teachers.clip import ClipTeacher
 
@@ -64,7 +65,4 @@ class FrameSupervised(nn.Module):
 
     def flops_per_clip(self) -> float:
         """Matrix-product FLOPs of a clip, forward and backward."""
-        teacher = self.teacher
-        tokens = (teacher.image_size // teacher.patch_size) ** 2 + 1
-        block = 24 * tokens * teacher.width**2 + 4 * tokens**2 * teacher.width
-        return (1 if self.config.freeze else 3) * self.config.student.num_frames * teacher.depth * block
+        return flops.frames_flops(self.teacher, self.config.student.num_frames, frozen=self.config.freeze)

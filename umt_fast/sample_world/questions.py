@@ -34,6 +34,7 @@ from umt_fast.models.weights import load_question
 from umt_fast.sample_world import world as sample_world
 from umt_fast.sample_world.quickstart import Results, newest_weights
 from umt_fast.tasks.answering import answer_list, chooser, right_rows, shares_of
+from umt_fast.tasks.matching import whole_frames
 from umt_fast.train import train
 
 log = logging.getLogger("umt_fast")
@@ -128,7 +129,7 @@ def judged(config: QuestionConfig, folder: Path, start: str) -> dict[str, float]
     model.to(device).eval()
     questions = read_questions([str(folder / ("still_test.json" if start == "still" else "test.json"))], train=False)
     judge = chooser(model, read_answers(folder / "answers.json"), words, max_answer=config.max_answer)
-    data = DataConfig(workers=config.data.workers, sampling="intervals", augment="whole")
+    data = whole_frames(DataConfig(workers=config.data.workers))
     tokens = Tokens(questions.questions, words, max_length=config.max_length)
     predictions = answer_list(model, questions, tokens, judge, data, Ranks(0, 1, device), batch_size=32)
     return shares_of(questions, right_rows(questions, predictions, None))

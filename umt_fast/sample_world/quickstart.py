@@ -42,7 +42,7 @@ from umt_fast.engine.distributed import current_ranks
 from umt_fast.engine.precision import pick_device
 from umt_fast.files import write_json
 from umt_fast.models.teachers import build_teacher
-from umt_fast.report import read_results, write_report
+from umt_fast.report import read_results, require_packages, write_report
 from umt_fast.sample_world import small_clip
 from umt_fast.sample_world import world as sample_world
 from umt_fast.sample_world.frame_teacher import FrameSupervised
@@ -273,6 +273,7 @@ def retrieve(out: Path, config: Stage2Config, show: int = 8) -> dict[str, Any]:
 
 def run(out: str | Path, seed: int = 0, stage2: bool = False) -> Path:
     """Runs what is missing of a quickstart and returns the report's path."""
+    require_packages()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     results, config = Results(out, seed), stage1_config(out, seed)

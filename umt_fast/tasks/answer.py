@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from umt_fast.config import ConfigError, DataConfig, require
 from umt_fast.data.loaders.questions import AnswerTokens
 from umt_fast.data.loaders.tokens import Tokens, tokenizer_of
 from umt_fast.data.sources.questions import read_answers, read_questions
 from umt_fast.engine.distributed import Ranks
+from umt_fast.engine.precision import usable_dtype
 from umt_fast.files import write_json
 from umt_fast.models.description import text_config, vit_config
 from umt_fast.models.downstream import QuestionModel
@@ -19,6 +22,7 @@ from umt_fast.models.weights import WeightsFile
 from umt_fast.models.weights.downstream import fit_question
 from umt_fast.tasks.answering import answer_list, chooser, listing, right_rows, shares_of, writer
 from umt_fast.tasks.base import EvalOptions, register_evaluation
+from umt_fast.tasks.matching import whole_frames
 
 log = logging.getLogger("umt_fast")
 
@@ -80,15 +84,15 @@ class Answer:
         model = QuestionModel(vit_config(described), text_config(described))
         fit_question(model, file.state, str(source))
         model.to(ranks.device).eval()
-        if options.free:
-            judge = writer(model, words, max_answer=lengths["max_answer"])
-        else:
-            judge = chooser(
-                model, answers, words, max_answer=lengths["max_answer"], top_k=options.top_k, rule=options.rule
-            )
         tokens = Tokens(questions.questions, words, max_length=lengths["max_length"])
-        whole = replace(data, root="", sampling="intervals", augment="whole")
-        found = answer_list(model, questions, tokens, judge, whole, ranks, batch_size=options.batch_size)
+        whole, dtype = whole_frames(replace(data, root="")), usable_dtype(described["dtype"], ranks.device)
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bf16"):  # as it was trained
+            if options.free:
+                judge = writer(model, words, max_answer=lengths["max_answer"])
+            else:
+                kept = {"top_k": options.top_k, "rule": options.rule}
+                judge = chooser(model, answers, words, max_answer=lengths["max_answer"], **kept)
+            found = answer_list(model, questions, tokens, judge, whole, ranks, batch_size=options.batch_size)
         written = AnswerTokens(questions.answers, words, max_length=lengths["max_answer"]) if options.free else None
         right = right_rows(questions, found, written)
         figures: dict[str, Any] = shares_of(questions, right)

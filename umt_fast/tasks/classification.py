@@ -114,12 +114,7 @@ class Supervised(nn.Module):
 
     def flops_per_clip(self) -> float:
         """Matrix-product FLOPs of a clip, forward and backward (forward alone through frozen blocks)."""
-        vit, n = self.config.student, self.classifier.grid.size
-        span = n if vit.attention == "joint" else n // self.classifier.grid.frames
-        block = n * vit.width**2 * (8 + 4 * vit.mlp_ratio) + 4 * n * span * vit.width
-        patch = n * vit.width * 6 * vit.tubelet_size * vit.patch_size**2
-        passes = 1 if self.config.freeze else 3
-        return passes * vit.depth * block + min(passes, 2) * patch
+        return flops.tower_flops(self.config.student, self.classifier.grid.size, frozen=self.config.freeze)
 
 
 def start_from(classifier: Classifier, config: FinetuneConfig) -> None:

@@ -7,7 +7,6 @@ equal scores the order decides.
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from umt_fast.data.decode.boxes import Size
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.detections import KeyFrames
 from umt_fast.engine.distributed import gather
+from umt_fast.files import atomic_path
 from umt_fast.models.weights import WeightsError
 from umt_fast.tasks.frame_map import Boxes, Frame, FrameMap, frame_map
 
@@ -99,7 +99,7 @@ def evaluate(
     # The first rank alone judges: all boxes of AVA's test set with all classes are millions of rows.
     judged = gather(judged)[0]
     if isinstance(judged, OSError):
-        raise DataError(f"{result} cannot be written: {judged}") from judged
+        raise DataError(str(judged)) from judged
     return judged
 
 
@@ -140,14 +140,9 @@ def write_result(path: str | Path, rows: Boxes) -> None:
 
     The file appears as a whole or not at all.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".writing")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         columns: Sequence[list] = (rows.boxes.tolist(), rows.classes.tolist(), rows.scores.tolist())
         for (movie, second), box, label, score in zip(rows.frames, *columns, strict=True):
             numbers = [f"{value:.{_DECIMALS}f}" for value in (*box, score)]
             writer.writerow([movie, f"{second:04d}", *numbers[:4], label, numbers[4]])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

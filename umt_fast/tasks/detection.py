@@ -108,13 +108,7 @@ class Detection(nn.Module):
 
     def flops_per_clip(self) -> float:
         """Matrix-product FLOPs of a training crop, forward and backward, without the head: it reads a vector a box."""
-        vit, grid = self.vit, self.detector.grid
-        n = grid.size
-        span = n if vit.attention == "joint" else grid.per_frame
-        block = n * vit.width**2 * (8 + 4 * vit.mlp_ratio) + 4 * n * span * vit.width
-        patch = n * vit.width * 6 * vit.tubelet_size * vit.patch_size**2
-        # The pixels take no gradient: forward and weight gradient only.
-        return 3 * vit.depth * block + 2 * patch
+        return flops.tower_flops(self.vit, self.detector.grid.size)
 
 
 def training_keys(config: DetectionConfig, movies: Movies) -> KeyFrames:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from umt_fast.config import DataConfig, Dtype, VitConfig, require
-from umt_fast.data.errors import DataError
-from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.loaders.tokens import Tokens, tokenizer_of
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.precision import usable_dtype
 from umt_fast.models.description import text_config, vit_config
@@ -72,8 +71,8 @@ def load_matcher(
     """The model of a file of stage 2 or of fine-tuned retrieval; arguments as for Evaluation.run.
 
     Raises:
-        ConfigError: frames or max_length that the model does not take, a tokenizer that is not its own or not known.
-        DataError: a tokenizer that cannot be had.
+        ConfigError: frames or max_length that the model does not take.
+        DataError: a tokenizer that cannot be had, is not the model's own, or is not known.
         WeightsError: tensors that do not fit.
     """
     least, limit = 3 if described["sep_token"] else 2, described["text"]["max_positions"]
@@ -90,7 +89,7 @@ def load_matcher(
     )
     record = file.rest.get("config")
     usual = record.get("tokenizer", "") if isinstance(record, dict) else ""
-    words = _tokenizer(options.tokenizer, usual, described["text"]["vocab_size"], source)
+    words = tokenizer_of(options.tokenizer, usual, described["text"]["vocab_size"], source)
     vit = replace(vit, num_frames=options.frames or vit.num_frames)
     model = RetrievalModel(vit, text_config(described), embed_dim=described["embed_dim"])
     fit_retrieval(model, file.state, str(source))
@@ -102,24 +101,3 @@ def load_matcher(
         described["sep_token"],
         usable_dtype(trained, ranks.device),
     )
-
-
-def _tokenizer(given: str, usual: str, vocab_size: int, checkpoint: Path) -> Any:
-    """The given tokenizer, or the model's usual one. Raises DataError, ConfigError: none, or not the model's."""
-    require(
-        bool(given or usual), f"{checkpoint} does not say which tokenizer it was trained with; give it: --tokenizer"
-    )
-    try:
-        tokenizer = load_tokenizer(given or usual)
-    except DataError as error:
-        if given:
-            raise
-        raise DataError(
-            f"{error}. The model of {checkpoint} was trained with it; if it has moved, say where: --tokenizer"
-        ) from error
-    require(
-        len(tokenizer) <= vocab_size,
-        f"the tokenizer {given or usual} has {len(tokenizer)} words, but the model of {checkpoint} knows {vocab_size}; give "
-        "the one it was trained with: --tokenizer",
-    )
-    return tokenizer

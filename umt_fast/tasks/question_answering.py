@@ -28,6 +28,7 @@ from umt_fast.models.weights import load_question
 from umt_fast.tasks.answering import answer_list, chooser, right_rows, shares_of
 from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
+from umt_fast.tasks.matching import whole_frames
 
 _IGNORED = -100
 
@@ -122,15 +123,10 @@ class QuestionTuning(nn.Module):
         return {"loss": (batch["answer_weights"] * losses).sum() / len(batch["video"])}
 
     def flops_per_clip(self) -> float:
-        """Matrix-product FLOPs of a clip, its question and its answers, forward and backward (see models/flops.py)."""
-        vit, text, w, length, n = self.vit, self.text, self.text.width, self.max_length, flops.grid_of(self.vit).size
-        above, each = text.depth - text.fusion_layer, self.max_answer - 1
-        answer = self.answers * each
-        own = text.depth * (24 * length * w * w + 4 * length * length * w)
-        own += above * (4 * length * w * w + 4 * length * n * w + 4 * n * vit.width * w)
-        own += above * (28 * answer * w * w + 4 * answer * each * w + 4 * length * w * w + 4 * answer * length * w)
-        own += 2 * answer * (w * w + w * text.vocab_size)
-        return flops.tower_flops(vit, n, num_layers=0, output_dim=0) + 3 * own
+        """Matrix-product FLOPs of a clip, its question and its answers, forward and backward."""
+        return flops.question_flops(
+            self.vit, self.text, length=self.max_length, answers=self.answers, answer=self.max_answer - 1
+        )
 
 
 class AnswerValidation:
@@ -151,7 +147,7 @@ class AnswerValidation:
     def figures(self, objective: QuestionTuning) -> dict[str, float]:
         """The list of answers is prepared anew: it depends on the weights."""
         config, model = self.config, objective.model
-        whole = dataclasses.replace(config.data, augment="whole", flip=None, num_sample=1, reader="cpu")
+        whole = whole_frames(dataclasses.replace(config.data, flip=None, num_sample=1, reader="cpu"))
         with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=config.run.dtype == "bf16"):
             found = answer_list(
                 model,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Queries and items whose scores are held at once: 128 MiB of them.
@@ -70,8 +71,9 @@ def official_recalls(v2t: Tensor, t2v: Tensor) -> dict[str, float]:
 class _Blocks:
     """Scores of queries (Q, E) on a device, block by block of items: pairs of the first item and (Q, b); many times over."""
 
-    def __init__(self, queries: Tensor, items: Tensor) -> None:
-        self.queries, self.items = queries, items
+    def __init__(self, queries: Tensor, items: Tensor, *, cosine: bool = False) -> None:
+        """cosine: scores are divided by the lengths of items."""
+        self.queries, self.items, self.cosine = queries, items, cosine
         self.held = list(self._computed()) if len(items) <= _ITEMS else None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
@@ -79,21 +81,28 @@ class _Blocks:
 
     def _computed(self) -> Iterator[tuple[int, Tensor]]:
         for first in range(0, len(self.items), _ITEMS):
-            yield first, self.queries @ self.items[first : first + _ITEMS].to(self.queries.device).t()
+            block = self.items[first : first + _ITEMS].to(self.queries.device)
+            scores = self.queries @ block.t()
+            # Dividing the few scores copies no items, as bringing these to unit length would.
+            yield first, scores / block.norm(dim=1).clamp_min(1e-12) if self.cosine else scores
 
 
-def nearest(queries: Tensor, items: Tensor, k: int, *, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def nearest(
+    queries: Tensor, items: Tensor, k: int, *, device: torch.device | None = None, cosine: bool = False
+) -> tuple[Tensor, Tensor]:
     """The k best items of each query by the product of embeddings, best first: their numbers and scores (Q, k), on the CPU.
 
     Args:
         queries, items: (Q, E) and (I, E). Items may lie elsewhere, in a mapped file too: a block of them is moved at a time.
         k: more than I: all.
         device: where products are computed; None: where the queries are.
+        cosine: by the cosine instead.
     """
     device = device or queries.device
+    queries = F.normalize(queries, dim=1) if cosine else queries
     parts = []
     for rows in queries.split(_QUERIES):
-        parts.append([part.cpu() for part in _best(_Blocks(rows.to(device), items), k)])
+        parts.append([part.cpu() for part in _best(_Blocks(rows.to(device), items, cosine=cosine), k)])
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 

@@ -149,19 +149,10 @@ class RetrievalTuning(nn.Module):
             )
 
     def flops_per_clip(self) -> float:
-        """Matrix-product FLOPs of a clip and its text, forward and backward; what is not counted: see objectives/flops.py."""
-        vit, text, w, length = self.vit, self.text, self.text.width, self.max_length
-        grid = flops.grid_of(vit)
-        total = flops.tower_flops(vit, grid.size, num_layers=0, output_dim=0)
-        layer = 24 * length * w * w + 4 * length * length * w
-        own = text.fusion_layer * layer + 2 * self.embed_dim * (grid.frames * vit.width + w)
-        if self.vtm:
-            above, n = text.depth - text.fusion_layer, grid.size
-            whole = layer + 4 * length * w * w + 4 * length * n * w
-            # The last layer computes the class token alone, which asks all keys and values.
-            class_token = 4 * length * w * w + 24 * w * w + 4 * length * w + 4 * n * w
-            own += above * 4 * n * vit.width * w + 3 * ((above - 1) * whole + class_token + 4 * w)
-        return total + 3 * own
+        """Matrix-product FLOPs of a clip and its text, forward and backward."""
+        return flops.retrieval_flops(
+            self.vit, self.text, length=self.max_length, embed_dim=self.embed_dim, fuses=self.vtm > 0
+        )
 
 
 class _Judged:
@@ -235,6 +226,8 @@ class RetrievalTask:
         refuse("data.train", "retrieval reads caption lists: give them with --videos")
         refuse("data.root", "caption lists carry their folders: give LIST=FOLDER")
         refuse("data.separator data.frame_pattern", "caption lists have neither columns nor frame folders")
+        if not config.run.validate_epochs:
+            refuse("select_on_test", "run.validate_epochs is 0, so that nothing is judged during training")
         if not config.losses.vtc:
             refuse("losses.gather", "losses.vtc is 0, and no other loss gathers")
         require(

@@ -54,6 +54,7 @@ _IRRELEVANT = (
     "log_every",
     "save_every",
     "checkpoint",
+    "async_save",
     "keep",
     "keep_every_epochs",
     "resume",

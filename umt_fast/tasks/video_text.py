@@ -168,7 +168,7 @@ class VideoTextPretraining(nn.Module):
     def flops_of(config: Stage2Config, *, image: bool = False) -> float:
         """Matrix-product FLOPs of a clip or image: teacher, tower, text (forward and backward three times forward).
 
-        What is not counted: see objectives/flops.py.
+        What is not counted: see models/flops.py.
         """
         vit, text, losses, layers = config.student, config.text, config.losses, config.align.num_layers
         if image:

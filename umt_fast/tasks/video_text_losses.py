@@ -30,7 +30,10 @@ class Similarity(NamedTuple):
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of all ranks; backward sums what every rank's loss says about this rank's rows."""
+    """Rows of all ranks; backward sums what every rank's loss says about this rank's rows.
+
+    Not torch.distributed.nn's, which is deprecated and refuses to be compiled; what it names instead is private.
+    """
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:

@@ -10,11 +10,8 @@ does, for instance after files were copied to another machine.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterable
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,22 +21,13 @@ from umt_fast.data.decode.video import VideoError, iterate_frames, open_video, r
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.lists import Clip, read_list
 from umt_fast.extras import packages_of
+from umt_fast.files import checksum, write_text
 from umt_fast.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")
 
 # Clips between two progress lines.
 _PROGRESS = 1000
-
-
-def checksum(paths: Iterable[str | Path]) -> str:
-    """BLAKE2b-128 of the bytes of some files, one after another, in hexadecimal. Raises OSError."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _files(clip: Clip, frame_pattern: str) -> list[Path]:
@@ -126,16 +114,6 @@ def _journal(path: Path, clips: list[Clip]) -> dict[int, tuple[dict | None, str]
     return done
 
 
-def _write(path: Path, lines: list[str]) -> None:
-    """Replaces a file as a whole, or leaves it as it was."""
-    temporary = path.with_name(path.name + ".writing")
-    with open(temporary, "w") as file:
-        file.writelines(f"{line}\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: DataConfig | None = None) -> dict[str, int]:
     """Scans a list into a manifest.
 
@@ -184,10 +162,10 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
         for number, (entry, reason) in sorted(done.items())
         if entry is None
     ]
-    _write(out.with_name(out.name + ".bad.jsonl"), bad)
+    write_text(out.with_name(out.name + ".bad.jsonl"), (f"{line}\n" for line in bad))
     if not good:
         raise DataError(f"none of the {len(clips)} clips of {list_path} can be read; reasons in {out}.bad.jsonl")
-    _write(out, good)
+    write_text(out, (f"{line}\n" for line in good))
     partial.unlink()
     log.info("scan: %d good clips in %s, %d bad ones in %s.bad.jsonl", len(good), out, len(bad), out)
     return {"good": len(good), "bad": len(bad), "resumed": resumed}

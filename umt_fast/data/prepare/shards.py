@@ -7,8 +7,7 @@ by every run.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
+import contextlib
 import itertools
 import json
 import logging
@@ -18,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,22 +28,14 @@ from umt_fast.data.decode.video import VideoError, decode_frames, read_frame_fol
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.entries import is_sqlite
 from umt_fast.data.sources.lists import Clip, read_list
-from umt_fast.data.sources.prepared import Settings, candidates, checksum, index_lines, pack, part_of, read_part
+from umt_fast.data.sources.prepared import Settings, candidates, index_lines, pack, part_of, read_part
+from umt_fast.files import LockedError, checksum, lock, put, write_json, write_text
 from umt_fast.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")
 
 # Seconds between two progress lines.
 _PROGRESS = 30.0
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def clips_of(list_path: str | Path, data: DataConfig) -> tuple[list[Clip], str]:
@@ -137,7 +127,7 @@ class _Shard:
         data_path, index_path = (path.with_name(path.name + ".writing") for path in (self.clips, self.index))
         if index_path.exists() and not data_path.exists() and self.clips.exists():
             # Killed between the two renames that end a shard.
-            os.replace(self.clips, data_path)
+            put(self.clips, data_path)
         self.data = open(data_path, "a+b")
         self.journal = open(index_path, "a+b")
         self._recover()
@@ -174,23 +164,11 @@ class _Shard:
     def close(self) -> None:
         """Makes it final: the records first, then the index that names them. A shard without a clip leaves nothing."""
         for file, path in ((self.data, self.clips), (self.journal, self.index)):
-            os.fsync(file.fileno())
             file.close()
             if self.numbers:
-                os.replace(file.name, path)
+                put(Path(file.name), path)
             else:
                 os.unlink(file.name)
-
-
-@contextmanager
-def _alone(part: Path) -> Iterator[None]:
-    """Keeps a second process from writing the same part; the system lets go of the lock when this one dies."""
-    with open(part.with_suffix(".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another process is preparing {part.stem} in {part.parent}") from error
-        yield
 
 
 def _begin(part: Path, content: dict[str, Any]) -> None:
@@ -203,7 +181,7 @@ def _begin(part: Path, content: dict[str, Any]) -> None:
                     f"{part.parent} was begun with another list or other settings ({key}: {known[key]}); "
                     "repeat them or give another --out"
                 )
-    _replace(part, json.dumps(content | {"settings": asdict(content["settings"])}, indent=1) + "\n")
+    write_json(part, content | {"settings": asdict(content["settings"])}, indent=1)
 
 
 def prepare(
@@ -242,15 +220,25 @@ def prepare(
         raise DataError(f"--shard {part[0]}/{part[1]} has no clip: {list_path} holds {len(clips)}; use fewer parts")
     out.mkdir(parents=True, exist_ok=True)
     home = part_of(out, *part)
-    names = hashlib.blake2b("\n".join(f"{clip.path}\t{clip.label}" for clip in clips).encode(), digest_size=16)
-    content = {"list": names.hexdigest(), "clips": len(clips), "parts": part[1], "settings": settings, "finished": None}
-    with _alone(home):
+    names = "\n".join(f"{clip.path}\t{clip.label}" for clip in clips)
+    content = {
+        "list": checksum(names.encode()),
+        "clips": len(clips),
+        "parts": part[1],
+        "settings": settings,
+        "finished": None,
+    }
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(home.with_suffix(".lock")))
+        except LockedError as error:
+            raise DataError(f"another process is preparing {home.stem} in {out}") from error
         _begin(home, content)
         resumed, bad = _write_part(home, clips, part, settings, data.frame_pattern, shard_bytes, workers)
         sizes = [line["size"] for _, line in index_lines(home)]
         counts = {"good": len(sizes), "bad": len(bad), "bytes": sum(sizes)}
-        _replace(home.with_suffix(".bad.jsonl"), "".join(json.dumps(line) + "\n" for line in bad))
-        _replace(home, json.dumps(content | {"settings": asdict(settings), "finished": counts}, indent=1) + "\n")
+        write_text(home.with_suffix(".bad.jsonl"), (json.dumps(line) + "\n" for line in bad))
+        write_json(home, content | {"settings": asdict(settings), "finished": counts}, indent=1)
     kinds = Counter(line["reason"].removeprefix(line["path"]).lstrip(": ") for line in bad)
     for reason, count in kinds.most_common(5):
         log.info("prepare: %d bad: %s", count, reason)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.captions import clean_caption
-from umt_fast.data.sources.clip import Clip, require_list
+from umt_fast.data.sources.clip import Clip, missing_files, require_list
 from umt_fast.data.sources.columns import Clips, ClipsBuilder, Strings, StringsBuilder
 from umt_fast.data.sources.json_lists import json_list, shortened
 
@@ -66,12 +66,10 @@ def read_choices(source: str | Path, root: str = "") -> Choices:
         answers.append(answer)
     if not answers:
         raise DataError(f"{source} holds no choices; expected {_LAYOUT}")
+    table = clips.done()
     if missing:
-        raise DataError(
-            f"{len(missing)} files of {source} are not there, the first: {next(iter(missing))}; --root sets the folder that "
-            "names are relative to"
-        )
-    return Choices(clips.done(), options.done(), torch.tensor(answers), count)
+        raise missing_files(list(missing), len({clip.path for clip in table}), source)
+    return Choices(table, options.done(), torch.tensor(answers), count)
 
 
 def _entry(place: str, entry: Any) -> tuple[str, list[str], int]:

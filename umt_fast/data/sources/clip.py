@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,14 @@ def require_list(path: Path, kind: str, wanted: str) -> None:
         raise DataError(f"no {kind} at {path}; give {wanted}")
     found = "a folder" if path.is_dir() else "a pipe or device"
     raise DataError(f"{path} is {found}, not a {kind}; give {wanted}")
+
+
+def missing_files(missing: Sequence[str], count: int, source: object) -> DataError:
+    """The error of a list that names `count` files of which some are not there."""
+    return DataError(
+        f"{len(missing)} of the {count} files of {source} are not there, the first: {missing[0]}; "
+        "--root sets the folder that names are relative to"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

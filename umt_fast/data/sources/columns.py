@@ -1,6 +1,7 @@
 """Lists of tens of millions of rows as a few tensors, which worker processes share where Python objects would be copied.
 
-Torch moves a tensor to shared memory when a process is started with it; every worker then maps the same pages.
+Torch moves a tensor to shared memory when a process is started with it; every worker then maps the same pages. Not pyarrow:
+its tables are copied unless a temporary file backs them, and a row of one took three times as long to read.
 """
 
 from __future__ import annotations

@@ -24,7 +24,11 @@ def shortened(value: Any) -> str:
 
 
 class _JsonText:
-    """Values and marks of a JSON file one at a time, with a block of it in memory."""
+    """Values and marks of a JSON file one at a time, with a block of it in memory.
+
+    Not ijson with yajl: it makes `?` of half a surrogate pair in a name, refuses a list for a NaN or a number beyond 64 bits
+    in a field that nobody reads, and takes memory with the square of the nesting.
+    """
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.text, self.at = file, "", 0

@@ -14,7 +14,6 @@ Parts made on several machines need only be put into one folder.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -122,10 +121,6 @@ def pack(frames: np.ndarray, numbers: np.ndarray, source_frames: int, settings: 
     for number, picture in zip(numbers.tolist(), pictures, strict=True):
         head += [number, len(picture), zlib.crc32(picture)]
     return np.array(head, "<u4").tobytes() + b"".join(pictures)
-
-
-def checksum(record: bytes) -> str:
-    return hashlib.blake2b(record, digest_size=16).hexdigest()
 
 
 def read_record(clip: Clip) -> bytes:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.captions import clean_caption
+from umt_fast.data.sources.clip import missing_files
 from umt_fast.data.sources.columns import Clips, ClipsBuilder, Strings, StringsBuilder
 from umt_fast.data.sources.entries import read_entries
 
@@ -60,8 +61,5 @@ def read_queries(source: str | Path, root: str = "", *, joining: Joining = "each
     if not numbers:
         raise DataError(f"{source} holds no captions")
     if missing:
-        raise DataError(
-            f"{len(missing)} of the {len(clips)} files of {source} are not there, the first: {missing[0]}; "
-            "--root sets the folder that names are relative to"
-        )
+        raise missing_files(missing, len(clips), source)
     return Queries(clips.done(), captions.done(), torch.tensor(sorted(right)))

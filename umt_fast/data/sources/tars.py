@@ -21,6 +21,7 @@ from typing import Any
 from umt_fast.data.decode.video import VideoError
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.clip import Clip
+from umt_fast.files import WriteError, write_json
 from umt_fast.workers import worker_pool
 
 log = logging.getLogger("umt_fast.data")
@@ -153,13 +154,10 @@ def _make_index(tar: str) -> tuple[str, str]:
         index = _index(tar)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         return f"{tar}: {getattr(error, 'strerror', None) or error}", ""
-    path = _index_path(tar)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
     try:
-        temporary.write_text(json.dumps(index))
-        os.replace(temporary, path)
-    except OSError as error:
-        return "", f"{path}: {error.strerror}"
+        write_json(_index_path(tar), index, shared=True)
+    except WriteError as error:
+        return "", str(error)
     return "", ""
 
 

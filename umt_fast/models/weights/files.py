@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import pickle
 import re
 import warnings
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from umt_fast.files import WriteError, atomic_path
 from umt_fast.models.weights import torchscript
 
 _WRAPPERS = ("model", "module", "state_dict")
@@ -170,17 +170,11 @@ def save_state(state: dict[str, Tensor], path: str | Path, model_config: dict[st
     path = Path(path)
     # Copies: safetensors takes no two names for the same memory, as tied weights have.
     state = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    partial = path.with_name(path.name + ".partial")
     try:
-        if path.suffix == ".safetensors":
-            partial.touch()
-            mode = partial.stat().st_mode
-            save_file(state, partial, {_METADATA: json.dumps(model_config)} if model_config else None)
-            partial.chmod(mode)  # it writes a private temporary file; others read weights as they read any file
-        else:
-            torch.save(state, partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise WeightsError(f"{path} cannot be written: {reason}") from error
+        with atomic_path(path, errors=(RuntimeError, SafetensorError)) as temporary:
+            if path.suffix == ".safetensors":
+                save_file(state, temporary, {_METADATA: json.dumps(model_config)} if model_config else None)
+            else:
+                torch.save(state, temporary)
+    except WriteError as error:
+        raise WeightsError(str(error)) from error
