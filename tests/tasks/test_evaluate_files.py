@@ -123,7 +123,7 @@ def test_every_form_of_stage_2_weights_is_judged_alike(
     for arguments, expected in (
         ((tmp_path / "bare.pth",), "does not say which model it is of; say it: --model umt_b16, umt_l16"),
         ((tmp_path / "bare.pth", "--model", STAGE2), "bert-base-uncased"),
-        ((tmp_path / "bare.pth", "--model", "umt_b17"), "--model umt_b17 is none of umt_b16, umt_l16, umt_b16_ft"),
+        ((tmp_path / "bare.pth", "--model", "umt_b17"), "--model umt_b17 is none of umt_b16, umt_l16, umt_b16_qa"),
         ((tmp_path / "bare.pth", "--model", "umt_b16_ft"), "has no head.weight, so it is no file of this --model"),
         ((tmp_path / "bare.pth", "--num_frames", "8"), "--num_frames is for a file whose model is named"),
         ((checkpoint, "--model", STAGE2), "says which model it is of (task video_text); leave out --model"),
