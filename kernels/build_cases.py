@@ -233,6 +233,21 @@ def linear_cases(size: str, architecture: int) -> Iterator[Case]:
         warps=warps_for(width),
         bytes_moved=frozen * (2 * width + 8),
     )
+    yield from _linear_backward(size, architecture)
+    yield from _linear_eight(size, architecture)
+
+
+def _linear_backward(size: str, architecture: int) -> Iterator[Case]:
+    """What the backward pass of a student's MLP multiplies."""
+    width = SIZES[size][0]
+    hidden = 4 * width
+    rows = BATCH * FRAMES * KEPT
+    half, full = "*bf16", "*fp32"
+    weight = width * hidden
+
+    def case(label: str, *args: Any, **options: Any) -> Case:
+        return product_case(f"linear {label} {size}", architecture, *args, **options)
+
     parts = -(-rows // 128)
     yield case(
         "backward gelu",
@@ -259,6 +274,19 @@ def linear_cases(size: str, architecture: int) -> Iterator[Case]:
         a_t=True,
         b_t=True,
     )
+
+
+def _linear_eight(size: str, architecture: int) -> Iterator[Case]:
+    """The teacher in 8 bits."""
+    width, _, tokens, _ = SIZES[size]
+    hidden = 4 * width
+    frozen = BATCH * FRAMES * (1 + tokens)
+    half, full = "*bf16", "*fp32"
+    weight = width * hidden
+
+    def case(label: str, *args: Any, **options: Any) -> Case:
+        return product_case(f"linear {label} {size}", architecture, *args, **options)
+
     for kind in ("i8", "fp8e4nv"):
         label, scales = {"i8": "int8"}.get(kind, "fp8"), {"a_scale": full, "b_scale": full, "bias": full}
         yield case(

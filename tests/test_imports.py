@@ -97,3 +97,24 @@ def test_another_kernels_package_is_named(tmp_path: Path) -> None:
         "try:\n    import umt_fast\nexcept ImportError as error:\n    print(error)"
     )
     assert "shadows" in run(program)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Also where an import stands within a function."""
+    paths = {
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES
+    }
+    asks = {name: {other for other in imported(path) if other in paths} - {name} for name, path in paths.items()}
+    # A package that is named only on the way to one of its modules is not meant.
+    for name, others in asks.items():
+        asks[name] = {one for one in others if not any(other.startswith(f"{one}.") for other in others)}
+    left = dict(asks)
+    while ends := [name for name, others in left.items() if not others & left.keys()]:
+        for name in ends:
+            del left[name]
+    while starts := [
+        name for name in left if not any(name in others for other, others in left.items() if other != name)
+    ]:
+        for name in starts:
+            del left[name]
+    assert not left, f"in or between cycles: {sorted(left)}"

@@ -9,7 +9,8 @@ import torch
 
 from umt_fast.config import DataConfig
 from umt_fast.data.errors import DataError
-from umt_fast.data.loaders.clips import ClipLoader, open_loader
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.opening import open_loader
 from umt_fast.data.prepare.shards import prepare
 from umt_fast.data.sources.lists import Clip, read_list
 from umt_fast.data.sources.prepared import Settings

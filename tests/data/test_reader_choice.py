@@ -9,7 +9,8 @@ import torch
 from umt_fast.__main__ import main
 from umt_fast.config import ConfigError, DataConfig, from_dict, to_dict
 from umt_fast.data.errors import DataError
-from umt_fast.data.loaders.clips import ClipLoader, open_loader
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.opening import open_loader
 from umt_fast.data.sources.lists import read_list
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -23,16 +24,25 @@ from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
 from umt_fast.engine.distributed import gather
 from umt_fast.engine.logging import VALIDATION, MetricsLog
 
-if TYPE_CHECKING:
-    from umt_fast.engine.trainer import Trainer
-
 log = logging.getLogger("umt_fast")
+
+
+class Training(Protocol):
+    """What a validator asks of the Trainer."""
+
+    run: Any
+    objective: Any
+    average: Any
+    ranks: Any
+    folder: Path
+    steps_per_epoch: int
+    last_step: int
 
 
 class Validator:
     """Judges an objective after every run.validate_epochs-th epoch and after the last step."""
 
-    def __init__(self, validation: Any, trainer: Trainer, records: dict[str, Any]) -> None:
+    def __init__(self, validation: Any, trainer: Training, records: dict[str, Any]) -> None:
         """records: what a kept file holds beside the weights and the figures."""
         self.validation, self.records = validation, records
         self.run, self.objective, self.average = trainer.run, trainer.objective, trainer.average

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from umt_fast.config import ConfigError, DataConfig
-from umt_fast.data.loaders.clips import ClipLoader, open_loader
+from umt_fast.data.loaders.clips import ClipLoader
+from umt_fast.data.loaders.opening import open_loader
 from umt_fast.data.sources.clip import Clip
 from umt_fast.data.sources.lists import read_list
 from umt_fast.engine.distributed import Ranks

@@ -19,12 +19,12 @@ from umt_fast.engine.distributed import Ranks
 from umt_fast.tasks import detected
 from umt_fast.tasks.frame_map import read_boxes, read_label_map
 
-# fmt: off
-AVA_JUDGED = (
-    1, *range(3, 16), 17, 20, 22, 24, *range(26, 31), 34, 36, 37, 38, 41, 43, *range(45, 50), 51, 52, 54, *range(56, 71),
-    72, 73, 74, *range(76, 81),
+_JUDGED = "1 3-15 17 20 22 24 26-30 34 36-38 41 43 45-49 51 52 54 56-70 72-74 76-80"
+AVA_JUDGED = tuple(
+    number
+    for first, _, last in (each.partition("-") for each in _JUDGED.split())
+    for number in range(int(first), int(last or first) + 1)
 )
-# fmt: on
 """The 60 of AVA's 80 classes that its benchmark judges, by number."""
 
 
