@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ from umt_fast.config import QuestionConfig
 from umt_fast.data.sources.lists import read_list
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.probes import AttentiveProbes, LinearProbes
-from umt_fast.models.weights import save_state
+from umt_fast.models.weights import load_state, save_state
 from umt_fast.pretrained.passes import embed
 from umt_fast.probing import ProbeOptions
 from umt_fast.probing.features import Features, Room, features_of, shape_of
@@ -203,6 +206,10 @@ def test_linear_probes_find_classes_that_neighbors_do_not() -> None:
     assert torch.equal(again.shares, found.shares) and again.table == found.table
     other = KINDS["linear"].judge(features(known, own), unseen, sweep(rates=(1e-3, 1e-2, 1e-1), seed=1))
     assert not torch.equal(other.shares[0], found.shares[0])
+    # Features of other scales and places are the same to a head: they are standardized.
+    scale, place = 10 ** torch.linspace(-3, 3, 8), torch.linspace(-2, 2, 8)
+    moved = KINDS["linear"].judge(features(known * scale + place, own), unseen * scale + place, told)
+    torch.testing.assert_close(moved.shares, found.shares, rtol=1e-2, atol=1e-3)
     votes = KINDS["knn"].judge(features(known, own), unseen, sweep())
     assert (votes.best[0][:, 0] == label).float().mean() < 0.7
 
@@ -370,6 +377,58 @@ def test_the_command(tmp_path: Path, world: Path, capsys: pytest.CaptureFixture)
             assert len(written["heads"]) == found["heads"] == {"linear": 6, "attentive": 2}[kind]
             own = [head for head in written["heads"] if head["rate"] == found["rate"]]
             assert found["weight_decay"] in [head["weight_decay"] for head in own]
+    bare = tmp_path / "bare.pth"  # as official files are: tensors alone
+    torch.save({name: value for name, value in load_state(weights).items()}, bare)
+    more = ["--kind", "knn", "--neighbors", 3]
+    assert probed(bare, world, capsys, *more, "--model", f"{TINY}:tiny") == found
+    bf16 = probed(weights, world, capsys, *more, "--dtype", "bf16")
+    assert bf16 == found
+
+
+def test_figures_are_the_chosen_head_s(tmp_path: Path, world: Path, capsys: pytest.CaptureFixture) -> None:
+    """Labels that pixels do not tell: heads differ, and the one that is best on the test list is not looked for."""
+    for name, labels in (("guess", "0120012012"), ("guess_test", "2010")):
+        first = 0 if name == "guess" else 10
+        lines = [f"{first + number}.mp4,{label}" for number, label in enumerate(labels)]
+        (world / f"{name}.csv").write_text("\n".join(lines))
+    weights, scores, seen = saved(tmp_path, "tiny"), tmp_path / "scores.json", []
+    for seed in range(4):
+        capsys.readouterr()
+        arguments = ["eval", "probe", weights, world / "guess_test.csv", "--train", world / "guess.csv", "--workers", 0]
+        arguments += ["--device", "cpu", "--rates", 1e-5, 1e-1, "--seed", seed, "--scores", scores]
+        assert main(list(map(str, arguments))) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        written = json.loads(scores.read_text())
+        (own,) = (
+            head
+            for head in written["heads"]
+            if (head["rate"], head["weight_decay"]) == (found["rate"], found["weight_decay"])
+        )
+        assert own["top1"] == found["top1"] and own["held_out_top1"] == found["held_out_top1"]
+        right = sum(clip["found"][0][0] == clip["label"] for clip in written["clips"])
+        assert right / 4 == found["top1"]
+        seen.append((found["top1"], max(head["top1"] for head in written["heads"])))
+    assert any(chosen < best for chosen, best in seen), seen
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_ranks_share_the_pass(tmp_path: Path, world: Path, capsys: pytest.CaptureFixture) -> None:
+    """Two processes find what one does, with features in memory and in a mapped file."""
+    weights = saved(tmp_path, "tiny")
+    more = ["--kind", "attentive", "--epochs", 3, "--batch_size", 2]
+    wanted = probed(weights, world, capsys, *more)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "umt_fast"]
+    command += ["eval", "probe", weights, world / "test.csv", "--train", world / "train.csv", *more]
+    command += ["--workers", 0, "--device", "cpu"]
+    for cache in ([], ["--memory_gib", 1e-9, "--cache", tmp_path]):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*map(str, [*command, *cache])], cwd=TINY.parents[2], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(wanted, abs=1e-4)
+        assert len(done.stdout.splitlines()) == 1 and not list(tmp_path.glob("*.features"))
 
 
 def _lines(path: Path) -> list[str]:
@@ -386,6 +445,7 @@ def test_refusals(tmp_path: Path, world: Path, capsys: pytest.CaptureFixture, ca
         "all_bad": "bad.mp4,0\nbad.mp4,1\n",
         "single": "bad.mp4,0\n1.mp4,1\n",
         "empty": "",
+        "huge": "0.mp4,0\n1.mp4,10000000000\n",
     }
     for name, text in lists.items():
         (world / f"{name}.csv").write_text(text)
@@ -397,6 +457,11 @@ def test_refusals(tmp_path: Path, world: Path, capsys: pytest.CaptureFixture, ca
         ([test, "--train", world / "beyond.csv", "--num_classes", 3], "labels outside 0 to 2, the first 7"),
         ([test, "--train", world / "one.csv"], "clips of one class alone, 1; a probe needs two"),
         ([test, "--train", world / "negative.csv"], "labels outside 0 to 1, the first -1"),
+        (
+            [test, "--train", world / "huge.csv"],
+            "huge.csv has labels up to 10000000000; a probe knows at most 100000 classes",
+        ),
+        ([test, "--train", train, "--num_classes", 10**9], "num_classes is 1000000000; a probe knows at most 100000"),
         ([world / "empty.csv", "--train", train], "empty.csv is empty"),
         ([test, "--train", world / "empty.csv"], "empty.csv is empty"),
         ([test, "--train", world / "none.csv"], "no list at .*none.csv"),

@@ -24,6 +24,9 @@ from umt_fast.tasks.base import EvalOptions, register_evaluation
 
 log = logging.getLogger("umt_fast")
 
+MAX_CLASSES = 100_000
+"""More are a mistake in a list, as a column of frame counts in the place of labels."""
+
 # Options of single kinds.
 _OWN = sorted({name for kind in KINDS.values() for name in kind.reads})
 
@@ -76,6 +79,10 @@ class ProbeOptions(EvalOptions):
             require(math.isfinite(rate) and rate > 0, f"a rate is {rate}; it must be a finite number above 0")
         for decay in self.weight_decays:
             require(math.isfinite(decay) and decay >= 0, f"a weight decay is {decay}; it must be finite, 0 or above")
+        require(
+            self.num_classes <= MAX_CLASSES,
+            f"num_classes is {self.num_classes}; a probe knows at most {MAX_CLASSES} classes",
+        )
         require(self.num_classes != 1, "num_classes is 1; with one class there is nothing to tell apart")
         for entry in dataclasses.fields(self):
             if entry.name in _OWN and entry.name not in KINDS[self.kind].reads:
@@ -161,7 +168,12 @@ def _classes(known: Clips, unseen: Clips, options: ProbeOptions, list_path: Path
     labels = labels_of(known)
     if len(labels.unique()) < 2:
         raise DataError(f"{options.train} has clips of one class alone, {labels[0].item()}; a probe needs two at least")
-    classes = options.num_classes or max(2, labels.max().item() + 1)
+    most = labels.max().item()
+    if most >= MAX_CLASSES:
+        raise DataError(
+            f"{options.train} has labels up to {most}; a probe knows at most {MAX_CLASSES} classes, numbered from 0"
+        )
+    classes = options.num_classes or max(2, most + 1)
     check_labels(known, classes, str(options.train), "correct the list or raise num_classes")
     remedy = f"{options.train} has no others: correct the list, or set num_classes"
     check_labels(unseen, classes, str(list_path), remedy)
