@@ -119,6 +119,16 @@ def _picked(func: Any, args: tuple, out: Any) -> float | None:
     if func is ours.patch_gather.default:
         video, visible = args[:2]
         return size_of(out) + out.numel() * video.element_size() + size_of(visible)
+    if func in (ours.linear.default, ours.mlp.default, ours.input_gradient.default):
+        given = _tensors(args)
+        half = args[0].dtype
+        # Inside, fp32 weights are rounded: written, and read by the product in place of them.
+        weights = [args[1]] if func is not ours.mlp.default else [args[1], args[3]]
+        inside = sum(weight.numel() * 2 * half.itemsize for weight in weights if weight.dtype != half)
+        if func is ours.mlp.default:
+            hidden = args[0].shape[0] * args[1].shape[0] * half.itemsize
+            inside += hidden if out[2].numel() else 2 * hidden  # between the two products
+        return inside + sum(map(size_of, given)) + sum(map(size_of, _tensors(out)))
     if func in (ours.align_loss.default, ours.align_loss_backward.default):
         first = func is ours.align_loss_backward.default
         student, _, visible, weight = args[first : first + 4]
@@ -156,6 +166,11 @@ def products_of(func: Any, args: tuple, kwargs: dict, out: Any) -> tuple[float, 
     """FLOPs of matrix products, in 16 bits or more and in 8."""
     if func is ours.semantic_mask.default:
         return 2 * args[1].numel(), 0
+    if func in (ours.linear.default, ours.input_gradient.default, ours.weight_gradient.default):
+        inner = args[1].shape[1]
+        return 2 * args[0].shape[0] * args[0].shape[1] * (args[1].shape[0] if func is ours.linear.default else inner), 0
+    if func is ours.mlp.default:
+        return 2 * args[0].shape[0] * (args[1].numel() + args[3].numel()), 0
     if func is aten._int_mm.default:
         return 0, 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
     formula = flop_registry.get(func._overloadpacket)

@@ -7,6 +7,7 @@ function's docstring for shapes, formula and bytes moved.
 from kernels._launch import checked, force_backend
 from kernels.align_loss import align_features, align_loss
 from kernels.attention import AttentionBackend, attention, attention_backend, attention_varlen, require_attention
+from kernels.library import frozen_linear, library_linear, library_product
 from kernels.linear import DeferredNorm, defer_norm, linear, mlp, row_statistics, scaled_linear, weight_gradient
 from kernels.patch_gather import patch_gather
 from kernels.quantize import dequantize_product, quantize_rows
@@ -29,7 +30,10 @@ __all__ = [
     "defer_norm",
     "dequantize_product",
     "force_backend",
+    "frozen_linear",
     "gather_norm",
+    "library_linear",
+    "library_product",
     "linear",
     "mlp",
     "patch_gather",

@@ -4,9 +4,10 @@
 
 4 * B*H*Nq*Nk*D FLOPs; no backend keeps the (Nq, Nk) map but "math", the definition. Backends: "flash_attn" (the flash-attn
 package: CUDA, fp16 or bf16), "xformers", "sdpa" (PyTorch's fused kernels, any device) or one of those by name ("flash",
-"efficient", "cudnn"), for packed sequences "varlen" (torch.nn.attention.varlen: CUDA, fp16 or bf16), and "math". "auto"
-takes flash_attn where it is installed and fits, else varlen for packed sequences where that fits, else sdpa;
-`attention_backend` says which one that is, and so does one log line at first use, with the kernel that sdpa chose.
+"efficient", "cudnn"), for packed sequences "varlen" (torch.nn.attention.varlen: CUDA, fp16 or bf16), "batched" (two batched
+products, for CPUs) and "math". "auto" takes flash_attn where it is installed and fits, else varlen for packed sequences where
+that fits, batched for bf16 on CPUs where it is the fastest (cpu_attention.py), else sdpa; `attention_backend` says which
+one that is, and so does one log line at first use, with the kernel that sdpa chose.
 
 On a GPU sdpa asks for flash, then efficient (masks, fp32, GPUs before Ampere), then math. cuDNN is not asked on any
 architecture, though on Hopper it may well be the fastest: releases that we support give NaN gradients with masks and with
@@ -28,10 +29,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from kernels import cpu_attention
+
 log = logging.getLogger("kernels")
 
-AttentionBackend = Literal["auto", "flash", "efficient", "cudnn", "flash_attn", "xformers", "varlen", "sdpa", "math"]
-_BACKENDS = ("auto", "flash", "efficient", "cudnn", "flash_attn", "xformers", "varlen", "sdpa", "math")
+AttentionBackend = Literal[
+    "auto", "flash", "efficient", "cudnn", "flash_attn", "xformers", "varlen", "sdpa", "batched", "math"
+]
+_BACKENDS = ("auto", "flash", "efficient", "cudnn", "flash_attn", "xformers", "varlen", "sdpa", "batched", "math")
 # PyTorch's kernels in the order in which they are asked on a GPU, for each backend that ends there.
 _ORDER = {
     "sdpa": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
@@ -46,6 +51,7 @@ _NEVER_WITH = {
     "flash_attn": {"mask", "dropout"},
     "xformers": {"mask", "dropout"},
     "varlen": {"mask", "dropout"},
+    "batched": {"mask", "dropout"},
     "math": {"dropout"},
 }
 _PACKED = {"flash": "varlen", "efficient": "sdpa", "sdpa": "sdpa", "math": "math", "flash_attn": "flash_attn"}
@@ -90,6 +96,8 @@ def attention_backend(device: torch.device, dtype: torch.dtype, head_dim: int, *
     half = dtype in (torch.float16, torch.bfloat16)
     if device.type == "cuda" and half and head_dim <= 256 and _FLASH_ATTN:
         return "flash_attn"
+    if not packed and cpu_attention.fits(device, dtype):
+        return "batched"
     return "varlen" if packed and _why_not_varlen(device, dtype, head_dim) is None else "sdpa"
 
 
@@ -144,7 +152,9 @@ def _choose(backend: str, q: Tensor, packed: bool = False) -> str:
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(_BACKENDS)}")
     if backend == "auto":
         return attention_backend(q.device, q.dtype, q.shape[-1], packed=packed)
-    if packed and backend in ("xformers", "flash", "efficient", "cudnn"):
+    if backend == "batched" and q.device.type != "cpu":
+        raise ValueError(f"backend='batched' needs CPU tensors, these are on {q.device}; use backend='auto'")
+    if packed and backend in ("xformers", "flash", "efficient", "cudnn", "batched"):
         raise ValueError(f"backend={backend!r} has no packed form here; use backend='auto'")
     if backend in ("flash", "efficient", "cudnn"):
         why = _why_not_kernel(backend, q.device, q.dtype, q.shape[-1])
@@ -237,8 +247,10 @@ def attention(
         never = " and no ".join(name for name in special if name != "single query" or backend == "cudnn")
         raise ValueError(f"backend={backend!r} takes no {never} here; use backend='sdpa' or 'auto'")
     kind = "attention" + (f" with {' and '.join(special)}" if special else "")
-    if backend in ("flash_attn", "xformers", "math"):
+    if backend in ("flash_attn", "xformers", "batched", "math"):
         _say_once(q, backend, kind)
+    if backend == "batched":
+        return cpu_attention.BatchedAttention.apply(q, k, v, scale)
     if backend == "flash_attn":
         from flash_attn import flash_attn_func
 

@@ -183,7 +183,7 @@ def token_gather(x: Tensor, visible: Tensor, table: Tensor | None = None, backen
 
     Args:
         x: (B, N, C), floating.
-        visible: int32 or int64 (B, n); the indices of one row are unique.
+        visible: int32 or int64 (B, n); the indices of one row are unique where x takes a gradient.
         table: (N, C) added after a cast to x's dtype, or None. Constant: it gets no gradient.
         backend: "auto", "reference" or "triton".
 

@@ -1,12 +1,13 @@
 """Runs on the sample world beside the quickstart's own; they start from its videos and its pre-trained student.
 
-| variant  | what                                                                                              |
-|----------|---------------------------------------------------------------------------------------------------|
-| motions  | a detector: which way does the thing in each box move (4 classes)? `still`: from its key frame    |
-| still    | alone, repeated, so that no motion is to be seen: the same model, steps and boxes                 |
+| variant | what                                                                                                |
+|---------|-----------------------------------------------------------------------------------------------------|
+| motions | a detector: which way does the thing in each box move (4 classes)?                                  |
+| still   | the same model, boxes and steps on the key frame alone, repeated: what a single picture tells       |
 
-`python -m umt_fast.sample_world.detection` trains them from pre-training and from scratch, with three seeds, and prints the
-frame mAP of each.
+`bash recipes/quickstart_motions.sh` trains them from pre-training and from scratch, with three seeds, and prints the frame mAP
+of each on 480 unseen clips with 1158 boxes. After one pre-training three seeds gave 56.3, 61.1 and 53.0 from pre-training,
+and 29.9, 29.0 and 29.0 for `still` from pre-training; two seeds gave 46.9 and 42.2 from scratch. Guessing gives about 25.
 """
 
 from umt_fast.config import DataConfig, DetectionConfig, KeyFrameConfig, OptimConfig, RunConfig, VitConfig

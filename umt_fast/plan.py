@@ -106,6 +106,8 @@ class Work:
     trained: int
     frozen: int
     activation_bytes: float
+    views: int = 1
+    """How often the trained tower sees each clip in a step."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +156,9 @@ def work_of(config: Any) -> Work:
     kept = vit.depth - vit.checkpoint_blocks
     per_token = kept * ACTIVATION_BYTES * vit.width + vit.checkpoint_blocks * 4 * vit.width
     # Two thirds of what is trained is backward; the blocks' products stand for the rest in proportion.
-    n = task_of(config).visible_tokens(config)
-    backward = min(1.0, 2 * tower_parts(vit, n)["blocks"] / flops)
-    return Work(flops, backward, trained, frozen, n * per_token)
+    n, views = task_of(config).visible_tokens(config), getattr(objective, "views_per_clip", 1)
+    backward = min(1.0, 2 * views * tower_parts(vit, n)["blocks"] / flops)
+    return Work(flops, backward, trained, frozen, views * n * per_token, views)
 
 
 def project(
@@ -259,6 +261,8 @@ def report(name: str, config: Any, options: PlanOptions) -> str:
         ("decode", "beside the rest"),
     ):
         lines.append(f"  {part:<8}{1e3 * found.seconds[part]:8.0f} ms  {note}")
+    if work.views > 1:
+        lines.insert(2, f"{rate * work.views:.0f} views/s: the student sees each clip {work.views} times in a step")
     room = (
         "fits"
         if found.fits

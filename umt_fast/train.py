@@ -15,6 +15,7 @@ from umt_fast.engine.numerics import numerics
 from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.trainer import Trainer
 from umt_fast.models.attention import require_attention
+from umt_fast.models.linear import require_linear
 from umt_fast.tasks import check_used, task_of, tuning, validation_of
 
 
@@ -55,6 +56,7 @@ def fit_objective(config: Any, objective: torch.nn.Module | Callable[[], torch.n
         sizes = ", ".join(f"{name}.width {tower.width} and depth {tower.depth}" for name, tower in towers.items())
         with room_for(f"the model ({sizes})"):
             require_attention(config, ranks.device)
+            require_linear(config, ranks.device)
             objective = objective if isinstance(objective, torch.nn.Module) else objective()
             trainer = Trainer(
                 config.run,

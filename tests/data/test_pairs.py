@@ -126,7 +126,10 @@ def choice(**changes: Any) -> dict[str, Any]:
         ([choice(caption=["...", "b", "c"])], r"right choice '...' has no word"),
         ([choice(video="")], r'"video" is ""; it must name a file'),
         ([{"video": "1.mp4", "caption": ["a", "b"]}], r"entry 0: it is .* expected"),
-        ([choice(), choice(video="2.mp4"), choice(video="3.mp4")], r"2 files of .* the first: .*2\.mp4; --root"),
+        (
+            [choice(), choice(video="2.mp4"), choice(video="3.mp4")],
+            r"2 of the 3 files of .* the first: .*2\.mp4; --root",
+        ),
         ([], "holds no choices"),
         ("{}", "must be a list"),
     ],

@@ -13,7 +13,7 @@ import torch
 from tests.tasks.test_question_answering import configured, written
 from tests.tasks.test_question_answering import world as world  # a fixture
 from umt_fast.config import RunConfig
-from umt_fast.engine.distributed import current_ranks, distributed_run
+from umt_fast.engine.distributed import distributed_run
 from umt_fast.tasks.answer import AnswerOptions
 from umt_fast.tasks.evaluate import evaluate_checkpoint
 from umt_fast.train import train
@@ -33,21 +33,21 @@ def trained(folder: Path, name: str, batch_size: int, parallel: str) -> None:
 
 def answered(folder: Path, name: str) -> None:
     """Writes figures and predictions of each list and way to FOLDER/NAME.json; one list has fewer clips than ranks."""
-    found = []
-    for asked in ("train.json", "one_clip.json"):
-        for options in ({"answers": folder / "answers.json"}, {"free": True}):
-            scores = folder / f"{name}_scores.json"
-            with distributed_run(RunConfig(device="cpu")) as ranks:
+    found, scores = [], folder / f"{name}_scores.json"
+    with distributed_run(RunConfig(device="cpu")) as ranks:
+        for asked in ("train.json", "one_clip.json"):
+            for way in ({"answers": folder / "answers.json"}, {"free": True}):
                 figures = evaluate_checkpoint(
                     "answer",
                     folder / "one" / "checkpoint-00000003.pt",
                     folder / asked,
                     ranks=ranks,
-                    options=AnswerOptions(workers=0, scores=scores, batch_size=1, **options),
+                    options=AnswerOptions(workers=0, scores=scores, batch_size=1, **way),
                 )
-                found.append([figures, json.loads(scores.read_text()) if ranks.first else None])
-    if current_ranks(RunConfig(device="cpu")).first:
-        written(folder / f"{name}.json", found)
+                if ranks.first:
+                    found.append([figures, json.loads(scores.read_text())])
+        if ranks.first:
+            written(folder / f"{name}.json", found)
 
 
 def test_two_ranks_give_the_result_of_one_process(world: Path) -> None:  # noqa: F811
@@ -60,14 +60,14 @@ def test_two_ranks_give_the_result_of_one_process(world: Path) -> None:  # noqa:
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from tests.tasks.test_question_answering_ranks import answered, trained\n"
-        "folder = Path(sys.argv[2])\n"
-        "trained(folder, 'two', 2, 'ddp')\n"
-        "trained(folder, 'sharded', 2, 'fsdp')\n"
-        "answered(folder, 'together')\n"
+        "folder, name = Path(sys.argv[2]), sys.argv[3]\n"
+        "ways = {'two': 'ddp', 'sharded': 'fsdp'}\n"
+        "trained(folder, name, 2, ways[name]) if name in ways else answered(folder, name)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run([*command, str(REPOSITORY), str(world)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("two", "sharded", "together"):
+        done = subprocess.run([*command, str(REPOSITORY), str(world), name], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
 
     def saved(name: str, step: int) -> dict[str, Any]:
         return torch.load(world / name / f"checkpoint-{step:08d}.pt", weights_only=True)["model"]

@@ -193,7 +193,7 @@ def test_bad_input_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureF
         ("retrieve", [{"video": "gone.mp4", "caption": "a"}], "1 of the 1 files"),
         ("retrieve", [{"video": video, "caption": []}], "its list of captions is empty"),
         ("retrieve", [{"video": video, "caption": "...!"}], "has no word"),
-        ("choose", [{"video": "gone.mp4", "caption": ["a", "b"], "answer": 0}], "1 files of"),
+        ("choose", [{"video": "gone.mp4", "caption": ["a", "b"], "answer": 0}], "1 of the 1 files"),
         ("choose", [{"video": video, "caption": ["a", "b"], "answer": 2}], "its answer is 2, but it has 2 choices"),
         ("choose", [{"video": video, "caption": ["a"], "answer": 0}], "at least two texts"),
     ):

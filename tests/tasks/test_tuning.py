@@ -55,12 +55,14 @@ def every_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_may_be_chosen(every_precision: None) -> None:
     config, one, four = tiny.tiny(), Ranks(0, 1, GPU), Ranks(0, 4, GPU)
     ways = {"eager", "compiled", "CUDA graph", "compiled + CUDA graph"}
+    ways |= {f"{way}, fused linear layers" for way in ways}
     assert labels(config, one)[0] == "eager" and without_attention(labels(config, one)) == ways
-    assert without_attention(labels(config, four)) == {"eager", "compiled"}
+    expected = {f"{way}{of}" for way in ("eager", "compiled") for of in ("", ", fused linear layers")}
+    assert without_attention(labels(config, four)) == expected
     assert without_attention(labels(config, Ranks(0, 1, CPU))) == {"eager", "compiled"}
     assert not any("cudnn" in name or "flash_attn" in name for name in labels(config, Ranks(0, 1, CPU)))
     config.run.parallel = "fsdp"
-    assert without_attention(labels(config, four)) == {"eager"}
+    assert without_attention(labels(config, four)) == {"eager", "eager, fused linear layers"}
     # The teacher's precision only where it is named.
     config = tiny.tiny()
     config.run.tune_axes = ("compile", "precision")
@@ -88,7 +90,9 @@ def test_what_is_set_stays(every_precision: None) -> None:
     config = tiny.tiny()
     config.run.compile = True
     found = labels(config, Ranks(0, 1, GPU))
-    assert found[0] == "compiled" and without_attention(found) == {"compiled", "compiled + CUDA graph"}
+    ways = {"compiled", "compiled + CUDA graph"}
+    ways |= {f"{way}, fused linear layers" for way in ways}
+    assert found[0] == "compiled" and without_attention(found) == ways
     config.run.tune_axes = ("attention",)
     assert without_attention(labels(config, Ranks(0, 1, GPU))) == {"compiled"}
     config.teacher.precision, config.run.tune_axes = "int8", ("precision",)

@@ -65,6 +65,8 @@ class Case:
     steps: int
     compiled: bool = False
     precision: TeacherPrecision = "native"
+    per_clip: int = 1
+    """Masks of each clip in a step; stage 1 alone has several."""
 
     @functools.cached_property
     def computed_in(self) -> str:
@@ -109,8 +111,10 @@ class Case:
             "computed_in": computed,
             "teacher_precision": self.precision,
             "batch_size": self.batch_size,
+            "per_clip": self.per_clip,
             "steps": self.steps,
             "clips_per_s": round(self.batch_size / seconds, 4),
+            "views_per_s": round(self.per_clip * self.batch_size / seconds, 4),
             "ms_per_step": round(1e3 * seconds, 3),
             "ms_per_part": parts.milliseconds(),
             "tflops": round(flops / seconds / 1e12, 4),

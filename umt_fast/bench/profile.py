@@ -5,7 +5,7 @@ run. FLOPs (models/flops.py) and bytes are counted from shapes: matrix products,
 read and write when every elementwise operation is fused into a neighbor. The parts are timed eagerly within the Trainer's
 own steps, the device waited for at each boundary.
 
-Legend: B clips, T frames, L patches a frame, N = T * L, n visible tokens a clip, C width, K aligned layers, D output width.
+Legend: B clips, T frames, L patches a frame, N = T * L, n visible tokens a view, C width, K aligned layers, D output width.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class Cost:
 def costs(config: Stage1Config, trained: int) -> dict[str, Cost]:
     """The cost of each part of a step of run.batch_size clips; trained: number of trained values."""
     vit, clip, layers, batch = config.student, config.teacher, config.align.num_layers, config.run.batch_size
-    grid, n = grid_of(vit), visible_of(vit, config.mask)
+    grid, n, views = grid_of(vit), visible_of(vit, config.mask), config.mask.per_clip
     size = 2 if config.run.dtype == "bf16" else 4
-    c, d, seen, inner = clip.width, clip.output_dim, batch * n, clip.depth - 1
+    c, d, seen, inner = clip.width, clip.output_dim, batch * views * n, clip.depth - 1
     rows, patch = batch * grid.frames * (grid.per_frame + 1), 3 * vit.tubelet_size * clip.patch_size**2
     teacher_weight = size if clip.precision == "native" else 1
     width, student_patch = vit.width, 3 * vit.tubelet_size * vit.patch_size**2
     teacher = frame_tower_parts(clip, vit, config.mask, num_layers=layers)
     student = tower_parts(vit, n, num_layers=layers, output_dim=d)
     block = size * (seen * BLOCK_TRAFFIC * width + (4 + 2 * vit.mlp_ratio) * width**2)
-    embed = Cost(batch * student["patches"], seen * (student_patch * (1 + 2 * size) + 4 * width))
-    heads = Cost(batch * student["heads"], layers * seen * size * (3 * width + d))
-    forward = Cost(batch * student["blocks"], vit.depth * block)
+    embed = Cost(batch * views * student["patches"], seen * (student_patch * (1 + 2 * size) + 4 * width))
+    heads = Cost(batch * views * student["heads"], layers * seen * size * (3 * width + d))
+    forward = Cost(batch * views * student["blocks"], vit.depth * block)
     return {
         "teacher patches": Cost(batch * teacher["patches"], batch * grid.size * (patch * (1 + 2 * size) + size * c)),
         "teacher blocks": Cost(

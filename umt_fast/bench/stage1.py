@@ -26,20 +26,23 @@ from umt_fast.bench.measure import (
     random_video,
 )
 from umt_fast.bench.trained import Border, steps_of
-from umt_fast.config import AlignConfig, ConfigError, RunConfig, Stage1Config, TeacherPrecision
+from umt_fast.config import AlignConfig, ConfigError, MaskConfig, RunConfig, Stage1Config, TeacherPrecision
 from umt_fast.models.sizes import student_size, teacher_size
 from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.reference.stage1 import PlainStage1, draw_mask, fill_at_random, official_optimizer
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 
-def stage1_config(model: Model, batch_size: int, dtype: str, precision: TeacherPrecision = "native") -> Stage1Config:
+def stage1_config(
+    model: Model, batch_size: int, dtype: str, precision: TeacherPrecision = "native", per_clip: int = 1
+) -> Stage1Config:
     """The official stage-1 sizes of a model with an untrained teacher."""
     student = student_size(model)
     return Stage1Config(
         run=RunConfig(batch_size=batch_size, dtype=dtype),
         student=student,
         teacher=teacher_size(TEACHER_OF[model], weights="untrained", precision=precision),
+        mask=MaskConfig(per_clip=per_clip),
         align=AlignConfig(num_layers=min(6, student.depth)),
     )
 
@@ -102,7 +105,7 @@ def plain_steps(config: Stage1Config, video: Tensor, device: torch.device) -> St
 
 def measure(case: Case) -> dict[str, object]:
     """Every figure of the JSON line, by name; see Case.measure."""
-    config = stage1_config(case.model, case.batch_size, case.computed_in, case.precision)
+    config = stage1_config(case.model, case.batch_size, case.computed_in, case.precision, case.per_clip)
     config.run.compile = case.compiled
     video = random_video(case.batch_size, config.student.num_frames, config.student.image_size, case.device)
     implementations = {
@@ -123,6 +126,7 @@ def main(
     steps: int = 5,
     compile: bool = False,
     precision: TeacherPrecision = "native",
+    per_clip: int = 1,
     profile: bool = False,
 ) -> None:
     """Time a whole stage-1 training step on random clips; one JSON line.
@@ -136,11 +140,12 @@ def main(
         steps: Timed steps, after two that are not.
         compile: torch.compile the objective (fast implementation only).
         precision: As --teacher.precision of a run (fast implementation only).
+        per_clip: As --mask.per_clip of a run, masks of each clip (fast implementation only): compare `views_per_s`.
         profile: Time the parts beside their bounds instead, as a table on stderr and a JSON line (fast implementation only).
     """
-    if implementation == "plain" and (profile or precision != "native"):
+    if implementation == "plain" and (profile or precision != "native" or per_clip != 1):
         raise ConfigError(
-            "precision and profile are for the fast implementation; the plain one is the official eager step"
+            "precision, per_clip and profile are for the fast implementation; the plain one is the official eager step"
         )
     if compile and profile:
         raise ConfigError("profile times the parts of an eager step; leave compile out")
@@ -153,6 +158,7 @@ def main(
         steps=steps,
         compiled=compile,
         precision=precision,
+        per_clip=per_clip,
     )
     require_precision(teacher_size(TEACHER_OF[model], precision=precision), case.device)
     if not profile:
@@ -160,8 +166,14 @@ def main(
         return
     from umt_fast.bench import profile as parts
 
-    config = stage1_config(model, batch_size, case.computed_in, precision)
+    config = stage1_config(model, batch_size, case.computed_in, precision, per_clip)
     found = parts.profile(config, case.device, steps)
     print(parts.table(found), file=sys.stderr)
-    about = {"bench": "profile", "model": model, "batch_size": batch_size, "torch": torch.__version__}
+    about = {
+        "bench": "profile",
+        "model": model,
+        "batch_size": batch_size,
+        "per_clip": per_clip,
+        "torch": torch.__version__,
+    }
     print(json.dumps(about | {"computed_in": case.computed_in, "teacher_precision": precision} | found))

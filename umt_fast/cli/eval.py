@@ -2,6 +2,7 @@
 
 # Annotations are read by tyro while the command is built, so they must not be strings.
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _description(evaluation: Evaluation) -> str:
-    return f"{(type(evaluation).__doc__ or '').strip()} Under torchrun the ranks share the clips and the first one reports."
+    return (
+        f"{inspect.getdoc(type(evaluation)) or ''} Under torchrun the ranks share the clips and the first one reports."
+    )
 
 
 def _command_of(judge: Evaluation) -> Callable[..., None]:

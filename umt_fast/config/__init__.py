@@ -29,7 +29,7 @@ from umt_fast.config.models import (
 )
 from umt_fast.config.question import QuestionConfig
 from umt_fast.config.retrieval import RetrievalConfig, RetrievalLosses
-from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, OptimConfig, RunConfig
+from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, LinearBackend, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "FrameRuleName",
     "JudgingConfig",
     "KeyFrameConfig",
+    "LinearBackend",
     "MaskConfig",
     "MixConfig",
     "OptimConfig",

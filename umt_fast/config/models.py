@@ -162,10 +162,14 @@ class MaskConfig:
     clip; `tube`: the same uniform positions in every frame; or another one of umt_fast/masking/kinds."""
     ratio: float = 0.8
     """Share of tokens hidden; n = N - int(N * ratio) stay visible."""
+    per_clip: int = 1
+    """M masks of each clip in one step, drawn apart from the same attention: the teacher runs once, the student sees M views
+    of n tokens each, and the loss is their mean. Stage 1 alone; the learning rate still counts clips."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "mask")
         require(self.kind in MASKS, MASKS.unknown(self.kind))
+        require(self.per_clip >= 1, f"mask.per_clip is {self.per_clip}; it must be at least 1")
         require(0 <= self.ratio < 1, f"mask.ratio is {self.ratio}; it must lie in [0, 1)")
 
 

@@ -9,7 +9,8 @@ from umt_fast.config.core import check_numbers, require
 
 Dtype = Literal["bf16", "fp32"]
 AttentionBackend = Literal["auto", "flash", "efficient", "cudnn", "math", "flash_attn", "xformers"]
-TuneAxis = Literal["compile", "cuda_graph", "attention", "precision"]
+LinearBackend = Literal["library", "fused"]
+TuneAxis = Literal["compile", "cuda_graph", "attention", "linear", "precision"]
 
 
 def _numbers(pattern: str) -> bool:
@@ -194,6 +195,10 @@ class RunConfig:
     `flash_attn`, `xformers`: those packages. `auto`: flash_attn where it is installed and fits, else flash, else efficient;
     never cudnn, which gives NaN gradients with masks and with one query in some releases, and is not given those if named.
     Calls that a backend does not take (masks, dropout) go by `auto`; the log says which kernel computes what."""
+    linear: LinearBackend = "library"
+    """What computes the blocks' linear layers, in stage 1. `library`: cuBLAS (on CPUs oneDNN or MKL) and a pass for each
+    activation, sum and norm around it; `fused`: kernels.linear, products that carry those with them (GPU only; no GPU has
+    timed them yet)."""
     deterministic: bool = False
     """Only algorithms that add in a fixed order, so that on a GPU too a stopped run continues bit for bit; slower, and an
     operation that has no such algorithm raises. On CPUs a run continues bit for bit without it."""
@@ -201,7 +206,7 @@ class RunConfig:
     """Time other ways of computing the step before the first one, and train with the fastest that agrees with eager: `fast` at
     most four, `full` every combination. The choice is kept for later runs (in UMT_CACHE, else in ~/.cache/umt_fast) and in
     the checkpoints; tune.json in `out` holds the table. One device is timed, without the ranks' exchange of gradients."""
-    tune_axes: tuple[TuneAxis, ...] = ("compile", "cuda_graph", "attention")
+    tune_axes: tuple[TuneAxis, ...] = ("compile", "cuda_graph", "attention", "linear")
     """The settings tune may change; one that is not at its default stays. `precision`, the teacher's in 8 bits, changes what
     is learned a little, and is tried only where it is named here."""
     tune_deadline: float = 600.0

@@ -196,6 +196,11 @@ class Stage2Config:
         _check_heads(self.student, self.align)
         if self.runs_teacher:
             _check_towers(self.student, self.teacher, self.align)
+        for name, mask in (("mask", self.mask), ("image_mask", self.image_mask)):
+            require(
+                mask.per_clip == 1,
+                f"{name}.per_clip is {mask.per_clip}; stage 2 draws one mask of each clip: set it to 1",
+            )
         frames = self.student.grid[0]
         require(
             not (self.images and self.student.position_grid) or self.student.position_grid[0] <= frames,

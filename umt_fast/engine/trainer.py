@@ -2,7 +2,8 @@
 
 An objective is a module: forward(batch, seed) -> scalars by name, `loss` among them; `trainable`, the module to save, with
 `shard_units` for run.parallel fsdp (see sharding.py); `flops_per_clip()`; `pieces()`, what run.compile compiles with several
-ranks (see compiling.py); optionally `has_unused_parameters`, true where some get no gradient, the same in every step. A
+ranks (see compiling.py); optionally `has_unused_parameters`, true where some get no gradient, the same in every step, and
+`views_per_clip`, how often a step trains on each clip. A
 loader is iterable and sized, with set_epoch, state_dict (as of the last batch it gave) and load_state_dict; optionally with
 `identity`, a text that differs where its clips do: a checkpoint is continued with the same alone.
 
@@ -114,6 +115,7 @@ class Trainer:
             )
         self.total_steps = self.steps_per_epoch * run.epochs
         self.last_step = min(self.total_steps, run.max_steps or self.total_steps)
+        self.views = getattr(objective, "views_per_clip", 1)
         self.clips_per_step = run.batch_size * num_sample * run.accumulate * self.ranks.world_size
         self.rate = warmup_cosine(
             optim,
@@ -262,6 +264,7 @@ class Trainer:
         clips_per_s = self.clips_per_step * len(self.pending) / elapsed
         shared = {
             "clips_per_s": round(clips_per_s, 4),
+            **({"views_per_s": round(clips_per_s * self.views, 4)} if self.views > 1 else {}),
             "data_wait": round(self.window_wait / elapsed, 4),
             "mfu": round(clips_per_s / self.ranks.world_size * self.objective.flops_per_clip() / self.matmul_rate, 4),
             "memory_gib": round(peak_memory_bytes(self.device) / 2**30, 4),

@@ -41,6 +41,8 @@ def label(candidate: Candidate) -> str:
     parts = [" + ".join(ways) or "eager"]
     if candidate.get("attention", "auto") != "auto":
         parts.append(f"attention {candidate['attention']}")
+    if candidate.get("linear", "library") != "library":
+        parts.append(f"{candidate['linear']} linear layers")
     if candidate.get("precision", "native") != "native":
         parts.append(f"teacher {candidate['precision']}")
     return ", ".join(parts)
@@ -50,7 +52,8 @@ def shortlist(space: list[Candidate], given: Candidate, mode: Mode) -> list[Cand
     """The candidates to measure, the given one first.
 
     space: all that is possible, `given` (what the configuration says) among them. `full` takes it all; `fast` at most
-    MAX_FAST: compiled, that with a CUDA graph, its other teacher precisions, a CUDA graph alone, its other attention backends.
+    MAX_FAST: compiled, that with a CUDA graph, its other teacher precisions, its fused linear layers, a CUDA graph alone, its
+    other attention backends.
     """
     rest = [candidate for candidate in space if candidate != given]
     if mode == "full":
@@ -69,7 +72,7 @@ def shortlist(space: list[Candidate], given: Candidate, mode: Mode) -> list[Cand
         if changed <= {"compile", "cuda_graph"}:
             return {2: 1, 3: 2, 1: 4}.get(way(candidate), 0)
         if way(candidate) == last and len(changed - {"compile", "cuda_graph"}) == 1:
-            return 3 if "precision" in changed else 5
+            return 3 if "precision" in changed else 3.5 if "linear" in changed else 5
         return None
 
     listed = [candidate for candidate in rest if turn(candidate) is not None]

@@ -16,6 +16,7 @@ from umt_fast.masking.base import (
     mask_named,
     num_visible,
     register,
+    seed_of_view,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "mask_named",
     "num_visible",
     "register",
+    "seed_of_view",
 ]

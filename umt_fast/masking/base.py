@@ -55,6 +55,16 @@ def flatten_frames(visible: Tensor, frames: int, per_frame: int) -> Tensor:
     return (rows + offset[:, None]).flatten(1)
 
 
+# 2^64 over the golden ratio: its multiples lie far apart.
+_STRIDE = 0x9E3779B97F4A7C15
+
+
+def seed_of_view(seed: Tensor, view: int) -> Tensor:
+    """The seed int64 (1,) of a clip's mask by its index: that of index 0 is `seed` itself."""
+    wrapped = (view * _STRIDE + 2**63) % 2**64 - 2**63
+    return seed + wrapped if view else seed
+
+
 class Limit(NamedTuple):
     """What one draw of a mask chooses from: `tokens` of `where` (`a frame`, `a clip`), of which it can take `most`."""
 

@@ -53,7 +53,8 @@ def from_record(record: dict[str, Any]) -> dict[str, Any]:
     vit = {key: student[key] for key in _VIT} | {"position_grid": list(student["position_grid"])}
     base = {"version": VERSION, "vit": vit, "dtype": record["run"]["dtype"]}
     if "num_classes" in record:
-        return base | {"task": "classification", "num_classes": record["num_classes"]}
+        # There was one rule of frames then.
+        return base | {"task": "classification", "num_classes": record["num_classes"], "frames": "kinetics"}
     heads = {"num_layers": record["align"]["num_layers"], "output_dim": record["teacher"]["output_dim"]}
     if "losses" not in record:
         return base | {"task": "pretraining"} | heads

@@ -60,7 +60,8 @@ def frame_tower_parts(
     projects: bool = True,
 ) -> dict[str, float]:
     """A frozen tower over the frames of a clip (teachers/frame_tower.py): `patches`, `blocks` (all but the last), and the
-    `last` one with the draw of the mask and the targets of num_layers blocks (0: none) at the visible tokens.
+    `last` one with the draws of the masks and the targets of num_layers blocks (0: none) at the visible tokens of each of
+    mask.per_clip views.
 
     projects: outputs go through a projection to clip.output_dim.
     """
@@ -68,14 +69,15 @@ def frame_tower_parts(
     out = clip.output_dim if projects else 0
     tokens = grid.per_frame + 1
     whole = block_flops(tokens, tokens, c, 4 * c)
-    kept = visible_of(vit, mask) / grid.frames
+    kept = mask.per_clip * visible_of(vit, mask) / grid.frames
     # Keys and values of all tokens; queries, attention, projection and MLP of the visible ones. Where frames differ in
-    # their number, they are finished whole.
+    # their number, they are finished whole; so they are where views see more tokens than there are.
     last = 4 * tokens * c * c
     if num_layers:
-        last = last + kept * (20 * c * c + 4 * tokens * c) if kind.rectangular else whole
+        by_token = kind.rectangular and (mask.per_clip == 1 or kept < grid.per_frame)
+        last = last + kept * (20 * c * c + 4 * tokens * c) if by_token else whole
     if kind.needs_teacher:
-        last += 2 * c * c + 2 * tokens * c
+        last += 2 * c * c + mask.per_clip * 2 * tokens * c
     if with_image:
         last += 20 * c * c + 4 * tokens * c + 2 * c * out
     return {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from umt_fast.config import VitConfig
+from umt_fast.models.linear import Linear
 from umt_fast.models.vit import VisionTransformer, position_table
 
 
@@ -16,7 +17,7 @@ class AlignmentHead(nn.Module):
 
     def __init__(self, width: int, output_dim: int) -> None:
         super().__init__()
-        self.head = nn.Linear(width, output_dim)
+        self.head = Linear(width, output_dim)
         self.norm = nn.LayerNorm(output_dim, eps=1e-6)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -52,7 +53,8 @@ class Student(nn.Module):
         return torch.stack([head.norm.bias for head in self.clip_decoder])
 
     def forward(self, video: Tensor, visible: Tensor) -> Tensor:
-        """(K, B, n, D) outputs of the heads before their LayerNorm; see VisionTransformer.forward for the arguments."""
+        """(K, B, n, D) outputs of the heads before their LayerNorm, or (K, B * M, n, D) of M views of each clip; see
+        VisionTransformer.forward for the arguments."""
         features = self.encoder(video, visible, len(self.clip_decoder))
         position = self.position[visible]
         return self.heads(features, position, self.encoder.norm)

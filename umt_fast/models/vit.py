@@ -18,6 +18,7 @@ import kernels
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, VitConfig
 from umt_fast.masking import TokenGrid
 from umt_fast.models.attention import Attends
+from umt_fast.models.linear import Linear, Multiplies
 
 
 def sinusoid_table(positions: int, width: int) -> Tensor:
@@ -115,7 +116,7 @@ class PatchEmbed(nn.Module):
         rows = kernels.patch_gather(
             video, visible, patch_size=weight.shape[-1], tubelet_size=weight.shape[2], dtype=dtype, **pixels
         )
-        return F.linear(rows, weight.flatten(1), self.proj.bias)
+        return kernels.library_linear(rows, weight.flatten(1), self.proj.bias)
 
 
 class Attention(Attends):
@@ -127,19 +128,27 @@ class Attention(Attends):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """(B, n, C), or packed (total, C) -> the same."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        return self.proj(self.heads(kernels.library_linear(x, self.qkv.weight, self.qkv_bias), packing))
+
+    @property
+    def qkv_bias(self) -> Tensor:
+        """(3C,), zero for the keys."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def heads(self, qkv: Tensor, packing: Packing | None = None) -> Tensor:
+        """(..., 3C) -> (..., C), the heads' outputs side by side."""
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         if packing is None:
             out = kernels.attention(q, k, v, prefer=self.attention_backend)
         else:
             totals, longest = packing.totals, packing.longest
             places = (totals, totals, longest, longest)
             out = kernels.attention_varlen(q, k, v, *places, prefer=self.attention_backend)
-        return self.proj(out.flatten(-2))
+        return out.flatten(-2)
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -151,14 +160,18 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
+        return kernels.library_linear(F.gelu(x), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        grad_x = torch.ops.aten.gelu_backward(grad @ weight, x) if ctx.needs_input_grad[0] else None
-        grad_weight = rows.t() @ F.gelu(x).flatten(0, -2) if ctx.needs_input_grad[1] else None
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            upstream = kernels.library_product(rows, weight.t()).view(x.shape)
+            grad_x = torch.ops.aten.gelu_backward(upstream, x)
+        if ctx.needs_input_grad[1]:
+            grad_weight = kernels.library_product(rows.t(), F.gelu(x).flatten(0, -2).t())
         return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
@@ -167,8 +180,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
@@ -178,7 +191,7 @@ class Mlp(nn.Module):
         return _GeluLinear.apply(hidden, self.fc2.weight.to(hidden.dtype), self.fc2.bias.to(hidden.dtype))
 
 
-class Block(nn.Module):
+class Block(Multiplies):
     """Pre-LN transformer block with stochastic depth.
 
     What is dropped is drawn by `draw`, outside forward: blocks differ in their rates alone, and one compiled forward serves
@@ -203,10 +216,26 @@ class Block(nn.Module):
         self, x: Tensor, packing: Packing | None = None, factors: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """x: (B, n, C), or packed (total, C); factors as `draw` gives them."""
+        if self.linear_backend == "fused":
+            return self._fused(x, packing, factors)
         branch = self.attn(self.norm1(x), packing)
         x = x + (branch if factors is None else branch * factors[0].to(branch.dtype))
         branch = self.mlp(self.norm2(x))
         return x + (branch if factors is None else branch * factors[1].to(branch.dtype))
+
+    def _fused(self, x: Tensor, packing: Packing | None, factors: tuple[Tensor, Tensor] | None) -> Tensor:
+        """forward by products that carry bias, GELU and, where no branch may be dropped, the residual."""
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        attn, mlp, residual = self.attn, self.mlp, x if factors is None else None
+        qkv = kernels.linear(self.norm1(x).to(dtype), attn.qkv.weight, attn.qkv_bias, backend="triton")
+        heads = attn.heads(qkv, packing)
+        out = kernels.linear(heads, attn.proj.weight, attn.proj.bias, residual=residual, backend="triton")
+        x = out if factors is None else x + out * factors[0].to(out.dtype)
+        weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+        residual = x if factors is None else None
+        out = kernels.mlp(self.norm2(x).to(dtype), *weights, residual=residual, backend="triton")
+        return out if factors is None else x + out * factors[1].to(out.dtype)
 
 
 def draw_linear(module: nn.Module) -> None:
@@ -257,6 +286,7 @@ class VisionTransformer(nn.Module):
 
         video: uint8 (B, T, H, W, 3) or normalized floating (B, 3, T, H, W). visible: int32 (B, n) ascending flat
         indices, or None for all N. With spatial attention every frame must have the same number of visible tokens.
+        visible may also be (B * M, n), M views of each clip, the views of a clip side by side: outputs are then (B * M, n, C).
         """
         visible = self.all_visible(video.shape[0]) if visible is None else visible
         x = self._tokens(video, visible)
@@ -277,8 +307,9 @@ class VisionTransformer(nn.Module):
         return self._blocks(torch.cat([x.flatten(0, 1) for x in tokens]), num_layers, packing), packing
 
     def _tokens(self, video: Tensor, visible: Tensor) -> Tensor:
-        # The fp32 table keeps the residual stream fp32 under autocast.
-        return self.patch_embed(video, visible) + self.position[visible]
+        # All views of a clip are read from the same pixels. The fp32 table keeps the residual stream fp32 under autocast.
+        tokens = self.patch_embed(video, visible.reshape(video.shape[0], -1))
+        return tokens.view(*visible.shape, -1) + self.position[visible]
 
     def _blocks(self, x: Tensor, num_layers: int, packing: Packing | None = None) -> list[Tensor]:
         features = []

@@ -118,7 +118,7 @@ class Task(Protocol, Generic[C]):
         """Clips of an epoch and where that number is from, for plans; None: only the user knows."""
 
     def visible_tokens(self, config: C) -> int:
-        """Tokens of a clip that the trained tower sees."""
+        """Tokens of a clip that the trained tower sees at a time: of one view, where it sees several."""
 
     def describe(self, config: C) -> dict[str, Any]:
         """What a file of these weights is of, as plain values; see models/description.py."""
@@ -236,7 +236,10 @@ def check_used(config: Any, world_size: int) -> None:
     """Raises ConfigError for an option set away from its default that a run on world_size ranks would not read."""
     refuse = refuser(config)
     refuse_unread(config, refuse, world_size)
-    task_of(config).refuse_unread(config, refuse, world_size)
+    task = task_of(config)
+    if not getattr(task, "fuses_linear", False):
+        refuse("run.linear", f"only stage 1 has products that carry what follows them, not task {task.name}")
+    task.refuse_unread(config, refuse, world_size)
     config.data.require_used()
 
 

@@ -18,6 +18,7 @@ from umt_fast.engine.precision import pick_device
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description
+from umt_fast.models.linear import use_linear
 from umt_fast.models.student import Student
 from umt_fast.models.teachers import build_teacher, teacher_kind
 from umt_fast.models.teachers.quantized import require_precision
@@ -37,6 +38,8 @@ class UnmaskedAlignment(nn.Module):
         self.teacher = build_teacher(config.teacher, layers, vit.tubelet_size)
         if config.init:
             load_student(self.student, config.init)
+        dtype = torch.bfloat16 if config.run.dtype == "bf16" else torch.float32
+        use_linear(self, config.run.linear, dtype)
         if config.run.dtype == "bf16":
             self.teacher.compute_in(torch.bfloat16)
         use_attention(self, config.run.attention)
@@ -58,7 +61,8 @@ class UnmaskedAlignment(nn.Module):
             seed: int64 (1,) on the device; decides the mask.
 
         Returns:
-            fp32 device scalars: `loss`, and `loss_layer_{k}` (detached), k counting from the shallowest aligned layer.
+            fp32 device scalars: `loss`, the mean over clips and their mask.per_clip views, and `loss_layer_{k}` (detached),
+            k counting from the shallowest aligned layer.
         """
         video, align = batch["video"], self.config.align
         target = self.teacher(video, self.config.mask, seed)
@@ -75,17 +79,24 @@ class UnmaskedAlignment(nn.Module):
         )
         return {"loss": layers.mean()} | {f"loss_layer_{k}": layer for k, layer in enumerate(layers.detach())}
 
+    @property
+    def views_per_clip(self) -> int:
+        """How often the student sees each clip in a step."""
+        return self.config.mask.per_clip
+
     def flops_per_clip(self) -> float:
         """Matrix-product FLOPs this objective spends on a clip."""
         return self.flops_of(self.config)
 
     @staticmethod
     def flops_of(config: Stage1Config) -> float:
-        """Matrix-product FLOPs of a clip: teacher forward, student forward and backward (three times forward)."""
+        """Matrix-product FLOPs of a clip: teacher forward, student forward and backward (three times forward) of every
+        view."""
         vit, layers = config.student, config.align.num_layers
         visible = flops.visible_of(vit, config.mask)
         student = flops.tower_flops(vit, visible, num_layers=layers, output_dim=config.teacher.output_dim)
-        return student + teacher_kind(config.teacher).flops(config.teacher, vit, config.mask, num_layers=layers)
+        teacher = teacher_kind(config.teacher).flops(config.teacher, vit, config.mask, num_layers=layers)
+        return config.mask.per_clip * student + teacher
 
 
 class Pretraining:
@@ -93,6 +104,7 @@ class Pretraining:
 
     name = "pretraining"
     Config = Stage1Config
+    fuses_linear = True
 
     def settled(self, config: Stage1Config) -> Stage1Config:
         require_precision(config.teacher, pick_device(config.run.device))

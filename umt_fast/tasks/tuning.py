@@ -25,6 +25,7 @@ from umt_fast.engine.sharded_checkpoint import REST
 from umt_fast.engine.tune_measure import Case
 from umt_fast.engine.tune_process import Result, run_candidate
 from umt_fast.models.attention import require_attention
+from umt_fast.models.linear import require_linear
 from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.tasks.base import task_named, task_of
 
@@ -36,6 +37,7 @@ AXES = {
     "compile": ("run", "compile"),
     "cuda_graph": ("run", "cuda_graph"),
     "attention": ("run", "attention"),
+    "linear": ("run", "linear"),
     "precision": ("teacher", "precision"),
 }
 _SECTIONS = {"run": RunConfig, "teacher": TeacherConfig}
@@ -95,6 +97,11 @@ def with_settings(config: Any, settings: tune.Candidate) -> Any:
 
 def why_not(config: Any, settings: tune.Candidate, ranks: Ranks) -> str:
     """Why a run of this configuration cannot have these settings here, or an empty text."""
+    if settings.get("linear") == "fused":
+        if not getattr(task_of(config), "fuses_linear", False):
+            return f"run.linear fused is for stage 1, not task {task_of(config).name}"
+        if ranks.device.type != "cuda":
+            return "run.linear fused needs a GPU"
     if ranks.device.type != "cuda" and settings.get("attention") in _GPU_ONLY:
         return f"run.attention {settings['attention']} needs a GPU"
     if settings.get("attention") in _PACKAGES and importlib.util.find_spec(settings["attention"]) is None:
@@ -199,8 +206,9 @@ def settle(config: Any, ranks: Ranks) -> None:
 
 def _ask(config: Any, candidate: tune.Candidate) -> Result:
     eager = with_settings(config, candidate | {"compile": False, "cuda_graph": False})
-    if "attention" in candidate:
-        eager = with_settings(eager, {"attention": settings_of(config)["attention"]})
+    for name in ("attention", "linear"):
+        if name in candidate:
+            eager = with_settings(eager, {name: settings_of(config)[name]})
     request = {
         "candidate": candidate,
         "builder": "umt_fast.tasks.tuning:build_case",
@@ -223,6 +231,7 @@ def build_case(task: str, record: dict[str, Any], exact: bool) -> Case:
     if exact:
         config = kind.without_noise(config)
     require_attention(config, current_ranks(config.run).device)
+    require_linear(config, current_ranks(config.run).device)
     torch.manual_seed(config.run.seed)
     objective = kind.untrained(config)
     return Case(

@@ -19,8 +19,9 @@ log = logging.getLogger("umt_fast.weights")
 
 
 class TeacherOutput(NamedTuple):
-    """visible: int32 (B, n) ascending flat indices. targets: (K, B, n, D) projected, not normalized. image: fp32 (B, D),
-    the tower's own unit image embeddings averaged over frames. The last two where they were asked for."""
+    """visible: int32 (B * M, n) ascending flat indices, the M = mask.per_clip views of a clip side by side. targets:
+    (K, B * M, n, D) projected, not normalized. image: fp32 (B, D), the tower's own unit image embeddings averaged over frames.
+    The last two where they were asked for."""
 
     visible: Tensor
     targets: Tensor | None
@@ -71,7 +72,7 @@ class Teacher(Protocol):
 
         Args:
             video: uint8 (B, T', S, S, 3), or ImageNet-normalized (B, 3, T', S, S); T' frames, of the student's resolution.
-            mask: which tokens stay visible; see umt_fast/masking.
+            mask: which tokens stay visible, and in how many views of each clip; see umt_fast/masking.
             seed: int64 (1,) on the video's device.
             with_image: give the image embedding too.
             with_targets: give the targets; without them only the mask is drawn.

@@ -1,7 +1,8 @@
 """A frozen ViT with a class token over the frames of a clip, computing only what pre-training uses.
 
-Legend: R = B * T frames, L patch tokens per frame, m visible tokens per frame, n = T * m per clip, C width, K layers,
-D output width. Parameter names are those of OpenAI CLIP's `visual.` part; weights of other towers are given these names.
+Legend: R = B * T frames, L patch tokens per frame, m visible tokens per frame, n = T * m per view, M views (masks) of a clip,
+C width, K layers, D output width. Parameter names are those of OpenAI CLIP's `visual.` part; weights of other towers are
+given these names.
 
 What it leaves out of the textbook forward (all of it exact): the last block's attention map except the class token's
 row; that block's queries, output projection and MLP at hidden tokens; ln_post and the projection at hidden tokens of all
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels import library
 from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, MaskConfig, TeacherConfig, TeacherPrecision
-from umt_fast.masking import ClassAttention, TokenGrid, mask_named
+from umt_fast.masking import ClassAttention, TokenGrid, mask_named, seed_of_view
 from umt_fast.models.attention import Attends
+from umt_fast.models.linear import Multiplies
 from umt_fast.models.resize import bicubic
 from umt_fast.models.teachers.base import TeacherOutput
 from umt_fast.models.teachers.quantized import QuantizedLinear
@@ -33,6 +36,8 @@ class LayerNorm(nn.LayerNorm):
         if x.is_cuda and x.dtype != torch.float32 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             rows = x.reshape(-1, *x.shape[-2:])
             return kernels.gather_norm(rows, None, self.weight, self.bias, eps=self.eps).view(x.shape)
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            return super().forward(x)  # one pass, its statistics in fp32 too
         return super().forward(x.float()).to(x.dtype)
 
 
@@ -55,7 +60,11 @@ class Attention(Attends):
             out = self.in_proj(x)
         else:
             rows = slice(parts.start * width, parts.stop * width)
-            out = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+            if parts == slice(0, 3) and not torch.is_grad_enabled():
+                # A slice is made anew at each call: only the whole weight can be kept packed.
+                out = kernels.frozen_linear(x, self.in_proj_weight, self.in_proj_bias)
+            else:
+                out = kernels.library_linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
         return out.unflatten(-1, (parts.stop - parts.start, self.num_heads, -1)).unbind(-3)
 
 
@@ -82,7 +91,7 @@ class Mlp(nn.Module):
         return out.view(*x.shape)
 
 
-class Block(nn.Module):
+class Block(Multiplies):
     """A pre-norm block, whole or finished for some tokens only."""
 
     def __init__(self, config: TeacherConfig, eps: float) -> None:
@@ -94,8 +103,32 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(R, 1 + L, C) -> the same."""
-        q, k, v = self.attn.project(self.ln_1(x), slice(0, 3))
+        if self.linear_backend == "fused":
+            qkv = self._after_norm(x, "in_proj", "none")
+            q, k, v = qkv.unflatten(-1, (3, self.attn.num_heads, -1)).unbind(-3)
+        else:
+            q, k, v = self.attn.project(self.ln_1(x), slice(0, 3))
         return self.finish(x, q, k, v)
+
+    def fuse(self, dtype: torch.dtype) -> None:
+        """Computes by fused products from now on. A block in 8 bits has its own products and stays as it is."""
+        attn, mlp = self.attn, self.mlp
+        if attn.in_proj is not None:
+            return
+        super().fuse(dtype)
+        for name, norm, weight, bias in (
+            ("in_proj", self.ln_1, attn.in_proj_weight, attn.in_proj_bias),
+            ("c_fc", self.ln_2, mlp.c_fc.weight, mlp.c_fc.bias),
+        ):
+            weight, bias, deferred = kernels.defer_norm(weight, bias, norm.weight, norm.bias, norm.eps, dtype)
+            for part, value in (("weight", weight), ("bias", bias), ("column", deferred.column)):
+                self.register_buffer(f"{name}_{part}", value, persistent=False)
+
+    def _after_norm(self, x: Tensor, name: str, activation: str) -> Tensor:
+        """act(LayerNorm(x) @ W.T + b) of the layer `name`, its norm deferred behind its product."""
+        weight, bias, column = (getattr(self, f"{name}_{part}") for part in ("weight", "bias", "column"))
+        norm = kernels.DeferredNorm(column, self.ln_1.eps)
+        return kernels.linear(x, weight, bias, activation=activation, norm=norm, backend="triton")
 
     def quantize(self, precision: TeacherPrecision) -> None:
         """Puts the four large matrices into 8 bits; for a block that is always computed whole."""
@@ -108,8 +141,31 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The block's output for the tokens x (R, m, C) whose queries are q (R, m, H, d), given all keys and values."""
-        x = x + self.attn.out_proj(kernels.attention(q, k, v, prefer=self.attn.attention_backend).flatten(2))
-        return x + self.mlp(self.ln_2(x))
+        heads = kernels.attention(q, k, v, prefer=self.attn.attention_backend).flatten(2)
+        out = self.attn.out_proj
+        if self.linear_backend == "fused":
+            x = kernels.linear(heads, out.weight, out.bias, residual=x, backend="triton")
+            hidden = self._after_norm(x, "c_fc", self.mlp.activation)
+            second = self.mlp.c_proj
+            return kernels.linear(hidden, second.weight, second.bias, residual=x, backend="triton")
+        if torch.is_grad_enabled() or isinstance(out, QuantizedLinear) or not library.packs(x, out.weight):
+            x = x + out(heads)
+            return x + self.mlp(self.ln_2(x))
+        x = x + kernels.frozen_linear(heads, out.weight, out.bias)
+        return self._packed_mlp(x)
+
+    def _packed_mlp(self, x: Tensor) -> Tensor:
+        """x + mlp(ln_2(x)), each of the two products with all that follows it up to the other."""
+        norm, first, second = self.ln_2, self.mlp.c_fc, self.mlp.c_proj
+        if self.mlp.activation == "gelu":
+            hidden = kernels.frozen_linear(norm(x), first.weight, first.bias, activation="gelu")
+            return x + kernels.frozen_linear(hidden, second.weight, second.bias)
+        # x * sigmoid(ax) = silu(ax) / a: the one factor rides on the norm, the other on the sum.
+        factor = 1.702
+        y = F.layer_norm(x, norm.normalized_shape, norm.weight * factor, norm.bias * factor, norm.eps)
+        hidden = kernels.frozen_linear(y, first.weight, first.bias * factor, activation="silu")
+        out = kernels.frozen_linear(hidden, second.weight, second.bias * factor)
+        return torch.add(x, out, alpha=1 / factor)
 
 
 class FrameTower(nn.Module):
@@ -204,7 +260,7 @@ class FrameTower(nn.Module):
         rows = kernels.patch_gather(
             video, every, patch_size=weight.shape[-1], tubelet_size=tubelet, dtype=weight.dtype, **pixels
         )
-        x = F.linear(rows.view(-1, per_frame, rows.shape[-1]), weight.flatten(1), self.conv1.bias)
+        x = kernels.library_linear(rows.view(-1, per_frame, rows.shape[-1]), weight.flatten(1), self.conv1.bias)
         first = self.class_embedding.expand(x.shape[0], 1, -1)
         return self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
 
@@ -217,7 +273,7 @@ class FrameTower(nn.Module):
         Args:
             video: uint8 (B, T, H, W, 3), or ImageNet-normalized (B, 3, T, H, W); every tower is fed ImageNet statistics,
                 CLIP too, as in the official code.
-            mask: which tokens stay visible.
+            mask: which tokens stay visible, and in how many views of each clip.
             seed: int64 (1,) on the video's device.
             with_image: give the image embedding too.
             with_targets: give the targets; without them only the mask is drawn.
@@ -239,10 +295,12 @@ class FrameTower(nn.Module):
         if kind.needs_teacher:
             (q,) = last.attn.project(y[:, 0], slice(0, 1))
             attention = ClassAttention(q, k.transpose(1, 2))
-        visible = kind.draw(batch, TokenGrid(frames, side, side), mask.ratio, seed, attention)
+        grid, seeds = TokenGrid(frames, side, side), [seed_of_view(seed, view) for view in range(mask.per_clip)]
+        drawn = [kind.draw(batch, grid, mask.ratio, each, attention) for each in seeds]
+        visible = drawn[0] if len(drawn) == 1 else torch.stack(drawn, 1).flatten(0, 1)
         targets = None
         if with_targets:
-            targets = self.targets_at(visible, x, y, k, v, features, rectangular=kind.rectangular)
+            targets = self.targets_at(visible, x, y, k, v, features, views=len(seeds), rectangular=kind.rectangular)
         return TeacherOutput(visible, targets, self._image(x, y, k, v, frames) if with_image else None)
 
     def _image(self, x: Tensor, y: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
@@ -253,33 +311,56 @@ class FrameTower(nn.Module):
         return F.normalize(found.float(), dim=-1).view(-1, frames, found.shape[-1]).mean(1)
 
     def targets_at(
-        self, visible: Tensor, x: Tensor, y: Tensor, k: Tensor, v: Tensor, features: list[Tensor], *, rectangular: bool
+        self,
+        visible: Tensor,
+        x: Tensor,
+        y: Tensor,
+        k: Tensor,
+        v: Tensor,
+        features: list[Tensor],
+        *,
+        views: int = 1,
+        rectangular: bool,
     ) -> Tensor:
-        """Targets (K, B, n, D) at visible (B, n), from the last block's input x, its norm y, its keys and values.
+        """Targets (K, B * M, n, D) at visible (B * M, n), from the last block's input x, its norm y, its keys and values.
 
         rectangular: every frame has the same number of visible tokens. Otherwise frames differ, no batch of queries
-        per frame is rectangular, and the last block is finished for all tokens.
+        per frame is rectangular, and the last block is finished for all tokens; so it is where views see more than there are.
         """
         last = self.blocks[-1]
-        batch, n = visible.shape
+        batch, n = visible.shape[0] // views, visible.shape[1]
         frames, per_frame = x.shape[0] // batch, x.shape[1] - 1
-        if rectangular:
+        if rectangular and views == 1:
             kept = visible.view(x.shape[0], -1) % per_frame + 1
             (q,) = last.attn.project(kernels.token_gather(y, kept), slice(0, 1))
             rows = [self._normed(feature, kept) for feature in features]
             rows.append(self.ln_post(last.finish(kernels.token_gather(x, kept), q, k, v)))
         else:
-            (q,) = last.attn.project(y, slice(0, 1))
             # Past one class token per frame, flat indices move on by the frame's number plus one.
-            kept = visible + visible // per_frame + 1
-            whole = [*features, last.finish(x, q, k, v)]
-            rows = [self._normed(feature.view(batch, frames * (per_frame + 1), -1), kept) for feature in whole]
+            kept = (visible + visible // per_frame + 1).view(batch, -1)
+            rows = [self._normed(feature.view(batch, frames * (per_frame + 1), -1), kept) for feature in features]
+            if rectangular and views * n < frames * per_frame:
+                # Frame by frame the tokens of all its views; from (B, T, M, m) back to the views' order on the way.
+                by_frame = visible.view(batch, views, frames, -1).transpose(1, 2)
+                flat = by_frame.flatten(2).flatten(0, 1) % per_frame + 1
+                (q,) = last.attn.project(kernels.token_gather(y, flat), slice(0, 1))
+                done = last.finish(kernels.token_gather(x, flat), q, k, v).view(batch, views * n, -1)
+                order = torch.arange(views * n, dtype=torch.int32, device=x.device)
+                order = order.view(frames, views, -1).transpose(0, 1).reshape(1, -1).expand(batch, -1)
+                rows.append(self._normed(done, order))
+            else:
+                (q,) = last.attn.project(y, slice(0, 1))
+                done = last.finish(x, q, k, v).view(batch, frames * (per_frame + 1), -1)
+                rows.append(self._normed(done, kept))
         # Of matrices, a compiler lets the products write their rows of the result, and copies none.
-        return torch.cat([self.projected(row.flatten(0, 1)) for row in rows]).view(len(rows), batch, n, -1)
+        rows = [self.projected(row.flatten(0, 1)) for row in rows]
+        return torch.cat(rows).view(len(rows), batch * views, n, -1)
 
     def projected(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., D)."""
-        return x if self.proj is None else x @ self.proj
+        if self.proj is None:
+            return x
+        return kernels.library_product(x, self.proj.t()) if x.ndim == 2 else x @ self.proj
 
     def _normed(self, feature: Tensor, kept: Tensor) -> Tensor:
         """ln_post of the kept rows of intermediate features."""
