@@ -28,7 +28,7 @@ class LinearProbes(nn.Module):
 class AttentiveProbes(nn.Module):
     """H attentive probes: a learned query looks at all tokens of a clip by one cross-attention block, then a linear layer.
 
-    The block of V-JEPA (arXiv 2404.08471, section 3.4): query + attention(query, norm(tokens)), then + mlp(norm(.)) with GELU
+    The block of V-JEPA (arXiv 2404.08471): query + attention(query, norm(tokens)), then + mlp(norm(.)) with GELU
     and 4 C hidden channels. All heads begin alike. A bias of the keys would change no output, so there is none.
 
     The query is the same for every clip, so keys and values of tokens are never made. The key matrix is applied to the query,
