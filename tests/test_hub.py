@@ -259,8 +259,8 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b16", "l16"):
         monkeypatch.setitem(description.STUDENTS, name, tower)
     text = {"width": 32, "depth": 2, "fusion_layer": 1, "num_heads": 2, "vocab_size": None, "max_positions": None}
-    monkeypatch.setitem(MODELS, "umt_b16", lambda: {**description._video_text("b16", 64, 2, 1), "text": dict(text)})
-    monkeypatch.setitem(MODELS, "umt_b16_ret", lambda: {**description._retrieval("b16", 64, 2, 1), "text": dict(text)})
+    monkeypatch.setitem(MODELS, "umt_b16", lambda: {**description._video_text("b16"), "text": dict(text)})
+    monkeypatch.setitem(MODELS, "umt_b16_ret", lambda: {**description._retrieval("b16"), "text": dict(text)})
 
 
 @torch.no_grad()
