@@ -1,5 +1,6 @@
 """Heads of probes against single modules of torch, neighbors against a loop, and how one head is chosen."""
 
+import json
 import math
 
 import pytest
@@ -210,6 +211,11 @@ def test_attentive_probes_find_a_token_that_the_mean_hides() -> None:
     told = sweep(classes=2, rates=(1e-3, 1e-2), weight_decays=(0.01,), epochs=15, head_batch_size=32)
     found = KINDS["attentive"].judge(features(known.bfloat16(), own), unseen.bfloat16(), told)
     attentive = (found.best[found.chosen][:, 0] == label).double().mean()
+    diverged = KINDS["attentive"].judge(
+        features(known, own), unseen, sweep(classes=2, rates=(1e30, 1e-3), epochs=1, seed=2)
+    )
+    assert diverged.chosen == 1 and diverged.table[0]["held_out_loss"] is None
+    json.dumps(diverged.table, allow_nan=False)
     pooled = KINDS["linear"].judge(features(known.mean(1), own), unseen.mean(1), told)
     linear = (pooled.best[pooled.chosen][:, 0] == label).double().mean()
     assert attentive > 0.97 > 0.85 > linear

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,13 +38,16 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Found:
-    """best: int64 (H, V, k), the k best classes of each test clip by each head. shares: fp32, their probabilities. chosen: the
-    head that was chosen. table: what is known of every head without the test list. figures: more of them."""
+    """What H heads say of V test clips.
+
+    best: int64 (H, V, k), the k best classes of each clip. shares: fp32 likewise, their probabilities. chosen: the head that was
+    chosen. table: what is known of every head without the test list; a loss of None: it diverged. figures: more to report.
+    """
 
     best: Tensor
     shares: Tensor
     chosen: int = 0
-    table: list[dict[str, float]] = field(default_factory=list)
+    table: list[dict[str, float | None]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
 
 
@@ -113,7 +117,12 @@ class Trained(ABC):
                 f"every head diverged at the rates {', '.join(map(str, sweep.rates))}; give lower --rates"
             )
         table = [
-            {"rate": rate, "weight_decay": decay, "held_out_top1": right, "held_out_loss": value}
+            {
+                "rate": rate,
+                "weight_decay": decay,
+                "held_out_top1": right,
+                "held_out_loss": value if math.isfinite(value) else None,
+            }
             for (rate, decay), right, value in zip(pairs, top1, loss, strict=True)
         ]
         on_test = judge(heads, lambda clips: prepared(unseen[clips]), len(unseen), batch_size=size)
