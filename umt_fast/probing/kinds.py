@@ -41,7 +41,7 @@ class Found:
     """What H heads say of V test clips.
 
     best: int64 (H, V, k), the k best classes of each clip. shares: fp32 likewise, their probabilities. chosen: the head
-    that was chosen. table: what is known of every head without the test list; a loss of None: it diverged. figures: more to report.
+    that was chosen. table: what is known of every head without the test list; a loss of None: it diverged. figures: others.
     """
 
     best: Tensor
