@@ -22,6 +22,7 @@ ALLOWED = {
     "tasks": {"config", "extras", "files", "masking", "data", "models", "engine"},
     "reference": {"config", "masking"},
     "bench": {"config", "masking", "models", "engine", "tasks", "reference"},
+    "probing": {"config", "files", "data", "models", "engine", "tasks", "pretrained"},
     "demo": {"config", "extras", "files", "data", "tasks", "pretrained"},
 }
 FILES = sorted((REPOSITORY / "umt_fast").rglob("*.py")) + sorted((REPOSITORY / "kernels").rglob("*.py"))

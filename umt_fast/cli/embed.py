@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,15 +15,14 @@ from torch import Tensor
 from umt_fast.cli.command import call
 from umt_fast.cli.outputs import check_output
 from umt_fast.config import ConfigError, DataConfig, RunConfig, require
-from umt_fast.data.loaders.tolerant import TolerantLoader
 from umt_fast.data.sources.clip import Clip, DataError
 from umt_fast.data.sources.columns import Clips
 from umt_fast.data.sources.entries import is_sqlite, read_entries
 from umt_fast.data.sources.lists import read_list
-from umt_fast.engine.distributed import Ranks, distributed_run, gather
+from umt_fast.engine.distributed import distributed_run
 from umt_fast.files import WriteError, atomic_path
 from umt_fast.hub import load_model
-from umt_fast.pretrained import PretrainedModel
+from umt_fast.pretrained.passes import embed
 
 # Names of files that are taken for videos where a folder is given.
 SUFFIXES = (
@@ -148,48 +146,6 @@ def clips_of(source: Path, data: DataConfig) -> Clips:
             raise DataError(f"{source} names no clips")
         return Clips.of(clips.values())
     return read_list(source, data)
-
-
-def embed(
-    model: PretrainedModel, clips: Clips, data: DataConfig, ranks: Ranks, *, batch_size: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Numbers (V,) of the clips that can be read, ascending, and their vectors (V, ...) by name, on the CPU; on every rank."""
-    view = DataConfig(
-        sampling=model.sampling,
-        augment=model.augment,
-        workers=data.workers,
-        frame_pattern=data.frame_pattern,
-        max_seconds=data.max_seconds,
-        max_bad_share=1.0,
-    )
-    loader = TolerantLoader(
-        clips,
-        view,
-        num_frames=model.vit.num_frames,
-        image_size=model.vit.image_size,
-        batch_size=batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
-    numbers: list[Tensor] = []
-    parts: list[dict[str, Tensor]] = []
-    for batch in loader:
-        if len(batch["index"]):
-            numbers.append(batch["index"])
-            # The pixels are cut already, and of the model's size: they pass through as they are.
-            parts.append({name: value.cpu() for name, value in model.vectors(batch["video"]).items()})
-    gathered = [part for part in gather(_joined(numbers, parts)) if part is not None]
-    if not gathered:
-        return torch.empty(0, dtype=torch.int64), {}
-    index = torch.cat([part[0] for part in gathered])
-    order = index.argsort()
-    return index[order], {name: torch.cat([part[1][name] for part in gathered])[order] for name in gathered[0][1]}
-
-
-def _joined(numbers: list[Tensor], parts: list[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]] | None:
-    if not numbers:
-        return None
-    return torch.cat(numbers), {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def write_features(out: Path, vectors: dict[str, Tensor], names: Iterable[str], of: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 # Annotations are read by tyro while the command is built, so they must not be strings.
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+import umt_fast.probing  # noqa: F401, makes its evaluation known
 from umt_fast import recipe
 from umt_fast.cli.command import call
 from umt_fast.cli.outputs import check_output
 from umt_fast.config import ConfigError, RunConfig, require
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.files import write_json
-from umt_fast.models.description import MODELS, TOKENIZERS
+from umt_fast.models.description import MODELS, STAGE1_MODELS, TOKENIZERS
 from umt_fast.tasks import EVALUATIONS, Evaluation, evaluation_named, task_of
 from umt_fast.tasks.evaluate import evaluate_checkpoint
 
@@ -38,7 +40,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _description(evaluation: Evaluation) -> str:
-    return f"{(type(evaluation).__doc__ or '').strip()} Under torchrun the ranks share the clips and the first one reports."
+    return (
+        f"{inspect.getdoc(type(evaluation)) or ''} Under torchrun the ranks share the clips and the first one reports."
+    )
 
 
 def _command_of(judge: Evaluation) -> Callable[..., None]:
@@ -67,8 +71,10 @@ def _command_of(judge: Evaluation) -> Callable[..., None]:
             device: auto, cpu or cuda.
         """
         scores = evaluation.scores
+        own = (getattr(evaluation, entry.name) for entry in dataclasses.fields(evaluation) if entry.name != "scores")
+        read = [value for value in own if isinstance(value, Path)]
         for path in (out, scores):
-            check_output(path, checkpoint, list_path)
+            check_output(path, checkpoint, list_path, *read)
         if out is not None and scores is not None and out.resolve() == scores.resolve():
             raise ConfigError(f"--out and --scores are both {out}; give two files")
         described, tokenizer = _named(model, num_frames, image_size)
@@ -96,13 +102,14 @@ def _named(model: str, num_frames: int, image_size: int) -> tuple[dict[str, Any]
         for name, value in (("num_frames", num_frames), ("image_size", image_size)):
             require(value == 0, f"--{name} is for a file whose model is named; give --model, or leave it out")
         return None, ""
-    if model in MODELS:
-        described, tokenizer = MODELS[model](), TOKENIZERS.get(model, "")
+    known = MODELS | STAGE1_MODELS
+    if model in known:
+        described, tokenizer = known[model](), TOKENIZERS.get(model, "")
     else:
         try:
             config = recipe.load(model)
         except ConfigError as error:
-            raise ConfigError(f"--model {model} is none of {', '.join(MODELS)}, and no recipe: {error}") from error
+            raise ConfigError(f"--model {model} is none of {', '.join(known)}, and no recipe: {error}") from error
         described = task_of(config).describe(config)
         named = {entry.name for entry in dataclasses.fields(config)}
         tokenizer = config.tokenizer if "tokenizer" in named else ""

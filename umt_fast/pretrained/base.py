@@ -105,9 +105,23 @@ class PretrainedModel(
 
     def pixels(self, videos: Videos) -> Tensor:
         """uint8 (B, T, S, S, 3) on the model's device, as evaluation makes them. Raises DataError."""
-        data = DataConfig(sampling=self.sampling, augment=self.augment)
-        pixels = pixels_of(videos, data, num_frames=self.vit.num_frames, image_size=self.vit.image_size)
+        pixels = pixels_of(videos, self.view, num_frames=self.vit.num_frames, image_size=self.vit.image_size)
         return pixels.to(self.device)
+
+    @property
+    def view(self) -> DataConfig:
+        """Which frames of a clip it sees, and which part of them."""
+        return DataConfig(sampling=self.sampling, augment=self.augment)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, n, C), in the dtype of computing, and pooled fp32 (B, C), both as in features.
+
+        pixels: uint8 (B, T, S, S, 3) on the model's device, cut as `pixels` cuts them.
+        """
+        with self._autocast():
+            tokens, pooled = self._finish(self._outputs(pixels, 1)[-1])
+        return tokens, pooled.float()
 
     @torch.no_grad()
     def features(self, videos: Videos, layers: Sequence[int] | None = None) -> Features:
@@ -135,12 +149,13 @@ class PretrainedModel(
         found = {layer: self._grid(outputs[number - depth]) for layer, number in numbers.items()}
         return Features(pooled.float(), self._grid(tokens), found)
 
-    @torch.no_grad()
     def vectors(self, videos: Videos) -> dict[str, Tensor]:
         """One vector of a kind for each clip: `pooled` (B, C) as in features and, of stage 2, `embedding` (B, E)."""
-        with self._autocast():
-            _, pooled = self._finish(self._outputs(self.pixels(videos), 1)[-1])
-        return {"pooled": pooled.float()}
+        return self.vectors_of_pixels(self.pixels(videos))
+
+    def vectors_of_pixels(self, pixels: Tensor) -> dict[str, Tensor]:
+        """The same of pixels as encode_pixels takes them."""
+        return {"pooled": self.encode_pixels(pixels)[1]}
 
     def fingerprint(self) -> str:
         """Tells weights apart: a hash of every tensor's name, shape and about 64 of its values."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from umt_fast.config import DataConfig, KeyFrameConfig
 from umt_fast.data.decode.detection_view import batched, test_sample
 from umt_fast.data.errors import DataError
-from umt_fast.data.loaders.given import Decoded, Videos, frames_of, pixels_of
+from umt_fast.data.loaders.given import Decoded, frames_of
 from umt_fast.data.loaders.key_frames import rule_of
 from umt_fast.data.sources.detections import KeyFrame
 from umt_fast.models.description import vit_config
@@ -45,10 +45,9 @@ class DetectorModel(PretrainedModel):
         """How it sees clips."""
         return KeyFrameConfig(**self.description["clips"])
 
-    def pixels(self, videos: Videos) -> Tensor:
-        data = DataConfig(sampling="dense", sampling_rate=self.clips.stride, augment="center")
-        pixels = pixels_of(videos, data, num_frames=self.vit.num_frames, image_size=self.vit.image_size)
-        return pixels.to(self.device)
+    @property
+    def view(self) -> DataConfig:
+        return DataConfig(sampling="dense", sampling_rate=self.clips.stride, augment="center")
 
     @torch.no_grad()
     def detect(self, video: str | Path | Decoded, boxes: np.ndarray | Tensor | list) -> Tensor:

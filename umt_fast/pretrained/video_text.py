@@ -52,10 +52,10 @@ class VideoTextModel(PretrainedModel):
         return self.network.project_vision(self.network.vision_encoder.pool(tokens, self.tower.grid.frames))
 
     @torch.no_grad()
-    def vectors(self, videos: Videos) -> dict[str, Tensor]:
+    def vectors_of_pixels(self, pixels: Tensor) -> dict[str, Tensor]:
+        tokens, pooled = self.encode_pixels(pixels)
         with self._autocast():
-            tokens, pooled = self._finish(self._outputs(self.pixels(videos), 1)[-1])
-            return {"pooled": pooled.float(), "embedding": self._embedding(tokens)}
+            return {"pooled": pooled, "embedding": self._embedding(tokens)}
 
     def encode_video(self, videos: Videos) -> Tensor:
         """(B, E), as retrieval compares them: unit vectors of the frames, averaged. videos and errors as for features."""

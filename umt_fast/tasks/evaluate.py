@@ -39,12 +39,14 @@ def read_checkpoint(path: Path) -> WeightsFile:
     return WeightsFile(content.pop("model"), content)
 
 
-def _described(file: WeightsFile, model: dict[str, Any] | None, checkpoint: Path) -> dict[str, Any]:
+def _described(file: WeightsFile, model: dict[str, Any] | None, checkpoint: Path, name: str) -> dict[str, Any]:
     """What the file says of its model; what was said of it where it says nothing."""
     own = found_in(file.rest, checkpoint)
-    if (own or {}).get("task") == "pretraining" or (own is None and kind_of(file.state) == "stage-1"):
+    stage1 = (own or {}).get("task") == "pretraining" or (own is None and kind_of(file.state) == "stage-1")
+    if stage1 and "pretraining" not in evaluation_named(name).tasks:
+        fitting = "".join(f"`eval {other}`, " for other in evaluations_of("pretraining"))
         raise WeightsError(
-            f"{checkpoint} is of a stage-1 run, which nothing is judged by; fine-tune it, or `embed` clips"
+            f"{checkpoint} is of a stage-1 run, which `eval {name}` does not judge; {fitting}fine-tune it, or `embed` clips"
         )
     if own is None and model is None:
         raise WeightsError(
@@ -83,7 +85,7 @@ def evaluate_checkpoint(
     evaluation = evaluation_named(name)
     options = evaluation.Options() if options is None else options
     file = read_checkpoint(checkpoint)
-    described = _described(file, model, checkpoint)
+    described = _described(file, model, checkpoint, name)
     if described["task"] not in evaluation.tasks:
         fitting = (
             " or ".join(f"`eval {other}`" for other in evaluations_of(described["task"])) or "none; `embed` its clips"
