@@ -202,7 +202,9 @@ def test_gradients_of_chosen_tensors_are_those_of_the_engine() -> None:
     torch.testing.assert_close(found[:2], expected[:2])
 
 
-def test_a_real_step_is_counted_too() -> None:
+def test_a_real_step_is_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Weights that oneDNN has packed have no storage to be counted.
+    monkeypatch.setattr("kernels.library._eager", lambda *tensors: False)
     config = stage1_config("tiny", 2, "fp32")
     video = random_video(2, 8, 64, CPU)
     step, _ = fast_steps(config, video, CPU)

@@ -1,6 +1,7 @@
 """The page of `demo` in a real browser, headless: it searches, plays, draws a time line, and says what is wrong."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,11 +32,14 @@ def address(files: tuple[Path, Path]) -> Iterator[str]:
     (files[0].with_name("clips") / "4.mp4").unlink()
     words = ["--tokenizer", str(files[0].with_name("words")), "--device", "cpu", "--port", "0"]
     command = [sys.executable, "-m", "umt_fast", "demo", "--features", features, "--weights", weights, *words]
+    # A shell starts what runs in the background deaf to Ctrl-C, and a child stays so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     line = process.stdout.readline()
     assert line.startswith("http://127.0.0.1:"), line + process.stderr.read()
     yield line.split()[0]
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0 and "Traceback" not in process.stderr.read()
 
 

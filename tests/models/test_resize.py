@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.assets import tiny
 from umt_fast.models.resize import _windows, bicubic
-from umt_fast.models.teachers import clip as clip_teacher
+from umt_fast.models.teachers import frame_tower
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 
@@ -60,7 +60,7 @@ def test_the_teacher_resizes_so_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         sizes.append((tuple(frames.shape), size))
         return bicubic(frames, size)
 
-    monkeypatch.setattr(clip_teacher, "bicubic", spy)
+    monkeypatch.setattr(frame_tower, "bicubic", spy)
     config = tiny.tiny()
     config.teacher.patch_size, config.teacher.image_size = 14, 28
     with FakeTensorMode(), torch.device("cuda"):
@@ -82,7 +82,7 @@ def test_targets_are_the_same_either_way(monkeypatch: pytest.MonkeyPatch) -> Non
         # The matrices themselves come from it.
         return plain(x, size, mode=mode, align_corners=align_corners) if x.shape[1] == 1 else bicubic(x, size)
 
-    monkeypatch.setattr(clip_teacher.F, "interpolate", matrices)
+    monkeypatch.setattr(frame_tower.F, "interpolate", matrices)
     ours = teacher(video, config.mask, torch.tensor([5]))
     assert torch.equal(ours.visible, expected.visible)
     torch.testing.assert_close(ours.targets, expected.targets, rtol=1e-4, atol=1e-5)

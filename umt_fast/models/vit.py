@@ -168,8 +168,8 @@ class _GeluLinear(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            upstream = kernels.library_product(rows, weight.t()).view(x.shape)
-            grad_x = torch.ops.aten.gelu_backward(upstream, x)
+            # Not kept by a name: it would stand beside what the next product reads.
+            grad_x = torch.ops.aten.gelu_backward(kernels.library_product(rows, weight.t()).view(x.shape), x)
         if ctx.needs_input_grad[1]:
             grad_weight = kernels.library_product(rows.t(), F.gelu(x).flatten(0, -2).t())
         return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None

@@ -37,7 +37,8 @@ class LayerNorm(nn.LayerNorm):
             rows = x.reshape(-1, *x.shape[-2:])
             return kernels.gather_norm(rows, None, self.weight, self.bias, eps=self.eps).view(x.shape)
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            return super().forward(x)  # one pass, its statistics in fp32 too
+            # One pass, its statistics in fp32 too.
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         return super().forward(x.float()).to(x.dtype)
 
 
