@@ -40,7 +40,7 @@ cat "$folder/lowest.txt" >&2
 # the Python API, the commands.
 if [ $# = 0 ]; then
     set -- -m "not slow" tests/kernels tests/models tests/reference tests/config tests/data tests/objectives tests/tasks \
-        tests/engine/test_trainer.py tests/engine/test_optim.py tests/test_hub.py tests/test_predict.py tests/test_cli.py
+        tests/engine/test_trainer.py tests/engine/test_optim.py tests/test_hub.py tests/test_cli.py
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONPATH="$PWD"
 "$folder/bin/python" -m pytest -q -n auto --dist worksteal "$@"
