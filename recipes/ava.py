@@ -1,7 +1,7 @@
 """Action detection on AVA 2.2 (the official scripts of single_modality/action_detection).
 
     DATA=ava_train_v2.2.csv MOVIES=movies INIT=b16_ptk710_ftk710_f8_res224.pth OUT=runs/ava bash recipes/ava.sh
-    python -m umt_fast eval detect runs/ava/checkpoint-*.pt ava_val_v2.2.csv --boxes ava_val_boxes.csv --root movies \\
+    python -m umt_fast eval detect runs/ava/checkpoint-00024000.pt ava_val_v2.2.csv --boxes ava_val_boxes.csv --root movies \\
         --label_map ava_action_list_v2.2_for_activitynet_2019.pbtxt --excluded ava_val_excluded_timestamps_v2.2.csv
 
 DATA is AVA's ground truth, or the annotations (.json) of the official detection code. MOVIES holds MOVIE/SECOND.mp4

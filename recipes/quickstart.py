@@ -10,7 +10,7 @@
 | choices    | the same, the best epoch kept by multiple choice                             |
 | questions  | questions about clips, from the stage-2 weights (quickstart_questions.sh)    |
 
-Expected, on average over three seeds: see the README. Each takes one to five minutes on two cores.
+What to expect: docs/measurements.md. Each takes one to five minutes on two cores.
 """
 
 from umt_fast.config import (

@@ -89,6 +89,7 @@ def test_queries_that_are_empty_or_long(client) -> None:
         ("/search", {"clip": -1}, 404, "no clip -1"),
         ("/search", {"clip": "1"}, 400, "'clip' is '1'"),
         ("/search", {"clip": True}, 400, "'clip' is True"),
+        ("/search", {"text": "a", "top": -3}, 400, "top is -3; it must lie in [1, 60]"),
         ("/search", {"words": "a"}, 400, "'words' is 'a'"),
         ("/search", [1], 400, "not a JSON object"),
         ("/timeline", {"clip": 0}, 400, "type one"),

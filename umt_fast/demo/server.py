@@ -50,7 +50,9 @@ class Demo:
 
         Raises Refused: a text that is too long or has no word, a model that reads none, an unknown clip.
         """
-        top, note = max(1, min(top, MAX_TOP)), ""
+        if not 1 <= top <= MAX_TOP:
+            raise Refused(f"top is {top}; it must lie in [1, {MAX_TOP}]", 400)
+        note = ""
         if clip is not None:
             self._path(clip)
             found = self.gallery.of_clip(clip, top)

@@ -34,6 +34,7 @@ from umt_fast.config import ConfigError, OptimConfig, RunConfig
 from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
 from umt_fast.engine.averaging import AveragedWeights
 from umt_fast.engine.compiling import compiled, compiled_for_ddp, compiled_graphs
+from umt_fast.engine.continued import check_settings
 from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
 from umt_fast.engine.feeding import CudaLane, Feed, PinnedRing
 from umt_fast.engine.graphed import GraphedStep, require_graphs
@@ -366,6 +367,7 @@ class Trainer:
                 "the epoch would mean other clips. Continue with the same files in the same order (they may have moved, in a "
                 "folder of the same name), or start a new run.out from these weights (--init)"
             )
+        self.config_record = check_settings(content.get("config"), self.config_record, path, say=self.ranks.first)
         try:
             state = upgraded_state(content["optimizer"], self.optimizer)
             sharding.load_states(self.objective.trainable, self.optimizer, content["model"], state)

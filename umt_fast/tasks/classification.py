@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, FinetuneConfig
+from umt_fast.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig, FinetuneConfig, require
 from umt_fast.config.unused import Refuse
 from umt_fast.data.decode.erasing import erased, noise_of
 from umt_fast.data.loaders.clips import ClipLoader
@@ -123,7 +123,12 @@ def start_from(classifier: Classifier, config: FinetuneConfig) -> None:
         load_encoder(classifier, deepspeed_file(config.init))
     else:
         new_head = config.init_as == "new_head"
-        start_classifier(classifier, config.init, delete_head=new_head, label_map=config.label_map)
+        started = start_classifier(classifier, config.init, delete_head=new_head, label_map=config.label_map)
+        if not new_head and "head.weight" in started.fresh:
+            raise WeightsError(
+                f"init_as is 'classifier', but {config.init} has no head: it is no classifier's. Give one, or --init_as "
+                "encoder to start from its tower"
+            )
 
 
 def trained_grid(checkpoint: Path) -> tuple[int, ...] | None:
@@ -293,7 +298,11 @@ class Classification:
         if mix.cutmix_minmax:
             refuse("mix.cutmix_alpha", "mix.cutmix_minmax takes its place")
         if not config.init:
-            refuse("init_as", "init is empty")
+            require(
+                config.init_as == "encoder",
+                f"init_as is {config.init_as!r}, but init is empty: give --init WEIGHTS (a launcher: INIT), or "
+                "--init_as encoder to start from nothing",
+            )
         if config.init_as != "classifier":
             refuse("label_map", f"init_as {config.init_as!r} takes no head")
         if config.freeze:

@@ -99,8 +99,8 @@ class SecondFiles:
             missing += [str(self.root / movie / name) for name in names if name not in listed[movie]]
         if missing:
             raise DataError(
-                f"{len(missing)} one-second files are missing, the first is {missing[0]}; cut each movie into files that "
-                "reach half the clip's span beyond its key frames, or leave those key frames out"
+                f"{len(missing)} one-second files are missing, the first is {missing[0]} (seconds have no leading "
+                "zeros); cut each movie into files that reach half the clip's span beyond its key frames, or leave those out"
             )
 
     def read(self, movie: str, second: int, temporal: Temporal) -> np.ndarray:

@@ -46,7 +46,7 @@ class CaptionList:
 
 
 def read_captions(path: str | Path, root: str = "", *, workers: int = 4) -> CaptionList:
-    """Reads a caption list for training; see data.entries for the layouts and their errors.
+    """Reads a caption list for training; see data/sources/entries.py for the layouts and their errors.
 
     A list of captions becomes a row each, and so does a list of files. A caption without any word is left out; one line says
     how many were.

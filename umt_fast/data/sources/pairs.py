@@ -30,7 +30,7 @@ def match_ids(keys: Sequence[str]) -> Tensor:
 def read_pairs(
     entries: Sequence[str], *, joining: Joining = "each", same_sample: SameSample = "file", workers: int = 4
 ) -> CaptionList:
-    """Reads caption lists, each given as LIST or LIST=FOLDER, as one list for training; layouts: see data.entries.
+    """Reads caption lists, each given as LIST or LIST=FOLDER, as one list for training; layouts: see data/sources/entries.py.
 
     A list of captions becomes a row each, or with `paragraph` one row, its texts joined by blanks; a list of files becomes a
     row each. A caption without any word is left out; one line says how many were.

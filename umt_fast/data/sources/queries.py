@@ -27,7 +27,7 @@ class Queries(NamedTuple):
 
 
 def read_queries(source: str | Path, root: str = "", *, joining: Joining = "each", workers: int = 4) -> Queries:
-    """Reads a caption list (see data.entries) for retrieval.
+    """Reads a caption list (see data/sources/entries.py) for retrieval.
 
     A file named by several entries is one clip of the gallery, and all its captions are right answers of it (MSVD). An entry
     with a list of files is one caption with several right answers (SSV2).

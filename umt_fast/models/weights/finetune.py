@@ -122,7 +122,8 @@ def head_rows(stored: int, classes: int, source: str, label_map: str | Path = ""
     if not label_map:
         raise WeightsError(
             f"{source} has a head of {K710_CLASSES} classes; to start one of {classes} from it, give the label map "
-            f"(label_mixto{classes}.json of the official release), or delete the head"
+            f"(--label_map, a launcher: LABEL_MAP; label_mixto{classes}.json of the official release), or start a new head "
+            "(--init_as new_head)"
         )
     return torch.tensor(read_label_map(label_map, classes))
 
