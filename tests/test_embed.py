@@ -100,6 +100,8 @@ def test_embed_and_search(tmp_path: Path, clips: Path, capsys: pytest.CaptureFix
     torch.testing.assert_close(vectors["embedding"], embedding)
     torch.testing.assert_close(vectors["pooled"], pooled)
 
+    assert main(["convert", str(out), str(tmp_path / "x.safetensors")]) == 2
+    assert "holds features that `embed` wrote" in capsys.readouterr().err
     base = ["--in", out, "--weights", weights, "--tokenizer", tmp_path / "words"]
     orders = set()
     for text, ids in (("A, b!", [2, 5, 6]), ("k c", [2, 15, 7]), ("e", [2, 9])):

@@ -90,7 +90,9 @@ def test_a_missing_file_is_named_with_a_remedy(movies: Path) -> None:
 def test_missing_files_are_told_before_any_is_read(movies: Path) -> None:
     files = SecondFiles(movies)
     files.require([("m", 898), ("m", 906)])
-    with pytest.raises(DataError, match=r"3 one-second files are missing, the first is .*m/896\.mp4 .*; cut each movie"):
+    with pytest.raises(
+        DataError, match=r"3 one-second files are missing, the first is .*m/896\.mp4 .*; cut each movie"
+    ):
         files.require([("m", 897), ("m", 902), ("n", 902)])
 
 

@@ -39,6 +39,8 @@ def command(
     else:
         found = read_weights(source)
     state, described = found.state, found_in(found.rest, file)
+    if state.keys() <= {"pooled", "embedding"}:
+        raise WeightsError(f"{file} holds features that `embed` wrote, no weights; give the weights themselves")
     if averaged:
         state = found.rest.get("model_ema")
         if not isinstance(state, dict):
