@@ -97,7 +97,11 @@ class Validator:
             epoch = step // self.steps_per_epoch - (step % self.steps_per_epoch == 0)
             metrics.write([{"step": step, "epoch": epoch} | {VALIDATION + key: v for key, v in figures.items()}])
             shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-            best = f"the best {name}" if better else f"best {name} {self.best:.4g}"
+            best = (
+                f"the best {name}"
+                if better
+                else f"best {name} {'none yet' if self.best is None else format(self.best, '.4g')}"
+            )
             log.info("validation at step %d%s: %s (%s)", step, " (averaged)" if self.average else "", shown, best)
         return figures
 
