@@ -101,6 +101,7 @@ def test_modes_are_those_of_the_umask(umask: int, name: str, tmp_path: Path) -> 
     assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_several_may_write_one_file(tmp_path: Path) -> None:
     """Another process writes it while this one does; the last to end stays, whole."""

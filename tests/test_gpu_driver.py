@@ -67,6 +67,7 @@ def test_a_crash_and_a_hang_cost_themselves_alone(tmp_path: Path) -> None:
     assert [line["phase"] for line in written] == ["raises", "dies", "hangs", "works"] and "commit" in written[0]
 
 
+@pytest.mark.slow
 def test_a_second_run_tries_what_failed_first_and_repeats_nothing_done(tmp_path: Path) -> None:
     flag = tmp_path / "fixed"
     phases = [

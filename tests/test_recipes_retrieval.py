@@ -142,6 +142,7 @@ def test_the_launcher_passes_everything_on(page: str, tmp_path: Path) -> None:
     assert done.returncode != 0 and "name a page" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_launcher_reaches_the_trainer(tmp_path: Path) -> None:
     environment = {**os.environ, "UMT_PYTHON": sys.executable, "VIDEOS": str(tmp_path / "no.json"), "NGPU": "1"}
     environment |= {"INIT": "none.pth", "OUT": str(tmp_path / "run")}

@@ -146,7 +146,8 @@ def test_in_the_background_the_weights_of_the_step_are_saved(tmp_path: Path, mon
         (step, run.step, sharded_checkpoint.read_weights(path)["model"])
     )
     run.train()
-    assert watched.ahead == [1, 1, 0], "training did not go on"
+    # By a step at least, or two where the machine is slow at writing; behind the last save there is none.
+    assert all(ahead in (1, 2) for ahead in watched.ahead[:2]) and watched.ahead[2] == 0, "training did not go on"
     assert watched.seen == [[], [2], [2, 4]]
     assert [(step, at > step or step == 6) for step, at, _ in published] == [(2, True), (4, True), (6, True)]
     for step, _, model in published:

@@ -66,6 +66,7 @@ def _wait_until(condition, seconds: float = 30.0) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_hang_ends_at_the_deadline_with_all_it_started(tmp_path: Path) -> None:
     numbers = tmp_path / "pids"

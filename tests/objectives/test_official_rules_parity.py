@@ -95,6 +95,7 @@ def test_chances_are_the_official_weights(negatives) -> None:
     assert compared > 3 * 2 * len(index)
 
 
+@pytest.mark.slow
 def test_negatives_are_drawn_by_the_official_weights(negatives) -> None:
     tensors, temperatures = negatives
     index = tensors["in.idx"]

@@ -111,6 +111,7 @@ def test_figures_and_scores(
     assert scores["accuracy_of_class"] == {str(number): pytest.approx(value) for number, value in enumerate(classes)}
 
 
+@pytest.mark.slow
 def test_two_ranks_count_each_clip_once(judged: tuple, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Five clips over two ranks."""
     file, table = judged

@@ -128,6 +128,7 @@ def judge_on_a_rank(rank: int, folder: str, out: str) -> None:
     assert main([*table, "--device", "cpu"]) == 0
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(world: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -123,6 +123,7 @@ def two_steps(folder: Path, name: str) -> object:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_train_what_one_process_trains(parallel: str, tmp_path: Path) -> None:
     """A process that takes the ranks' batches as two micro-steps. The rates of both follow from the same global batch."""

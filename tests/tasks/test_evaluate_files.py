@@ -91,6 +91,7 @@ def official(path: Path, state: dict, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_form_of_stage_2_weights_is_judged_alike(
     world: Path,
     checkpoint: Path,

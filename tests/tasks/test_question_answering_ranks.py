@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.tasks.test_question_answering import configured, written
@@ -50,6 +51,7 @@ def answered(folder: Path, name: str) -> None:
             written(folder / f"{name}.json", found)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_result_of_one_process(world: Path) -> None:  # noqa: F811
     """The weights after three steps, replicated or sharded, what validation says of them, and every prediction."""
     written(world / "one_clip.json", json.loads((world / "train.json").read_text())[:2])

@@ -186,6 +186,7 @@ def test_a_clip_that_cannot_be_read_is_replaced_with_its_caption(captions: Path)
     assert not (batch["ids"] == blue).any() and len(set(batch["sample"].tolist())) == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_does(captions: Path, tmp_path: Path) -> None:
     """The joint contrastive loss: losses and weights of one process with their clips together."""
     # With a large eps a step is in proportion to its gradient: AdamW's own would blow up the rounding of tiny ones.

@@ -218,6 +218,7 @@ def test_bad_input_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "not finite" in said("choose", world / "choices.json", weights="nan.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_find_and_choose_what_one_does(world: Path, judge: Judge, tmp_path: Path) -> None:
     """An odd number of clips, one a step: the second rank has a turn without any."""
     kinds = (("retrieve", "captions.json"), ("choose", "choices.json"), ("recognize", "labeled.csv"))
