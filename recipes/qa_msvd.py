@@ -20,6 +20,8 @@ The official runs keep the epoch that is best on the test list itself, which fla
 This repository has not repeated the runs.
 """
 
+from functools import partial
+
 from umt_fast.config import DataConfig, OptimConfig, QuestionConfig, RunConfig
 from umt_fast.models.sizes import student_size, text_size
 
@@ -72,31 +74,4 @@ def _config(variant: str) -> QuestionConfig:
     )
 
 
-def b16_5m() -> QuestionConfig:
-    """ViT-B/16 and BERT base, from stage 2 on 5M."""
-    return _config("b16_5m")
-
-
-def b16_17m() -> QuestionConfig:
-    """ViT-B/16 and BERT base, from stage 2 on 17M."""
-    return _config("b16_17m")
-
-
-def b16_25m() -> QuestionConfig:
-    """ViT-B/16 and BERT base, from stage 2 on 25M."""
-    return _config("b16_25m")
-
-
-def l16_5m() -> QuestionConfig:
-    """ViT-L/16 and BERT large, from stage 2 on 5M."""
-    return _config("l16_5m")
-
-
-def l16_17m() -> QuestionConfig:
-    """ViT-L/16 and BERT large, from stage 2 on 17M."""
-    return _config("l16_17m")
-
-
-def l16_25m() -> QuestionConfig:
-    """ViT-L/16 and BERT large, from stage 2 on 25M."""
-    return _config("l16_25m")
+VARIANTS = {variant: partial(_config, variant) for variant in _RUNS}

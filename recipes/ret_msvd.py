@@ -21,6 +21,8 @@ VALIDATION out and give `--select_on_test msvd_ret_test.json=/data/msvd`.
 This repository has not repeated the runs.
 """
 
+from functools import partial
+
 from umt_fast.config import DataConfig, OptimConfig, RetrievalConfig, RetrievalLosses, RunConfig
 from umt_fast.models.sizes import student_size, text_size
 
@@ -77,31 +79,4 @@ def _config(variant: str) -> RetrievalConfig:
     )
 
 
-def b16_5m() -> RetrievalConfig:
-    """ViT-B/16 and BERT base, from stage 2 on 5M."""
-    return _config("b16_5m")
-
-
-def b16_17m() -> RetrievalConfig:
-    """ViT-B/16 and BERT base, from stage 2 on 17M."""
-    return _config("b16_17m")
-
-
-def b16_25m() -> RetrievalConfig:
-    """ViT-B/16 and BERT base, from stage 2 on 25M."""
-    return _config("b16_25m")
-
-
-def l16_5m() -> RetrievalConfig:
-    """ViT-L/16 and BERT large, from stage 2 on 5M."""
-    return _config("l16_5m")
-
-
-def l16_17m() -> RetrievalConfig:
-    """ViT-L/16 and BERT large, from stage 2 on 17M."""
-    return _config("l16_17m")
-
-
-def l16_25m() -> RetrievalConfig:
-    """ViT-L/16 and BERT large, from stage 2 on 25M."""
-    return _config("l16_25m")
+VARIANTS = {variant: partial(_config, variant) for variant in _RUNS}

@@ -23,6 +23,8 @@ VALIDATION out and give `--select_on_test ssv2_ret_label_val_small.json=/data/ss
 This repository has not repeated the runs.
 """
 
+from functools import partial
+
 from umt_fast.config import DataConfig, OptimConfig, RetrievalConfig, RetrievalLosses, RunConfig
 from umt_fast.models.sizes import student_size, text_size
 
@@ -85,61 +87,4 @@ def _config(variant: str) -> RetrievalConfig:
     )
 
 
-def label_b16_5m() -> RetrievalConfig:
-    """Captions by label; ViT-B/16 and BERT base, from stage 2 on 5M."""
-    return _config("label_b16_5m")
-
-
-def label_b16_17m() -> RetrievalConfig:
-    """Captions by label; ViT-B/16 and BERT base, from stage 2 on 17M."""
-    return _config("label_b16_17m")
-
-
-def label_b16_25m() -> RetrievalConfig:
-    """Captions by label; ViT-B/16 and BERT base, from stage 2 on 25M."""
-    return _config("label_b16_25m")
-
-
-def label_l16_5m() -> RetrievalConfig:
-    """Captions by label; ViT-L/16 and BERT large, from stage 2 on 5M."""
-    return _config("label_l16_5m")
-
-
-def label_l16_17m() -> RetrievalConfig:
-    """Captions by label; ViT-L/16 and BERT large, from stage 2 on 17M."""
-    return _config("label_l16_17m")
-
-
-def label_l16_25m() -> RetrievalConfig:
-    """Captions by label; ViT-L/16 and BERT large, from stage 2 on 25M."""
-    return _config("label_l16_25m")
-
-
-def template_b16_5m() -> RetrievalConfig:
-    """Captions by template; ViT-B/16 and BERT base, from stage 2 on 5M."""
-    return _config("template_b16_5m")
-
-
-def template_b16_17m() -> RetrievalConfig:
-    """Captions by template; ViT-B/16 and BERT base, from stage 2 on 17M."""
-    return _config("template_b16_17m")
-
-
-def template_b16_25m() -> RetrievalConfig:
-    """Captions by template; ViT-B/16 and BERT base, from stage 2 on 25M."""
-    return _config("template_b16_25m")
-
-
-def template_l16_5m() -> RetrievalConfig:
-    """Captions by template; ViT-L/16 and BERT large, from stage 2 on 5M."""
-    return _config("template_l16_5m")
-
-
-def template_l16_17m() -> RetrievalConfig:
-    """Captions by template; ViT-L/16 and BERT large, from stage 2 on 17M."""
-    return _config("template_l16_17m")
-
-
-def template_l16_25m() -> RetrievalConfig:
-    """Captions by template; ViT-L/16 and BERT large, from stage 2 on 25M."""
-    return _config("template_l16_25m")
+VARIANTS = {variant: partial(_config, variant) for variant in _RUNS}

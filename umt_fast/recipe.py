@@ -1,6 +1,7 @@
 """Finds a recipe page by name or path and returns the configuration it defines.
 
-A page is a Python file whose public functions take no argument and return a configuration; DEFAULT names one of them.
+A page is a Python file whose public functions take no argument and return a configuration, one for each variant. A page of many
+alike may have them by name in a dictionary VARIANTS in their place. DEFAULT names one of them.
 `stage1_k710` means that page's DEFAULT, `stage1_k710:l16` its variant l16, `some/page.py:tiny` a page of one's own.
 """
 
@@ -66,7 +67,7 @@ def load(recipe: str) -> Any:
     name, _, variant = recipe.rpartition(":") if ":" in recipe else (recipe, "", "")
     page = _page(name)
     module = _load(page)
-    variants = {
+    variants = getattr(module, "VARIANTS", None) or {
         key: value
         for key, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")

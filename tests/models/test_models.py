@@ -1,7 +1,6 @@
 """Official sizes and layouts, masks, the lean teacher, weights in and out."""
 
 import copy
-import os
 from pathlib import Path
 
 import pytest
@@ -32,7 +31,6 @@ from umt_fast.models.weights import (
     WeightsError,
     load_bert,
     load_encoder,
-    load_state,
     load_student,
     load_video_text,
     save_state,
@@ -370,30 +368,6 @@ def test_hugging_face_bert_gives_the_same_hidden_states_and_words(tmp_path: Path
     torch.testing.assert_close(ours.cls.predictions(hidden), theirs.cls(hidden), rtol=1e-4, atol=1e-5)
     with pytest.raises(WeightsError, match="no BERT weights"):
         load_bert(ours, str(tmp_path / "missing"))
-
-
-def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
-    tied = torch.randn(3, 2)
-    save_state({"one": tied, "other": tied, "turned": tied.t()}, tmp_path / "tied.safetensors")
-    state = load_state(tmp_path / "tied.safetensors")
-    for name, expected in (("one", tied), ("other", tied), ("turned", tied.t())):
-        assert torch.equal(state[name], expected)
-
-
-def test_saved_weights_are_as_readable_as_any_file(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        for name in ("a.safetensors", "a.pth"):
-            save_state({"weight": torch.ones(2)}, tmp_path / name)
-            assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
-    finally:
-        os.umask(before)
-
-
-def test_tensors_without_a_name_are_refused(tmp_path: Path) -> None:
-    torch.save({0: torch.ones(2), "weight": torch.ones(2)}, tmp_path / "a.pt")
-    with pytest.raises(WeightsError, match="a tensor under 0, which is no name"):
-        load_state(tmp_path / "a.pt")
 
 
 def test_the_limits_of_a_mask_are_those_of_its_kernels() -> None:

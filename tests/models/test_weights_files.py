@@ -14,7 +14,15 @@ from umt_fast.config import TextConfig, VitConfig
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.student import Student
 from umt_fast.models.video_text import VideoText
-from umt_fast.models.weights import WeightsError, kind_of, load_student, read_weights, save_state, start_video_text
+from umt_fast.models.weights import (
+    WeightsError,
+    kind_of,
+    load_state,
+    load_student,
+    read_weights,
+    save_state,
+    start_video_text,
+)
 
 VIT = VitConfig(width=32, depth=2, num_heads=2, image_size=32, num_frames=4, drop_path=0.0)
 TEXT = TextConfig(width=32, depth=2, fusion_layer=1, num_heads=2, vocab_size=9, max_positions=4)
@@ -176,3 +184,27 @@ def test_safetensors_keep_the_description(tmp_path: Path) -> None:
     file = read_weights(tmp_path / "a.safetensors")
     assert file.rest == {"model_config": {"task": "video_text", "version": 1}} and file.state.keys() == {"a"}
     assert load_file(tmp_path / "a.safetensors").keys() == {"a"}
+
+
+def test_tied_weights_can_be_saved(tmp_path: Path) -> None:
+    tied = torch.randn(3, 2)
+    save_state({"one": tied, "other": tied, "turned": tied.t()}, tmp_path / "tied.safetensors")
+    state = load_state(tmp_path / "tied.safetensors")
+    for name, expected in (("one", tied), ("other", tied), ("turned", tied.t())):
+        assert torch.equal(state[name], expected)
+
+
+def test_saved_weights_are_as_readable_as_any_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        for name in ("a.safetensors", "a.pth"):
+            save_state({"weight": torch.ones(2)}, tmp_path / name)
+            assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_tensors_without_a_name_are_refused(tmp_path: Path) -> None:
+    torch.save({0: torch.ones(2), "weight": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(WeightsError, match="a tensor under 0, which is no name"):
+        load_state(tmp_path / "a.pt")
