@@ -10,13 +10,13 @@ import torch
 
 from umt_fast.config import ConfigError, from_dict, to_dict
 from umt_fast.engine.checkpoint import own_folder
-from umt_fast.engine.distributed import current_ranks, distributed_run
+from umt_fast.engine.distributed import Ranks, current_ranks, distributed_run
 from umt_fast.engine.numerics import numerics
 from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.trainer import Trainer
 from umt_fast.models.attention import require_attention
 from umt_fast.models.linear import require_linear
-from umt_fast.tasks import check_used, task_of, tuning, validation_of
+from umt_fast.tasks import Task, check_used, task_of, tuning, validation_of
 
 
 def train(config: Any) -> Path:
@@ -49,26 +49,31 @@ def fit_objective(config: Any, objective: torch.nn.Module | Callable[[], torch.n
         distributed_run(config.run) as ranks,
         own_folder(Path(config.run.out), first=ranks.first),
     ):
-        loader = task.loader(config, ranks)
-        validation = validation_of(config, ranks)
-        tuning.settle(config, ranks)
-        towers = {name: getattr(config, name) for name in ("student", "teacher", "text") if hasattr(config, name)}
-        sizes = ", ".join(f"{name}.width {tower.width} and depth {tower.depth}" for name, tower in towers.items())
-        with room_for(f"the model ({sizes})"):
-            require_attention(config, ranks.device)
-            require_linear(config, ranks.device)
-            objective = objective if isinstance(objective, torch.nn.Module) else objective()
-            trainer = Trainer(
-                config.run,
-                config.optim,
-                objective,
-                loader,
-                num_sample=config.data.num_sample * loader.kinds,
-                layer_of=getattr(objective, "layer_id", None),
-                num_layers=config.student.depth + 1,
-                config_record=to_dict(config),
-                model_config=task.describe(config),
-                validation=validation,
-            )
-        trainer.train()
+        # In a function of its own: what it holds must be gone when the ranks part (see distributed_run).
+        _fit(config, task, objective, ranks)
     return Path(config.run.out)
+
+
+def _fit(config: Any, task: Task, objective: torch.nn.Module | Callable[[], torch.nn.Module], ranks: Ranks) -> None:
+    loader = task.loader(config, ranks)
+    validation = validation_of(config, ranks)
+    tuning.settle(config, ranks)
+    towers = {name: getattr(config, name) for name in ("student", "teacher", "text") if hasattr(config, name)}
+    sizes = ", ".join(f"{name}.width {tower.width} and depth {tower.depth}" for name, tower in towers.items())
+    with room_for(f"the model ({sizes})"):
+        require_attention(config, ranks.device)
+        require_linear(config, ranks.device)
+        objective = objective if isinstance(objective, torch.nn.Module) else objective()
+        trainer = Trainer(
+            config.run,
+            config.optim,
+            objective,
+            loader,
+            num_sample=config.data.num_sample * loader.kinds,
+            layer_of=getattr(objective, "layer_id", None),
+            num_layers=config.student.depth + 1,
+            config_record=to_dict(config),
+            model_config=task.describe(config),
+            validation=validation,
+        )
+    trainer.train()

@@ -98,11 +98,8 @@ def test_two_ranks_are_judged_as_one_sharded_too(validate: str, table: str, list
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-    aborted = "exitcode: -6" in done.stderr
-    assert done.returncode == 0 or aborted, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
     one, two = (
         {k: v for k, v in judgments(tmp_path / name)[-1].items() if k.startswith("val")} for name in ("one", "two")
     )
     assert one and two == pytest.approx(one)
-    if aborted:
-        pytest.xfail("a rank aborted after its judgment, which happens on a loaded machine; why is not known")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -56,6 +57,9 @@ def distributed_run(run: RunConfig) -> Iterator[Ranks]:
         yield ranks
     finally:
         if dist.is_initialized():
+            # A sharded model holds on to the group in cycles. While one lives, the group's threads are not joined, and one that
+            # lets go of a Python object while the interpreter ends aborts the process.
+            gc.collect()
             dist.destroy_process_group()
 
 
