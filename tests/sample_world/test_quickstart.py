@@ -7,7 +7,7 @@ import pytest
 
 from umt_fast import recipe
 from umt_fast.config import ConfigError
-from umt_fast.sample_world import quickstart
+from umt_fast.sample_world import classes, quickstart
 
 
 @pytest.mark.slow
@@ -43,6 +43,24 @@ def test_every_part_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     quickstart.run(tmp_path, stage2=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")} == written
     assert json.loads((tmp_path / "results.json").read_text()) == results
+
+    scores = classes.run(tmp_path)
+    for label in classes.CLASSES:
+        assert set(scores[label]) == {*classes.PROBES, *classes.TUNED}
+        tuned = [scores[label][variant] for variant in classes.TUNED]
+        assert all(set(views) == set(classes.VIEWS) for views in tuned)
+        flat = [scores[label][kind] for kind in classes.PROBES] + [score for views in tuned for score in views.values()]
+        assert all(0 <= score <= 1 for score in flat)
+    assert "| attentive probe | " in classes.table(scores)
+    assert len(list((tmp_path / "classes").glob("*/checkpoint-*.pt"))) == 4
+
+
+def test_classes_ask_for_a_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert classes.main(tmp_path) == 2
+    assert "holds no quickstart; run `bash recipes/quickstart.sh" in capsys.readouterr().err
+    quickstart.Results(tmp_path, 3).part("world", dict)
+    assert classes.main(tmp_path) == 2
+    assert "has not pre-trained yet" in capsys.readouterr().err
 
 
 def test_results_are_replaced_as_a_whole_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

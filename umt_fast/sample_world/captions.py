@@ -112,9 +112,8 @@ def table(figures: dict[str, dict[str, float]]) -> str:
 
 def run(out: Path) -> dict[str, dict[str, float]]:
     """Does what is missing and returns the figures of stage 2's weights and of both that were fine-tuned."""
-    path = out / "results.json"
-    seed = json.loads(path.read_text()).get("seed", 0) if path.is_file() else 0
-    results = Results(out, seed)
+    results = Results(out)
+    seed = results.seed
     if "stage2" not in results.values:
         raise ConfigError(f"{out} has no stage 2; run the quickstart with --stage2 --out {out} first")
     if not torch.cuda.is_available():

@@ -147,9 +147,8 @@ def table(figures: dict[str, dict[str, float]]) -> str:
 
 def run(out: Path) -> dict[str, dict[str, float]]:
     """Does what is missing and returns the accuracies of prior, single frames and clips."""
-    path = out / "results.json"
-    seed = json.loads(path.read_text()).get("seed", 0) if path.is_file() else 0
-    results, folder = Results(out, seed), out / "questions"
+    results, folder = Results(out), out / "questions"
+    seed = results.seed
     if "stage2" not in results.values:
         raise ConfigError(f"{out} has no stage 2; run the quickstart with --stage2 --out {out} first")
     results.part("questions", lambda: write_questions(out / "world", folder))

@@ -61,10 +61,12 @@ CLIP_STEPS, CLIP_BATCH = 900, 24
 class Results:
     """results.json: written after each part, read to know what is done."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int | None = None) -> None:
+        """seed: None: that of the quickstart in the folder, 0 where there is none."""
         self.path = folder / "results.json"
-        self.values = read_results(self.path) if self.path.exists() else {"seed": seed}
-        if self.values.get("seed") != seed:
+        self.values = read_results(self.path) if self.path.exists() else {"seed": seed or 0}
+        self.seed: int = self.values.get("seed", 0)
+        if seed not in (None, self.values.get("seed")):
             raise ConfigError(f"{folder} holds a quickstart of seed {self.values.get('seed')}; give another --out")
 
     def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
