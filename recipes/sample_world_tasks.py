@@ -82,6 +82,7 @@ def classes() -> FinetuneConfig:
 def augmented() -> FinetuneConfig:
     """RandAugment, random crops and erasing, Mixup and CutMix, label smoothing."""
     config = classes()
+    config.data = DataConfig(workers=1, flip=False)
     config.augment, config.mix = AugmentConfig(protocol="published"), MixConfig()
     config.label_smoothing = 0.1
     return config

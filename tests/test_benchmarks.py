@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import amortized
 from benchmarks.bench_kernels import figures
 from benchmarks.kernel_cases import Case
 from benchmarks.profile_step import covered, kind_of, shares
@@ -95,3 +96,18 @@ def test_work_is_told_apart_by_name() -> None:
 def test_a_device_is_busy_while_any_kernel_runs() -> None:
     assert covered([(0.0, 1.0), (4.0, 5.0), (0.5, 2.0), (4.2, 4.5)]) == (3.0, 5.0)
     assert covered([]) == (0.0, 0.0)
+
+
+def test_several_masks_of_a_clip_cost_less_than_as_many_runs(tmp_path: Path) -> None:
+    costs = {}
+    for variant in amortized.VARIANTS:
+        config = amortized.config_of(tmp_path, 0, variant)
+        config.teacher.weights = "untrained"
+        costs[variant] = amortized.cost(config) / variant.epochs
+    one = costs[amortized.OWN]
+    assert costs[(4, 2)] == costs[(4, 3)]  # of an epoch
+    assert one < costs[(2, 3)] < 2 * one and costs[(2, 3)] < costs[(4, 3)] < 2 * costs[(2, 3)]
+    folders = {amortized.config_of(tmp_path, 0, variant).run.out for variant in amortized.VARIANTS}
+    assert len(folders) == len(amortized.VARIANTS)
+    with pytest.raises(SystemExit, match="no finished quickstart"):
+        amortized.main(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.videos import write_video
@@ -133,11 +134,11 @@ def test_layers_and_flops() -> None:
     assert {found[name] for name in found if name.startswith("patch_embed.")} == {0}
     assert found["blocks.0.norm1.weight"] == 1 and found["blocks.1.mlp.fc2.bias"] == 2
     assert found["norm.weight"] == found["head.weight"] == 3
-    with FlopCounterMode(display=False) as counter:
+    # torch 2.11 counts no fused attention on a CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         objective(batch_of(1), SEED)["loss"].backward()
-    # The counter adds the head's products of one box, and scores that attention's backward pass computes again.
-    head, again = 3 * 2 * 32 * 5, 2 * 2 * (2 * 8 * 8 * 32)
-    assert counter.get_total_flops() == 2 * objective.flops_per_clip() + head + again
+    head = 3 * 2 * 32 * 5  # of one box
+    assert counter.get_total_flops() == 2 * objective.flops_per_clip() + head
 
 
 def write_keys(folder: Path, count: int = 25) -> detections.KeyFrames:

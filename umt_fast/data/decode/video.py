@@ -156,9 +156,7 @@ def _index(
                     held.append(packet)
     except FFmpegError as error:
         raise VideoError(f"{path}: {_reason(error)}") from error
-    # The attribute came with av 16; without it nothing can be proven.
-    depth = getattr(stream.codec_context, "reorder_depth", None)
-    proven = proven and depth is not None and selective.regular(described, depth)
+    proven = proven and selective.regular(described, stream.codec_context.reorder_depth)
     return Index(count, described if proven else None), held if proven and size <= _HELD_BYTES else None
 
 
