@@ -22,7 +22,7 @@ def test_every_part_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(quickstart, "WORLD", {"train": 48, "test": 24, "labeled": 24})
     monkeypatch.setattr(quickstart, "CLIP_STEPS", 3)
     monkeypatch.setattr(recipe, "load", shortened)
-    report = quickstart.run(tmp_path, stage2=True)
+    report = quickstart.run(tmp_path, seed=1, stage2=True)
     results = json.loads((tmp_path / "results.json").read_text())
 
     assert results["labeled clips"]["good"] == 24 and results["captioned clips"]["good"] == 48
@@ -40,7 +40,7 @@ def test_every_part_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError("a finished comparison is begun again")
 
     monkeypatch.setattr(quickstart.Comparison, "begin", begun)
-    quickstart.run(tmp_path, stage2=True)
+    quickstart.run(tmp_path, seed=1, stage2=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")} == written
     assert json.loads((tmp_path / "results.json").read_text()) == results
 

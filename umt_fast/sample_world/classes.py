@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def lists_of(out: Path, label: str) -> tuple[Path, Path]:
 def probed(out: Path, weights: str, label: str, kind: str, seed: int) -> float:
     """Top-1 on unseen clips of a probe of the frozen tower."""
     learned, unseen = lists_of(out, label)
-    options = ProbeOptions(train=learned, kind=kind, num_classes=CLASSES[label], seed=seed, batch_size=64, workers=1)
+    options = ProbeOptions(train=learned, kind=kind, num_classes=CLASSES[label], batch_size=64, workers=1)
+    if kind != "knn":  # which has no heads to draw
+        options = replace(options, seed=seed)
     ranks = current_ranks(stage1_config(out, seed).run)
     score = evaluate_checkpoint("probe", Path(weights), unseen, ranks=ranks, options=options)["top1"]
     log.info("%s, %s probe: %.1f%%", label, kind, 100 * score)
