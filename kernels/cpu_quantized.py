@@ -42,7 +42,10 @@ def _rounding(width: int) -> Tensor:
 
 
 def _linear(y: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """y @ (weight * scale).T + bias in fp32, the rows of y (n, K) quantized on the way; y's memory is used up."""
+    """y @ (weight * scale).T + bias in fp32, the rows of y (n, K) quantized on the way; y's memory is used up.
+
+    bias: (N,), or (n, N) with a residual in it.
+    """
     limit = LARGEST[torch.int8]
     largest = largest_of_rows(y)
     torch.addcmul(_rounding(y.shape[1]), y, limit / largest.clamp_min(TINY), out=y)
@@ -104,9 +107,11 @@ def int8_mlp(
     if quick:
         s1, b1, s2 = s1 * _QUICK, b1 * _QUICK, s2 / _QUICK
     for block, result in zip(x.split(rows), out.split(rows), strict=True) if len(x) else ():
+        block = _in_fp32(block, None, None, 0.0)
         hidden = _linear(_in_fp32(block, norm_weight, norm_bias, eps), w1, s1, b1)
         hidden = F.silu(hidden, inplace=True) if quick else torch.ops.aten.gelu_(hidden)
-        torch.add(block, _linear(hidden, w2, s2, b2), out=result)
+        # Of half numbers and fp32 the sum would be taken one by one.
+        result.copy_(_linear(hidden, w2, s2, block.add_(b2)))
     return out
 
 
