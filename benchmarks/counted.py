@@ -171,6 +171,8 @@ def products_of(func: Any, args: tuple, kwargs: dict, out: Any) -> tuple[float, 
         return 2 * args[0].shape[0] * args[0].shape[1] * (args[1].shape[0] if func is ours.linear.default else inner), 0
     if func is ours.mlp.default:
         return 2 * args[0].shape[0] * (args[1].numel() + args[3].numel()), 0
+    if func is ours.scaled_linear.default:
+        return 0, 2 * args[0].shape[0] * args[2].numel()
     if func is aten._int_mm.default:
         return 0, 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
     formula = flop_registry.get(func._overloadpacket)

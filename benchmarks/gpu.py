@@ -50,7 +50,8 @@ MAX_PACKED = 15 << 20
 STOPPED = "the whole run was stopped by a signal"
 # The native kernel tests, without fuzzing: a process for each file, since most of their time is Triton compiling.
 TESTS = {
-    "tests/kernels/test_kernels.py": "patch_gather_uint8 or token_gather_value or test_gather_norm or mask_scores or "
+    "tests/kernels/test_patch_gather.py": "uint8 or folded",
+    "tests/kernels/test_kernels.py": "token_gather_value or test_gather_norm or mask_scores or "
     "both_backends or equal_keys or drawn_zero or impossible_tokens or is_its_formula or compiles_without",
     "tests/kernels/test_quantized.py": "int8_product or fp8_product or quantizes_views or product_within",
     "tests/kernels/test_sampling.py": "at_196 or exact_probability",

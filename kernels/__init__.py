@@ -9,9 +9,16 @@ from kernels.align_loss import align_features, align_loss
 from kernels.attention import AttentionBackend, attention, attention_backend, attention_varlen, require_attention
 from kernels.library import frozen_linear, library_linear, library_product
 from kernels.linear import DeferredNorm, defer_norm, linear, mlp, row_statistics, scaled_linear, weight_gradient
-from kernels.patch_gather import patch_gather
-from kernels.quantize import dequantize_product, quantize_rows
-from kernels.quantized_linear import quantize_weight, quantized_backend, quantized_linear
+from kernels.patch_gather import FoldedPixels, fold_pixels, patch_gather
+from kernels.quantize import dequantize_product, norm_quantize, quantize_rows
+from kernels.quantized_linear import (
+    Norm,
+    Quantized,
+    quantize_weight,
+    quantized_backend,
+    quantized_linear,
+    quantized_mlp,
+)
 from kernels.semantic_mask import class_attention, sample_visible, semantic_mask
 from kernels.token_gather import gather_norm, token_gather
 
@@ -20,6 +27,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionBackend",
     "DeferredNorm",
+    "FoldedPixels",
+    "Norm",
+    "Quantized",
     "align_features",
     "align_loss",
     "attention",
@@ -29,6 +39,7 @@ __all__ = [
     "class_attention",
     "defer_norm",
     "dequantize_product",
+    "fold_pixels",
     "force_backend",
     "frozen_linear",
     "gather_norm",
@@ -36,11 +47,13 @@ __all__ = [
     "library_product",
     "linear",
     "mlp",
+    "norm_quantize",
     "patch_gather",
     "quantize_rows",
     "quantize_weight",
     "quantized_linear",
     "quantized_backend",
+    "quantized_mlp",
     "require_attention",
     "row_statistics",
     "sample_visible",

@@ -1,8 +1,8 @@
 """Builds every kernel ahead of time, without a GPU, at the shapes of B/16 and L/16: `python -m kernels.build [80 90]`.
 
-Prints registers, spilled bytes and shared memory of each, read from the cubin by the cuobjdump that Triton carries, and the
-time its bytes alone would take at a GPU's peak bandwidth: one JSON line per kernel and architecture, or with --table the
-table of kernels/README.md.
+Prints registers, spilled bytes and shared memory of each, read from the cubin by the cuobjdump that Triton carries, the time
+its bytes alone would take at a GPU's peak bandwidth, how its machine code moves and multiplies, and what of that it does not
+as promised: one JSON line per kernel and architecture, or with --table the table of kernels/README.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels._launch import COMPILER_OPTIONS
-from kernels.build_cases import Case, cases
+from kernels.build_case import Case, Promise
+from kernels.build_cases import cases
 
 # Peak memory bandwidth in bytes per second, by architecture.
 BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12}
@@ -62,43 +64,56 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-# The matrix instructions of the architectures, and how operands, spilled numbers and results travel.
-INSTRUCTIONS = (
-    "HMMA",
-    "IMMA",
-    "HGMMA",
-    "IGMMA",
-    "QGMMA",
-    "UTCHMMA",
-    "UTCIMMA",
-    "UTCQMMA",
-    "UTMALDG",
-    "LDGSTS.E.BYPASS.128",
-    "LDGSTS",
-    "LDG.E.128",
-    "STG.E.128",
-    "STG",
-    "LDL",
-    "STL",
-)
+# Instructions that move numbers, by the memory: their names end in the bits of a thread where these are not 32.
+MOVES = {"LDG": "global loads", "STG": "global stores", "LDGSTS": "copies to shared memory"}
+# The matrix instructions of the architectures; spilled numbers; atomics on global memory.
+MATRIX = ("HMMA", "IMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
+LOCAL, ATOMICS = ("LDL", "STL"), ("ATOM", "ATOMG", "RED", "REDG")
 
 
 def instructions(cubin: bytes) -> dict[str, int]:
-    """How often a cubin's code holds each of INSTRUCTIONS, counting also their forms with more suffixes."""
+    """How often a cubin's code holds the instructions named above, those of MOVES by bits a thread: {"LDG.128": 2}."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE)
-    # Modifiers may stand between a name and its width: LDG.E.EL.128 is a load of 128 bits too.
-    counts = dict.fromkeys(INSTRUCTIONS, 0)
-    for wanted in INSTRUCTIONS:
-        parts = wanted.split(".")
-        counts[wanted] = sum(
-            1 for name in found if name.split(".")[0] == parts[0] and set(parts) <= set(name.split("."))
-        )
-    return {name: count for name, count in counts.items() if count}
+    return count_instructions(text)
+
+
+def count_instructions(text: str) -> dict[str, int]:
+    """`instructions` of a listing by nvdisasm."""
+    counts: Counter[str] = Counter()
+    for found in re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE):
+        # Modifiers may stand between a name and its width: LDG.E.EL.128 is a load of 128 bits too.
+        name, *modifiers = found.split(".")
+        if name in MOVES:
+            widths = [int(re.sub("^[US]", "", m)) for m in modifiers if re.fullmatch("64|128|256|[US](8|16)", m)]
+            counts[f"{name}.{widths[0] if widths else 32}"] += 1
+        elif name in (*MATRIX, *LOCAL, *ATOMICS, "UTMALDG"):
+            counts[name] += 1
+    return dict(counts)
+
+
+def broken_promises(promise: Promise, found: dict[str, int]) -> list[str]:
+    """What the instructions of a kernel lack of its promise, or have beside it; empty where it is kept."""
+    broken = [f"{name} {found[name]} times" for name in (*LOCAL, *ATOMICS) if name in found]
+    matrix = {name for name in MATRIX if name in found}
+    if matrix != ({promise.matrix} - {None}):
+        broken.append(f"matrix products by {', '.join(sorted(matrix)) or 'none'}, not {promise.matrix or 'none'}")
+    copies = {"tma"} if "UTMALDG" in found else set()
+    copies |= {"cp.async"} if any(name.startswith("LDGSTS.") for name in found) else set()
+    if copies != ({promise.copies} - {None}):
+        broken.append(f"copies by {', '.join(sorted(copies)) or 'none'}, not {promise.copies or 'none'}")
+    wanted = {"LDG": (promise.loads, promise.narrow_loads), "STG": (promise.stores, promise.narrow_stores)}
+    for name, (bits, most) in (wanted | {"LDGSTS": (128 if promise.copies == "cp.async" else None, 0)}).items():
+        widths = {int(key.split(".")[1]): count for key, count in found.items() if key.startswith(f"{name}.")}
+        narrow = sum(count for width, count in widths.items() if bits is None or width < bits)
+        if bits is not None and max(widths, default=0) != bits:
+            broken.append(f"{MOVES[name]} of {max(widths, default=0)} bits, not {bits}")
+        if most is not None and narrow > most:
+            broken.append(f"{narrow} {MOVES[name]} below {bits or 'any'} bits, not {most}: {widths}")
+    return broken
 
 
 def build(architecture: int, only: str = "") -> Iterator[dict[str, Any]]:
@@ -116,13 +131,15 @@ def build(architecture: int, only: str = "") -> Iterator[dict[str, Any]]:
         found = resources(compiled.asm["cubin"])
         found["shared_bytes"] += compiled.metadata.shared
         microseconds = {name: round(case.bytes_moved / rate * 1e6, 1) for name, rate in BANDWIDTH.items()}
+        found_instructions = instructions(compiled.asm["cubin"])
         yield {
             "kernel": case.name,
             "sm": architecture,
             "warps": case.warps,
             "bytes": int(case.bytes_moved),
             "bound_us": microseconds,
-            "instructions": instructions(compiled.asm["cubin"]),
+            "instructions": found_instructions,
+            "broken_promises": broken_promises(case.promise, found_instructions),
         } | found
 
 

@@ -6,11 +6,16 @@
 A row is ordered like a flattened Conv3d weight (3, tubelet, p, p), so embedding is one matrix product. Only visible pixels
 are read: at B/16, batch 64, 15.7 MB of uint8 in and 31.5 MB of bf16 out, where normalizing the whole video and a dense
 Conv3d input move 5 times that. One multiplication and one addition per element.
+
+With order="channels_last" a row is (dt, dy, dx, c), as the pixels lie in memory: 48 bytes of uint8 side by side at p = 16,
+which a thread loads 16 at a time; in the other order it loads single bytes. fold_pixels gives a frozen weight in that order,
+with std in it, so that the rows are whole numbers: pixels less the rounded mean.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -27,6 +32,10 @@ from kernels._launch import (
     use_triton,
     values_can_be_checked,
 )
+
+Order = Literal["channels_first", "channels_last"]
+# Bytes of uint8 that a thread loads at once where a row is ordered as the pixels lie.
+_VECTOR = 16
 
 
 @triton.jit
@@ -54,34 +63,55 @@ def patch_gather_kernel(
     BLOCK: tl.constexpr,
     SCALED: tl.constexpr,
     WINDOW: tl.constexpr,
+    LAST: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    """One program per visible token; offsets in int64 because a batch of videos exceeds 2^31 bytes."""
-    i_row = tl.program_id(0).to(tl.int64)
-    i_batch = i_row // n
-    cell = tl.load(visible + i_row).to(tl.int64)
-    frame = cell // (rows * columns) * TUBELET
-    top = cell // columns % rows * PATCH
-    left = cell % columns * PATCH
+    """One program per visible token; offsets in int64 because a batch of videos exceeds 2^31 bytes.
+
+    LAST: rows are (dt, dy, dx, c). PACKED: the channels of a pixel and the pixels of a line lie side by side.
+    """
+    i_row = tl.program_id(0)
+    i_batch = (i_row // n).to(tl.int64)
+    cell = tl.load(visible + i_row).to(tl.int32)
+    frame = (cell // (rows * columns) * TUBELET).to(tl.int64)
+    top = (cell // columns % rows * PATCH).to(tl.int64)
+    left = (cell % columns * PATCH).to(tl.int64)
     if WINDOW:
         top += tl.load(origin + i_batch * 2)
         left += tl.load(origin + i_batch * 2 + 1)
     o = tl.arange(0, BLOCK)
     inside = o < 3 * TUBELET * PATCH * PATCH
-    dx = o % PATCH
-    dy = o // PATCH % PATCH
-    dt = o // (PATCH * PATCH) % TUBELET
-    channel = o // (PATCH * PATCH * TUBELET)
-    source = i_batch * stride_b + (frame + dt) * stride_t + (top + dy) * stride_y + (left + dx) * stride_x
-    value = tl.load(video + source + channel * stride_c, mask=inside, other=0).to(tl.float32)
+    if LAST:
+        line, within = o // (3 * PATCH), o % (3 * PATCH)
+        channel = within % 3
+        dy, dt = line % PATCH, line // PATCH
+    else:
+        dx = o % PATCH
+        dy = o // PATCH % PATCH
+        dt = o // (PATCH * PATCH) % TUBELET
+        channel = o // (PATCH * PATCH * TUBELET)
+    source = i_batch * stride_b + (frame + dt) * stride_t + (top + dy) * stride_y
+    if LAST and PACKED:
+        source += left * 3 + within
+    elif LAST:
+        source += (left + within // 3) * stride_x + channel * stride_c
+    else:
+        source += (left + dx) * stride_x + channel * stride_c
+    value = tl.load(video + source, mask=inside, other=0).to(tl.float32)
     if SCALED:
         scale = tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
         value = value * scale + tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
-    tl.store(out + i_row * (3 * TUBELET * PATCH * PATCH) + o, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + i_row.to(tl.int64) * (3 * TUBELET * PATCH * PATCH) + o, value.to(out.dtype.element_ty), mask=inside)
 
 
 def _channel_last(video: Tensor) -> Tensor:
     """A (B, T, H, W, 3) view of uint8 (B, T, H, W, 3) or float (B, 3, T, H, W) video."""
     return video if video.dtype == torch.uint8 else video.permute(0, 2, 3, 4, 1)
+
+
+def warps(width: int, last: bool) -> int:
+    """Of a program that makes a row of this many numbers."""
+    return min(8, max(1, power_of_two(width) // (32 * _VECTOR))) if last else 4
 
 
 @torch.library.custom_op("umt_kernels::patch_gather", mutates_args=(), tags=ANY_STRIDES)
@@ -96,6 +126,7 @@ def _patch_gather(
     patch: int,
     tubelet: int,
     dtype: torch.dtype,
+    last: bool,
 ) -> Tensor:
     view, visible = _channel_last(video), visible.contiguous()
     batch, n = visible.shape
@@ -119,14 +150,16 @@ def _patch_gather(
                 BLOCK=power_of_two(width),
                 SCALED=scale is not None,
                 WINDOW=origin is not None,
-                num_warps=4,
+                LAST=last,
+                PACKED=view.stride()[3:] == (3, 1),
+                num_warps=warps(width, last),
                 **COMPILER_OPTIONS,
             )
     return out
 
 
 @_patch_gather.register_fake
-def _(video, visible, scale, shift, origin, rows, columns, patch, tubelet, dtype):
+def _(video, visible, scale, shift, origin, rows, columns, patch, tubelet, dtype, last):
     return video.new_empty(*visible.shape, 3 * tubelet * patch * patch, dtype=dtype)
 
 
@@ -148,6 +181,7 @@ def _reference(
     patch: int,
     tubelet: int,
     dtype: torch.dtype,
+    last: bool,
 ) -> Tensor:
     view, index = _channel_last(video), visible.long()
     frame, row, column = index // (rows * columns), index // columns % rows, index % columns
@@ -155,7 +189,7 @@ def _reference(
         batch, frames = view.shape[:2]
         cells = view.unflatten(3, (columns, patch)).unflatten(2, (rows, patch)).unflatten(1, (-1, tubelet))
         # Indexing the strided view copies the visible patches alone; pixels are converted after that.
-        cells = cells.permute(0, 1, 3, 5, 7, 2, 4, 6)
+        cells = cells.permute(0, 1, 3, 5, 2, 4, 6, 7) if last else cells.permute(0, 1, 3, 5, 7, 2, 4, 6)
         picked = cells[torch.arange(batch, device=index.device)[:, None], frame, row, column]
     else:
         step = torch.arange(patch, device=index.device)
@@ -163,10 +197,11 @@ def _reference(
         t = (frame * tubelet)[..., None] + torch.arange(tubelet, device=index.device)
         y = (row * patch + origin[:, :1])[..., None] + step
         x = (column * patch + origin[:, 1:])[..., None] + step
-        picked = view[clip, t[..., None, None], y[:, :, None, :, None], x[:, :, None, None, :]].movedim(-1, 2)
-    picked = picked.to(torch.float64 if picked.dtype == torch.float64 else torch.float32)
+        picked = view[clip, t[..., None, None], y[:, :, None, :, None], x[:, :, None, None, :]]
+        picked = picked if last else picked.movedim(-1, 2)
     if scale is not None:
-        scale, shift = (picked.new_tensor(values).view(3, 1, 1, 1) for values in (scale, shift))
+        picked = picked.float()
+        scale, shift = (picked.new_tensor(values).view(3 if last else (3, 1, 1, 1)) for values in (scale, shift))
         picked = picked * scale + shift
     return picked.flatten(2).to(dtype)
 
@@ -182,6 +217,7 @@ def patch_gather(
     dtype: torch.dtype = torch.float32,
     origin: Tensor | None = None,
     crop_size: tuple[int, int] | None = None,
+    order: Order = "channels_first",
     backend: Backend = "auto",
 ) -> Tensor:
     """Rows of the visible patches of a video, or of a window of each clip.
@@ -196,6 +232,8 @@ def patch_gather(
         origin: int32 or int64 (B, 2), the top and left pixel of each clip's window of crop_size; the window is cut on the
             way, so that frames larger than the crop need no copy. None: the whole frame.
         crop_size: (height, width) of the windows; takes the place of (H, W) above.
+        order: of a row: "channels_first" is that of a Conv3d weight, (3, tubelet, p, p), "channels_last" that of the pixels in
+            memory, (tubelet, p, p, 3).
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -223,6 +261,8 @@ def patch_gather(
         _check_windows(origin, batch, size, (height, width))
     if (mean is None) != (std is None) or (mean is not None and video.dtype != torch.uint8):
         raise ValueError("give mean and std together, and only for uint8 video: floating video is taken as it is")
+    if order not in ("channels_first", "channels_last"):
+        raise ValueError(f"order is {order!r}; choose channels_first or channels_last")
     rows, columns = height // patch_size, width // patch_size
     check_visible(visible, batch, frames // tubelet_size * rows * columns)
     scale = shift = None
@@ -231,7 +271,8 @@ def patch_gather(
         scale = [1 / (255 * s) for s in std]
         shift = [-m / s for m, s in zip(mean, std, strict=True)]
     run = _patch_gather if use_triton(backend, video) else _reference
-    return run(video, visible, scale, shift, origin, rows, columns, patch_size, tubelet_size, dtype)
+    last = order == "channels_last"
+    return run(video, visible, scale, shift, origin, rows, columns, patch_size, tubelet_size, dtype, last)
 
 
 def _check_windows(origin: Tensor, batch: int, size: Sequence[int], crop: tuple[int, int]) -> None:
@@ -244,3 +285,48 @@ def _check_windows(origin: Tensor, batch: int, size: Sequence[int], crop: tuple[
                 f"windows of {crop[0]} x {crop[1]} reach from ({top}, {left}) to ({bottom}, {right}), "
                 f"outside frames of {size[0]} x {size[1]}"
             )
+
+
+class FoldedPixels(NamedTuple):
+    """A frozen patch embedding of whole numbers, from fold_pixels."""
+
+    weight: Tensor
+    """(N, tubelet * p * p * 3), std in it."""
+    bias: Tensor
+    """fp32 (N,), what is left of the mean in it."""
+    pixels: dict[str, object]
+    """Options of patch_gather that make its rows."""
+
+
+def fold_pixels(
+    weight: Tensor, bias: Tensor | None, *, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> FoldedPixels:
+    """A frozen patch embedding of whole numbers: rows @ weight.T + bias is, up to rounding, what the Conv3d makes of pixels
+    normalized with mean and std.
+
+    The rows are pixels less 255 * mean, rounded to a whole number. bf16 and fp16 hold them exactly, and their mean is small:
+    nothing large is rounded before it is taken off.
+
+    Args:
+        weight: (N, 3, tubelet, p, p) of a Conv3d. bias: (N,) or None.
+        mean, std: three numbers each on the [0, 1] scale.
+        dtype: of the product.
+
+    Returns:
+        Weight in dtype, bias, and the options of patch_gather for uint8 video. Detached.
+
+    Raises:
+        ValueError: a weight of another shape.
+    """
+    if weight.ndim != 5 or weight.shape[1] != 3 or len(mean) != 3 or len(std) != 3:
+        raise ValueError(
+            f"weight is {tuple(weight.shape)}, mean {tuple(mean)} and std {tuple(std)}; they must be (N, 3, tubelet, p, p) and "
+            "three numbers each"
+        )
+    whole = [round(255 * m) for m in mean]
+    left = weight.new_tensor([255 * m - w for m, w in zip(mean, whole, strict=True)], dtype=torch.float64)
+    rows = (weight.detach().permute(0, 2, 3, 4, 1) / (255 * weight.new_tensor(std, dtype=torch.float64))).to(dtype)
+    # Of the weight as it was rounded, so that a gray video of the mean gives the bias alone.
+    shift = (rows.double() * left).flatten(1).sum(1)
+    options = {"order": "channels_last", "mean": tuple(w / 255 for w in whole), "std": (1 / 255,) * 3}
+    return FoldedPixels(rows.flatten(1), ((0 if bias is None else bias.detach()) - shift).float(), options)

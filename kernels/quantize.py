@@ -1,17 +1,19 @@
-"""quantize_rows: activations to 8 bits with a scale for each row; dequantize_product: the int32 product back to floats.
+"""quantize_rows: activations to 8 bits with a scale for each row; norm_quantize: those of a LayerNorm, in the same pass;
+dequantize_product: the int32 product back to floats.
 
     r = max|x[i]| / largest,  a[i, k] = round(x[i, k] / r)        largest: 127 (int8), 448 (float8_e4m3fn)
     out[i, j] = product[i, j] * r[i] * c[j] + bias[j]
 
-Bytes moved for each number of bf16: quantizing 3, rescaling 6. Plain PyTorch, run eagerly, moves 23 (int8) or 15 (fp8) and
-22: it passes over the tensor for each of its operations.
+Bytes moved for each number of bf16: quantizing 3, a LayerNorm with it no more, rescaling 6. Plain PyTorch, run eagerly, moves
+23 (int8) or 15 (fp8), the LayerNorm's besides, and 22: it passes over the tensor for each of its operations.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,14 +36,8 @@ def tile(columns: int) -> dict[str, int]:
 
 
 @triton.jit
-def quantize_rows_kernel(
-    values, scale, x, x_row, K: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr
-):
-    """One program per row."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o = tl.arange(0, BLOCK)
-    inside = o < K
-    row = tl.load(x + i_row * x_row + o, mask=inside, other=0).to(tl.float32)
+def _store_eight(values, scale, row, i_row, o, inside, K: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr):
+    """A row of fp32, zero outside, in 8 bits, and its scale."""
     # Without their signs the bits are ordered as the numbers, NaN above infinity: a maximum of floats would drop NaN.
     bits = row.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     largest = tl.max(bits, 0).to(tl.float32, bitcast=True)
@@ -57,6 +53,44 @@ def quantize_rows_kernel(
 
 
 @triton.jit
+def quantize_rows_kernel(
+    values, scale, x, x_row, K: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr
+):
+    """One program per row."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, BLOCK)
+    inside = o < K
+    row = tl.load(x + i_row * x_row + o, mask=inside, other=0).to(tl.float32)
+    _store_eight(values, scale, row, i_row, o, inside, K, LARGEST, TINY)
+
+
+@triton.jit
+def norm_quantize_kernel(
+    values,
+    scale,
+    x,
+    weight,
+    bias,
+    x_row,
+    eps,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
+    TINY: tl.constexpr,
+):
+    """One program per row; statistics by the two-pass formula, which does not cancel."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, BLOCK)
+    inside = o < K
+    row = tl.load(x + i_row * x_row + o, mask=inside, other=0).to(tl.float32)
+    centered = tl.where(inside, row - tl.sum(row, 0) / K, 0.0)
+    standard = centered / tl.sqrt(tl.sum(centered * centered, 0) / K + eps)
+    b_weight = tl.load(weight + o, mask=inside, other=0).to(tl.float32)
+    b_bias = tl.load(bias + o, mask=inside, other=0).to(tl.float32)
+    _store_eight(values, scale, standard * b_weight + b_bias, i_row, o, inside, K, LARGEST, TINY)
+
+
+@triton.jit
 def dequantize_kernel(out, product, rows, scale, bias, M, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """One program per tile; the tiles of a row are neighbors."""
     across = tl.cdiv(N, BLOCK)
@@ -69,36 +103,48 @@ def dequantize_kernel(out, product, rows, scale, bias, M, N: tl.constexpr, ROWS:
     tl.store(out + i_row * N + o[None, :], value.to(out.dtype.element_ty), mask=below & inside)
 
 
-@torch.library.custom_op("umt_kernels::quantize_rows", mutates_args=(), tags=ANY_STRIDES)
-def _quantize_rows(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def _results(x: Tensor, precision: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Values and scales to be written, and what a launch over rows says of them."""
     rows, width = x.shape
     dtype = DTYPES[precision]
     if dtype != torch.int8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
         raise ValueError(f"{x.device} has no {dtype}, which needs compute capability 8.9; use backend='reference'")
-    # Rows may lie apart; the numbers of a row may not.
-    x = x if x.stride(1) == 1 else x.contiguous()
     values = torch.empty(rows, width, dtype=dtype, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    if rows:
+    options = {"K": width, "BLOCK": power_of_two(width), "LARGEST": LARGEST[dtype], "TINY": TINY}
+    # Fused with the sum behind it, the product would not be rounded by itself.
+    return values, scale, options | {"num_warps": warps_for(width)} | COMPILER_OPTIONS
+
+
+@torch.library.custom_op("umt_kernels::quantize_rows", mutates_args=(), tags=ANY_STRIDES)
+def _quantize_rows(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    # Rows may lie apart; the numbers of a row may not.
+    x = x if x.stride(1) == 1 else x.contiguous()
+    values, scale, options = _results(x, precision)
+    if len(x):
         with on_device(x):
-            quantize_rows_kernel[(rows,)](
-                values,
-                scale,
-                x,
-                x.stride(0),
-                K=width,
-                BLOCK=power_of_two(width),
-                LARGEST=LARGEST[dtype],
-                TINY=TINY,
-                num_warps=warps_for(width),
-                # Fused with the sum behind it, the product would not be rounded by itself.
-                **COMPILER_OPTIONS,
-            )
+            quantize_rows_kernel[(len(x),)](values, scale, x, x.stride(0), **options)
     return values, scale
 
 
 @_quantize_rows.register_fake
 def _(x, precision):
+    return x.new_empty(x.shape, dtype=DTYPES[precision]), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("umt_kernels::norm_quantize", mutates_args=(), tags=ANY_STRIDES)
+def _norm_quantize(x: Tensor, weight: Tensor, bias: Tensor, eps: float, precision: str) -> tuple[Tensor, Tensor]:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    values, scale, options = _results(x, precision)
+    if len(x):
+        affine = weight.contiguous(), bias.contiguous()
+        with on_device(x):
+            norm_quantize_kernel[(len(x),)](values, scale, x, *affine, x.stride(0), eps, **options)
+    return values, scale
+
+
+@_norm_quantize.register_fake
+def _(x, weight, bias, eps, precision):
     return x.new_empty(x.shape, dtype=DTYPES[precision]), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
@@ -127,6 +173,17 @@ def largest_of_rows(x: Tensor) -> Tensor:
     return torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_()).float()
 
 
+def _on_triton(x: Tensor, precision: Precision, backend: Backend) -> bool:
+    if x.ndim != 2 or not x.shape[1] or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be float32, bfloat16 or float16 (M, K)")
+    if precision not in DTYPES:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(DTYPES)}")
+    taken = use_triton(backend, x)
+    if taken and x.shape[1] > MAX_CHANNELS:
+        raise ValueError(f"{x.shape[1]} channels in a row exceed the limit of {MAX_CHANNELS}; use backend='reference'")
+    return taken
+
+
 def quantize_rows(x: Tensor, precision: Precision, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """The rows of x in 8 bits, each with a scale of its own: x = values * scales up to rounding.
 
@@ -142,16 +199,8 @@ def quantize_rows(x: Tensor, precision: Precision, *, backend: Backend = "auto")
     Raises:
         ValueError: an x or precision of another kind, more channels than a program holds, a GPU without fp8.
     """
-    if x.ndim != 2 or not x.shape[1] or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be float32, bfloat16 or float16 (M, K)")
-    if precision not in DTYPES:
-        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(DTYPES)}")
     x = x.detach()
-    if use_triton(backend, x):
-        if x.shape[1] > MAX_CHANNELS:
-            raise ValueError(
-                f"{x.shape[1]} channels in a row exceed the limit of {MAX_CHANNELS}; use backend='reference'"
-            )
+    if _on_triton(x, precision, backend):
         return _quantize_rows(x, precision)
     dtype = DTYPES[precision]
     largest = largest_of_rows(x)
@@ -159,6 +208,34 @@ def quantize_rows(x: Tensor, precision: Precision, *, backend: Backend = "auto")
     if dtype == torch.int8:
         values = values.round_()
     return values.to(dtype), largest / LARGEST[dtype]
+
+
+def norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor, precision: Precision, *, eps: float = 1e-5, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """quantize_rows of LayerNorm(x), in one pass over x, for frozen layers; between the two nothing is rounded.
+
+    Args:
+        x: (M, K) fp32, bf16 or fp16; K at least 1, on the Triton backend at most 16384.
+        weight, bias: (K,) of the LayerNorm, floating. Statistics and affine are fp32 whatever x is.
+        precision: "int8" or "fp8" (float8_e4m3fn).
+        eps: of the LayerNorm.
+        backend: "auto", "reference" or "triton"; for fp8 the latter needs compute capability 8.9.
+
+    Returns:
+        values (M, K) and scales fp32 (M, 1) as of quantize_rows: what scaled_linear takes. Detached.
+
+    Raises:
+        ValueError: shapes, dtypes or a precision that do not fit, more channels than a program holds, a GPU without fp8.
+    """
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    taken = _on_triton(x, precision, backend)
+    if weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
+        raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({x.shape[1]},)")
+    if taken:
+        return _norm_quantize(x, weight, bias, eps, precision)
+    normed = F.layer_norm(x.float(), x.shape[1:], weight.float(), bias.float(), eps)
+    return quantize_rows(normed, precision, backend="reference")
 
 
 def dequantize_product(

@@ -1,4 +1,5 @@
-"""quantized_linear: a frozen linear layer in 8 bits, its activations quantized row by row as they come.
+"""quantized_linear: a frozen linear layer in 8 bits, its activations quantized row by row as they come; quantized_mlp: a
+pre-norm MLP of two of them.
 
     r = max|x[i]| / 127,  a = round(x[i] / r);    c = max|w[j]| / 127,  b = round(w[j] / c)
     out[i, j] = r[i] * c[j] * (a[i] . b[j]) + bias[j]
@@ -15,24 +16,37 @@ weight and device and raises where none does. Neither CUDA backend has been run 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels._launch import Backend
-from kernels.quantize import LARGEST, TINY, Precision, dequantize_product, largest_of_rows, quantize_rows
+from kernels.cpu_quantized import int8_linear, int8_mlp
+from kernels.quantize import LARGEST, Precision, dequantize_product, quantize_rows
+from kernels.token_gather import gather_norm
 
 QuantizedBackend = Literal["auto", "reference", "onednn", "cublas", "scaled_mm"]
 # Before VNNI, oneDNN sums pairs of products in 16 bits, which overflow.
 _CPU_MULTIPLIES_INT8 = torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
 _BACKEND_OF = {("int8", "cpu"): "onednn", ("int8", "cuda"): "cublas", ("fp8", "cuda"): "scaled_mm"}
 
-# Of 3,072 numbers in fp32, that is 3 MiB a core; 128 to 512 rows measure alike (AMX, 2 MiB of L2 a core).
-_ROWS_PER_THREAD = 256
 
-_packed_weights = WeakTensorKeyDictionary()
+class Norm(NamedTuple):
+    """A LayerNorm before a layer: weight and bias (K,), and its eps. Statistics and affine are fp32."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+
+
+class Quantized(NamedTuple):
+    """A linear layer: weight (N, K) in 8 bits and scale fp32 (N,) from quantize_weight, bias fp32 (N,)."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
 
 
 def quantize_weight(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
@@ -58,36 +72,6 @@ def quantized_backend(precision: Precision, device: torch.device) -> str:
                 f"{precision} needs compute capability {wanted[0]}.{wanted[1]}; this GPU has {has[0]}.{has[1]}"
             )
     return backend
-
-
-def _packed(weight: Tensor) -> Tensor:
-    """The weight in oneDNN's own order, made once: weights are frozen."""
-    if weight not in _packed_weights:
-        _packed_weights[weight] = torch.ops.onednn.qlinear_prepack(weight, None)
-    return _packed_weights[weight]
-
-
-@torch.library.custom_op("umt_kernels::int8_linear_onednn", mutates_args=())
-def _int8_linear_onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    packed, zero_points = _packed(weight), torch.zeros(scale.shape, dtype=torch.int64)
-    # Quantizing and rescaling take more passes than the product: each block of rows stays in the cores' caches for them.
-    rows = _ROWS_PER_THREAD * torch.get_num_threads()
-    for block, result in zip(x.split(rows), out.split(rows), strict=True):
-        values = block.to(torch.float32, copy=True)
-        largest = largest_of_rows(values)
-        # VNNI wants unsigned activations: shifted by 128, which oneDNN takes off again; the cast rounds down.
-        shifted = values.mul_(127 / largest.clamp_min(TINY)).add_(128.5).to(torch.uint8)
-        product = torch.ops.onednn.qlinear_pointwise(
-            shifted, 1.0, 128, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        result.copy_(torch.addcmul(bias, product, largest.div_(127), out=product))
-    return out
-
-
-@_int8_linear_onednn.register_fake
-def _(x, weight, scale, bias):
-    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _backend() -> Backend:
@@ -116,29 +100,15 @@ def _reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor
     return ((values.double() @ weight.double().t()) * rows * scale + bias).to(x.dtype)
 
 
-_BACKENDS = {"onednn": _int8_linear_onednn, "cublas": _cublas, "scaled_mm": _scaled_mm, "reference": _reference}
+def _onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return int8_linear(x, weight, scale, bias, None, None, 0.0)
 
 
-def quantized_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *, backend: QuantizedBackend = "auto"
-) -> Tensor:
-    """x @ (weight * scale).T + bias, with x quantized row by row.
+_BACKENDS = {"onednn": _onednn, "cublas": _cublas, "scaled_mm": _scaled_mm, "reference": _reference}
 
-    Args:
-        x: (..., K) fp32, bf16 or fp16.
-        weight, scale: (N, K) int8 or float8_e4m3fn and (N,) fp32, from quantize_weight. Constant: the onednn backend keeps its
-            own packed copy of a weight from the first call on. On CUDA K and N are multiples of 16 and x has more than 16
-            rows.
-        bias: (N,) fp32.
-        backend: which library computes it; one that does not fit the weight or the device raises.
 
-    Returns:
-        (..., N) in x's dtype. No gradient: for frozen layers.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit, an x that requires a gradient, or a device without such products.
-    """
-    if weight.dtype not in LARGEST or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+def _check_layer(x: Tensor, inputs: int, weight: Tensor, scale: Tensor, bias: Tensor) -> None:
+    if weight.dtype not in LARGEST or weight.ndim != 2 or weight.shape[1] != inputs:
         raise ValueError(
             f"weight is {weight.dtype} {tuple(weight.shape)} and x {tuple(x.shape)}; they must be int8 or float8_e4m3fn "
             "(N, K) and (..., K)"
@@ -149,6 +119,17 @@ def quantized_linear(
         raise ValueError(f"scale is {scale.dtype} and bias {bias.dtype}; both must be float32")
     if scale.shape != weight.shape[:1] or bias.shape != weight.shape[:1]:
         raise ValueError(f"scale {tuple(scale.shape)} and bias {tuple(bias.shape)} must be ({weight.shape[0]},)")
+
+
+def _check_norm(x: Tensor, norm: Norm) -> None:
+    if norm.weight.shape != x.shape[-1:] or norm.bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"norm's weight {tuple(norm.weight.shape)} and bias {tuple(norm.bias.shape)} must be ({x.shape[-1]},)"
+        )
+
+
+def _chosen(x: Tensor, weight: Tensor, backend: str, name: str) -> str:
+    """The backend that computes."""
     if backend not in ("auto", *_BACKENDS):
         raise ValueError(f"backend is {backend!r}; choose one of auto, {', '.join(_BACKENDS)}")
     precision = "int8" if weight.dtype == torch.int8 else "fp8"
@@ -158,5 +139,97 @@ def quantized_linear(
             raise ValueError(f"backend={backend!r} does not fit {precision} on {x.device}; {fits!r} does")
         backend = fits
     if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError("quantized_linear has no gradient, but x requires one; call it on detached x or under no_grad")
-    return _BACKENDS[backend](x.reshape(-1, x.shape[-1]), weight, scale, bias).view(*x.shape[:-1], weight.shape[0])
+        raise ValueError(f"{name} has no gradient, but x requires one; call it on detached x or under no_grad")
+    return backend
+
+
+def _normed(x: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm of x (..., K) in x's dtype."""
+    # Eager on a GPU, one kernel moves a fifth of the bytes of cast, norm and cast; a compiler fuses those itself.
+    if x.is_cuda and not torch.compiler.is_compiling():
+        rows = x.reshape(1, -1, x.shape[-1])
+        return gather_norm(rows, None, norm.weight, norm.bias, eps=norm.eps).view(x.shape)
+    return F.layer_norm(x.float(), x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps).to(x.dtype)
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    norm: Norm | None = None,
+    backend: QuantizedBackend = "auto",
+) -> Tensor:
+    """x @ (weight * scale).T + bias, with x quantized row by row; of LayerNorm(x) with norm.
+
+    Args:
+        x: (..., K) fp32, bf16 or fp16.
+        weight, scale: (N, K) int8 or float8_e4m3fn and (N,) fp32, from quantize_weight. Constant: the onednn backend keeps its
+            own packed copy of a weight from the first call on. On CUDA K and N are multiples of 16 and x has more than 16
+            rows.
+        bias: (N,) fp32.
+        norm: of x, computed on the way; on CPUs nothing is rounded between it and the quantizer.
+        backend: which library computes it; one that does not fit the weight or the device raises.
+
+    Returns:
+        (..., N) in x's dtype. No gradient: for frozen layers.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, an x that requires a gradient, or a device without such products.
+    """
+    _check_layer(x, x.shape[-1], weight, scale, bias)
+    if norm is not None:
+        _check_norm(x, norm)
+    chosen = _chosen(x, weight, backend, "quantized_linear")
+    if norm is not None and chosen == "onednn":
+        out = int8_linear(x.reshape(-1, x.shape[-1]), weight, scale, bias, *norm)
+    else:
+        x = x if norm is None else _normed(x, norm)
+        out = _BACKENDS[chosen](x.reshape(-1, x.shape[-1]), weight, scale, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def quantized_mlp(
+    x: Tensor,
+    norm: Norm,
+    first: Quantized,
+    second: Quantized,
+    *,
+    activation: Literal["gelu", "quick_gelu"],
+    backend: QuantizedBackend = "auto",
+) -> Tensor:
+    """x + second(act(first(LayerNorm(x)))), the rows of both layers' inputs quantized as they come.
+
+    Args:
+        x: (..., K) fp32, bf16 or fp16.
+        norm: before the MLP.
+        first, second: weights (H, K) and (K, H); see quantized_linear.
+        activation: "gelu" (exact) or "quick_gelu", x * sigmoid(1.702 x).
+        backend: as of quantized_linear. On CPUs the hidden layer stays in the caches, in fp32; elsewhere it has x's dtype.
+
+    Returns:
+        (..., K) in x's dtype. No gradient: for frozen layers.
+
+    Raises:
+        ValueError: as quantized_linear; an unknown activation.
+    """
+    _check_norm(x, norm)
+    _check_layer(x, x.shape[-1], *first)
+    _check_layer(x, first.weight.shape[0], *second)
+    if second.weight.shape[0] != x.shape[-1]:
+        raise ValueError(f"second's weight is {tuple(second.weight.shape)}; it must be ({x.shape[-1]}, H) as x has")
+    if activation not in ("gelu", "quick_gelu"):
+        raise ValueError(f"activation is {activation!r}; choose gelu or quick_gelu")
+    chosen = _chosen(x, first.weight, backend, "quantized_mlp")
+    if chosen == "onednn":
+        rows = x.reshape(-1, x.shape[-1])
+        return int8_mlp(rows, *norm, *first, *second, activation).view(x.shape)
+    hidden = _normed(x, norm)
+    if activation == "gelu":
+        return x + quantized_linear(F.gelu(quantized_linear(hidden, *first, backend=chosen)), *second, backend=chosen)
+    # x * sigmoid(ax) = silu(ax) / a: a pass in place, and both factors ride on the products.
+    a = 1.702
+    hidden = quantized_linear(hidden, first.weight, first.scale * a, first.bias * a, backend=chosen)
+    hidden = F.silu(hidden, inplace=True)
+    return x + quantized_linear(hidden, second.weight, second.scale / a, second.bias, backend=chosen)

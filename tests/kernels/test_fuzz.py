@@ -100,12 +100,14 @@ def test_patch_gather(data: st.DataObject) -> None:
     tops = [[draw(st.integers(0, height - rows * patch)), draw(st.integers(0, width - columns * patch))] for _ in video]
     options = {"origin": torch.tensor(tops, device=DEVICE), "crop_size": (rows * patch, columns * patch)}
     visible = visible_of(draw, batch, frames * rows * columns)
-    options |= {"patch_size": patch, "tubelet_size": tubelet}
+    last = draw(st.booleans())
+    options |= {"patch_size": patch, "tubelet_size": tubelet, "order": "channels_last" if last else "channels_first"}
     ours = kernels.patch_gather(video, visible, backend="triton", **options)
     cut = torch.stack(
         [clip[:, y : y + rows * patch, x : x + columns * patch] for clip, (y, x) in zip(video, tops, strict=True)]
     )
     cells = cut.view(batch, frames, tubelet, rows, patch, columns, patch, 3).permute(0, 1, 3, 5, 7, 2, 4, 6)
+    cells = cells.movedim(4, -1) if last else cells
     dense = cells.reshape(batch, frames * rows * columns, -1)
     truth = dense.gather(1, visible.long()[..., None].expand(-1, -1, dense.shape[2])).float()
     assert torch.equal(ours, truth)
@@ -114,8 +116,9 @@ def test_patch_gather(data: st.DataObject) -> None:
     ours, reference = (
         kernels.patch_gather(video, visible, backend=backend, **options) for backend in ("triton", "reference")
     )
-    mean, std = (truth.new_tensor(options[name]).double()[:, None] for name in ("mean", "std"))
-    truth = ((truth.double().unflatten(2, (3, -1)) / 255 - mean) / std).flatten(2)
+    mean, std = (truth.new_tensor(options[name]).double().view(-1, 1 if not last else 3) for name in ("mean", "std"))
+    truth = truth.double().unflatten(2, (-1, 3) if last else (3, -1))
+    truth = ((truth / 255 - mean) / std).flatten(2)
     assert_close_to_truth(ours, reference, truth)
 
 

@@ -8,78 +8,12 @@ from torch import Tensor
 
 import kernels
 from kernels import _philox
-from tests.kernels.truth import assert_as_good_as_reference
+from tests.kernels.truth import assert_as_good_as_reference, some_visible
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, *(pytest.param(half, marks=pytest.mark.slow) for half in (torch.bfloat16, torch.float16))]
 BACKENDS = ("triton", "reference")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-def some_visible(batch: int, tokens: int, n: int) -> Tensor:
-    """int32 (batch, n), of strides that only .contiguous() makes plain."""
-    visible = torch.zeros(n, batch, dtype=torch.int32, device=DEVICE).T
-    for row in visible:
-        row.copy_(torch.randperm(tokens)[:n].sort().values)
-    return visible
-
-
-# patch_gather
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("frames", "rows", "columns", "patch", "tubelet", "n"),
-    [(2, 3, 3, 16, 1, 7), (4, 2, 5, 14, 2, 1), (3, 4, 2, 5, 3, 8), (1, 1, 1, 16, 1, 1), (2, 2, 2, 8, 1, 0)],
-)
-def test_patch_gather_uint8(frames, rows, columns, patch, tubelet, n, dtype) -> None:
-    video = torch.randint(256, (2, frames, rows * patch, columns * patch, 3), dtype=torch.uint8, device=DEVICE)
-    visible = some_visible(2, frames // tubelet * rows * columns, n)
-    options = {"patch_size": patch, "tubelet_size": tubelet, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
-    ours, reference = (
-        kernels.patch_gather(video, visible, dtype=dtype, backend=backend, **options)
-        for backend in ("triton", "reference")
-    )
-    pixels = (video.double() / 255 - video.new_tensor((0.4, 0.5, 0.6), dtype=torch.float64)) / video.new_tensor(
-        (0.2, 0.3, 0.4), dtype=torch.float64
-    )
-    truth = kernels.patch_gather(
-        pixels.permute(0, 4, 1, 2, 3), visible, patch_size=patch, tubelet_size=tubelet, dtype=torch.float64
-    )
-    assert_as_good_as_reference(ours, reference, truth)
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_patch_gather_equals_a_convolution(backend: str) -> None:
-    video = torch.randn(2, 3, 4, 32, 48, device=DEVICE)
-    weight = torch.randn(8, 3, 2, 16, 16, device=DEVICE)
-    dense = torch.nn.functional.conv3d(video.double(), weight.double(), stride=(2, 16, 16)).flatten(2).transpose(1, 2)
-    visible = some_visible(2, 12, 5)
-    rows = kernels.patch_gather(video, visible, patch_size=16, tubelet_size=2, backend=backend)
-    picked = dense.gather(1, visible.long()[..., None].expand(-1, -1, 8))
-    torch.testing.assert_close(rows.double() @ weight.double().flatten(1).T, picked, rtol=1e-6, atol=1e-4)
-
-
-def test_patch_gather_of_a_view() -> None:
-    large = torch.randint(256, (2, 6, 40, 50, 3), dtype=torch.uint8, device=DEVICE)
-    window = large[:, ::2, 4:36, 1:49]
-    visible = some_visible(2, 18, 4)
-    ours = kernels.patch_gather(window, visible, patch_size=16, backend="triton")
-    assert torch.equal(ours, kernels.patch_gather(window.clone(), visible, patch_size=16, backend="reference"))
-
-
-@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_patch_gather_of_windows_equals_cutting_them_first(backend: str, kind: torch.dtype) -> None:
-    video = torch.randint(256, (3, 4, 37, 45, 3), device=DEVICE).to(torch.uint8)
-    origin = torch.tensor([[0, 5, 3], [0, 13, 2]], dtype=torch.int32, device=DEVICE).T
-    cut = torch.stack([v[:, y : y + 32, x : x + 32] for v, (y, x) in zip(video, origin.tolist(), strict=True)])
-    if kind == torch.float32:
-        video, cut = (tensor.permute(0, 4, 1, 2, 3).float() for tensor in (video, cut))
-    visible = some_visible(3, 8, 5)
-    options = {"patch_size": 16, "tubelet_size": 2, "backend": backend}
-    ours = kernels.patch_gather(video, visible, origin=origin, crop_size=(32, 32), **options)
-    assert torch.equal(ours, kernels.patch_gather(cut, visible, **options))
 
 
 # token_gather
@@ -375,7 +309,8 @@ def test_operators_are_registered_soundly() -> None:
             ),
         ),
         (ops.align_loss, (student, target, visible, *affine, 1e-6, True, 0)),
-        (ops.patch_gather, (video, visible, None, None, None, 2, 3, 8, 1, torch.float32)),
+        (ops.patch_gather, (video, visible, None, None, None, 2, 3, 8, 1, torch.float32, False)),
+        (ops.patch_gather, (video, visible, [0.5] * 3, [0.1] * 3, None, 2, 3, 8, 1, torch.float32, True)),
         (ops.semantic_mask, (torch.randn(2, 2, 4), torch.randn(2, 2, 7, 4), 3, seed, True)),
         (ops.sample_visible, (torch.rand(2, 6), 3, seed)),
     ]

@@ -83,6 +83,41 @@ def test_the_kernel_quantizes_views(precision: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("precision", "backend"), BACKENDS)
+@pytest.mark.parametrize(("rows", "width"), [(3, 1), (4, 5), (7, 48), (5, 768), (2, 3000), (0, 16)])
+def test_norm_quantize_rounds_the_exact_norm(rows, width, precision, backend, dtype) -> None:
+    """Each number within its bound of a LayerNorm in float64, far from zero mean, of rows that lie apart."""
+    x = (torch.randn(rows, 2, width + 1, device=DEVICE) * 3 + 20).to(dtype)[:, 1, :width]
+    weight, bias = (torch.randn(width, 2, device=DEVICE) * torch.tensor([1.0, 5.0], device=DEVICE)).T
+    values, scale = kernels.norm_quantize(x, weight, bias, precision, eps=0.1, backend=backend)
+    centered = x.double() - x.double().mean(1, keepdim=True)
+    truth = centered / (centered.square().mean(1, keepdim=True) + 0.1).sqrt() * weight.double() + bias.double()
+    assert values.shape == x.shape and scale.shape == (rows, 1) and scale.dtype == torch.float32
+    largest = truth.abs().amax(1, keepdim=True)
+    limit = {"int8": 127, "fp8": 448}[precision]
+    # Statistics in fp32 of numbers near 20: some units of 2^-24 * 20 / 3.
+    torch.testing.assert_close(scale.double(), largest / limit, rtol=1e-5, atol=1e-5)
+    error = (values.double() * scale.double() - truth).abs()
+    assert (error <= rounding(truth, precision) + 2e-5 * (1 + largest)).all()
+    if rows and width > 40:
+        assert (error.amax(1) > rounding(truth, precision).amax(1) / 4).all(), "finer than 8 bits: what was rounded?"
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_norm_quantize_is_the_quantizer_of_gather_norm() -> None:
+    x, weight, bias = torch.randn(9, 70, device=DEVICE).T, *torch.randn(2, 9, device=DEVICE)
+    x[3, 4] = float("nan")
+    normed = kernels.gather_norm(x[None], None, weight, bias, backend="triton")[0]
+    expected = kernels.quantize_rows(normed, "int8", backend="triton")
+    ours = kernels.norm_quantize(x, weight, bias, "int8", backend="triton")
+    good = torch.arange(70) != 3
+    assert torch.equal(ours[0][good], expected[0][good]) and torch.equal(ours[1][good], expected[1][good])
+    assert not ours[1][3].isfinite().any() and ours[1][good].isfinite().all()
+    torch.library.opcheck(torch.ops.umt_kernels.norm_quantize.default, (x[good], weight, bias, 1e-5, "int8"))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize(("precision", "backend"), BACKENDS)
 def test_rows_that_are_zero_tiny_or_not_finite(precision: str, backend: str) -> None:
@@ -215,6 +250,56 @@ def test_the_largest_products_do_not_overflow(backend: str) -> None:
     torch.testing.assert_close(out, (weight * 3072)[:, 0].expand(32, -1), rtol=1e-6, atol=0)
 
 
+def exact_norm(x: torch.Tensor, norm: kernels.Norm) -> torch.Tensor:
+    centered = x.double() - x.double().mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("precision", "backend"), CASES)
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+def test_a_layer_behind_its_norm(rows, inputs, outputs, precision, backend, dtype) -> None:
+    x, weight, bias = layer(rows, inputs, outputs)
+    x, quantized = (x + 3).T.contiguous().T.to(dtype), kernels.quantize_weight(weight, precision)
+    norm = kernels.Norm(torch.randn(inputs, device=DEVICE), torch.randn(inputs, device=DEVICE), 0.1)
+    ours = kernels.quantized_linear(x, *quantized, bias, norm=norm, backend=backend)
+    exact = exact_norm(x, norm)
+    dx, dw = rounding(exact, precision), rounding(weight, precision)
+    # Between norm and quantizer a half has one rounding more on some backends; statistics are fp32.
+    dx = dx * 1.01 + exact.abs() * torch.finfo(dtype).eps + 1e-4
+    truth = exact @ weight.double().t() + bias.double()
+    bound = dx @ weight.abs().double().t() + (exact.abs() + dx) @ dw.t() + 2 * torch.finfo(dtype).eps * truth.abs()
+    slack = 1e-5 * truth.abs().max() + (2**-8 * truth.abs() if backend == "scaled_mm" else 0)
+    assert ours.dtype == dtype and ((ours.double() - truth).abs() <= bound + slack).all()
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("precision", "backend"), CASES)
+@pytest.mark.parametrize("rows", [(2, 9), (1, 300), (600,), (2, 0)])
+def test_an_mlp_of_two_layers(rows, precision, backend, dtype, activation) -> None:
+    """As close to float64 as the definition is: the exact MLP of the weights as they were rounded."""
+    torch.manual_seed(0)
+    x = (torch.randn(*rows, 2, 48, device=DEVICE) * torch.linspace(0.1, 9, 48, device=DEVICE)).to(dtype)[..., 0, :]
+    norm = kernels.Norm(torch.rand(48, device=DEVICE), torch.randn(48, device=DEVICE) / 4, 0.1)
+    w1, w2 = torch.randn(96, 48, device=DEVICE) / 4, torch.randn(48, 96, device=DEVICE) / 4
+    layers = [
+        kernels.Quantized(*kernels.quantize_weight(w, precision), torch.randn(len(w), device=DEVICE)) for w in (w1, w2)
+    ]
+    ours, reference = (
+        kernels.quantized_mlp(x, norm, *layers, activation=activation, backend=way) for way in (backend, "reference")
+    )
+    hidden = exact_norm(x, norm) @ (layers[0].weight.double() * layers[0].scale[:, None]).T + layers[0].bias
+    hidden = hidden * (torch.special.ndtr(hidden) if activation == "gelu" else torch.sigmoid(1.702 * hidden))
+    truth = x.double() + hidden @ (layers[1].weight.double() * layers[1].scale[:, None]).T + layers[1].bias
+    assert ours.shape == reference.shape == x.shape and ours.dtype == dtype
+    if x.numel():
+        error, own = ((values.double() - truth).norm() / truth.norm() for values in (ours, reference))
+        assert error <= 1.1 * own < (0.02 if precision == "int8" else 0.06), (error, own)
+
+
 @pytest.mark.parametrize(("precision", "backend"), CASES)
 def test_rows_of_zeros_give_the_bias_and_bad_rows_stay_bad(precision: str, backend: str) -> None:
     x, weight, bias = layer(32, 32, 16)
@@ -236,7 +321,11 @@ def test_compiles_as_one_graph(backend: str) -> None:
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), twice(x))
     if backend == "onednn":
-        torch.library.opcheck(torch.ops.umt_kernels.int8_linear_onednn.default, (x, *quantized, bias))
+        ops, norm = torch.ops.umt_kernels, torch.randn(2, 32)
+        torch.library.opcheck(ops.int8_linear_onednn.default, (x, *quantized, bias, None, None, 0.0))
+        torch.library.opcheck(ops.int8_linear_onednn.default, (x.T[:32].T, *quantized, bias, *norm, 0.1))
+        second = (*kernels.quantize_weight(torch.randn(32, 16), "int8"), torch.randn(32))
+        torch.library.opcheck(ops.int8_mlp_onednn.default, (x, *norm, 0.1, *quantized, bias, *second, "gelu"))
 
 
 def test_what_does_not_fit_is_named() -> None:
@@ -289,8 +378,21 @@ def test_other_dtypes_are_refused() -> None:
         kernels.quantized_linear(torch.ones(2, 64, dtype=torch.int64), weight, scale, torch.zeros(32))
     with pytest.raises(ValueError, match=r"scale is torch\.float64"):
         kernels.quantized_linear(torch.ones(2, 64), weight, scale.double(), torch.zeros(32))
+    layer, norm = kernels.Quantized(weight, scale, torch.zeros(32)), kernels.Norm(torch.ones(64), torch.zeros(64))
+    with pytest.raises(ValueError, match=r"norm's weight \(3,\)"):
+        kernels.quantized_linear(torch.ones(2, 64), *layer, norm=kernels.Norm(torch.ones(3), torch.ones(3)))
+    with pytest.raises(ValueError, match=r"second's weight is \(32, 32\); it must be \(64, H\)"):
+        second = kernels.Quantized(*kernels.quantize_weight(torch.ones(32, 32), "int8"), torch.zeros(32))
+        kernels.quantized_mlp(torch.ones(2, 64), norm, layer, second, activation="gelu", backend="reference")
+    with pytest.raises(ValueError, match="activation is 'relu'; choose gelu or quick_gelu"):
+        second = kernels.Quantized(*kernels.quantize_weight(torch.ones(64, 32), "int8"), torch.zeros(64))
+        kernels.quantized_mlp(torch.ones(2, 64), norm, layer, second, activation="relu", backend="reference")
     product, rows, columns = torch.ones(2, 3, dtype=torch.int32), torch.ones(2, 1), torch.ones(3)
     with pytest.raises(ValueError, match=r"bias torch\.float16"):
         kernels.dequantize_product(product, rows, columns, columns.half(), torch.float32)
     with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
         kernels.dequantize_product(product, rows, columns, columns, torch.int8)
+    with pytest.raises(ValueError, match=r"weight \(3,\) and bias \(2,\) must be \(2,\)"):
+        kernels.norm_quantize(torch.ones(4, 2), columns, rows[:, 0], "int8")
+    with pytest.raises(ValueError, match="precision is 'int4'; choose one of int8, fp8"):
+        kernels.norm_quantize(torch.ones(4, 2), rows[:, 0], rows[:, 0], "int4")

@@ -1,7 +1,9 @@
-"""How close to float64 a result must be."""
+"""How close to float64 a result must be, and indices to ask for."""
 
 import torch
 from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def assert_as_good_as_reference(
@@ -22,3 +24,11 @@ def assert_as_good_as_reference(
     limit = 16 * floor * max(1, torch.finfo(computed_in).eps / torch.finfo(reference.dtype).eps)
     assert own <= limit, f"the reference's error {own:.3e} exceeds {limit:.3e}"
     assert error <= 2 * own + floor, f"error {error:.3e} exceeds {2 * own + floor:.3e}"
+
+
+def some_visible(batch: int, tokens: int, n: int) -> Tensor:
+    """int32 (batch, n), of strides that only .contiguous() makes plain."""
+    visible = torch.zeros(n, batch, dtype=torch.int32, device=DEVICE).T
+    for row in visible:
+        row.copy_(torch.randperm(tokens)[:n].sort().values)
+    return visible

@@ -21,6 +21,7 @@ from umt_fast.config import (
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.optim import build_optimizer
 from umt_fast.models.linear import require_linear
+from umt_fast.models.teachers.quantized import QuantizedBlock, QuantizedLinear
 from umt_fast.tasks import tuning
 from umt_fast.tasks.base import check_used
 from umt_fast.tasks.pretraining import UnmaskedAlignment
@@ -130,6 +131,72 @@ def test_bytes_of_a_b16_step_of_64_clips() -> None:
         assert counted.waits == 0
     assert flops["fused"] == pytest.approx(flops["library"], rel=1e-3)
     assert gb["library"] - gb["fused"] > 30, gb
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize(("activation", "dtype"), [("quick_gelu", "fp32"), ("gelu", "fp32"), ("quick_gelu", "bf16")])
+def test_the_8_bit_teacher_is_as_faithful_fused(activation: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the exact teacher in fp32: rows and blocks of 128 have scales of their own, the norm is not rounded before."""
+    monkeypatch.setattr(QuantizedLinear, "backend", "reference")
+    video = torch.randint(256, (2, 2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for name, linear, options in (
+        ("exact", "library", {}),
+        ("library", "library", {"precision": "int8"}),
+        ("fused", "fused", {"precision": "int8"}),
+    ):
+        torch.manual_seed(0)
+        kind = "fp32" if name == "exact" else dtype
+        objective = UnmaskedAlignment(config_of(linear, kind, activation=activation, **options))
+        with torch.no_grad():
+            for block in objective.teacher.blocks:
+                for norm in (block.ln_1, block.ln_2):
+                    norm.weight.copy_(torch.linspace(0.3, 2, 32))
+                    norm.bias.copy_(torch.linspace(1, -1, 32))
+        if name == "fused":  # the last block is exact, and derived its weights from the norms before
+            objective.teacher.blocks[-1].fuse(torch.float32 if kind == "fp32" else torch.bfloat16)
+        found[name] = objective.teacher.features(video)[0].double()
+    off = {name: (values - found["exact"]).norm() / found["exact"].norm() for name, values in found.items()}
+    # The interpreter cuts bf16 off where a GPU rounds it.
+    assert 1e-4 < off["fused"] <= (1.3 if dtype == "bf16" and interpreted() else 1.05) * off["library"] < 0.05, off
+
+
+@NEEDS_KERNELS
+def test_the_8_bit_teachers_products_are_the_fused_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a library's product, or a pass of its own")
+
+    torch.manual_seed(0)
+    teacher = UnmaskedAlignment(config_of("fused", precision="int8")).teacher
+    x = torch.randn(2, 5, 32)
+    library = UnmaskedAlignment(config_of("library", precision="int8")).teacher
+    for name in ("quantized_linear", "quantize_rows", "frozen_linear"):
+        monkeypatch.setattr(f"kernels.{name}", refuse)
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", refuse)
+    assert teacher.blocks[0](x).isfinite().all() and isinstance(library.blocks[0], QuantizedBlock)
+    with pytest.raises(AssertionError, match="a library's product"):
+        library.blocks[0](x)
+
+
+@pytest.mark.skipif(TORCH < OLDEST_TORCH, reason="counting needs a newer torch")
+def test_bytes_of_an_8_bit_teacher_of_64_clips() -> None:
+    """Counted as an H100 would run it eagerly: less than a half of what the library's products and quantizers move."""
+    gb = {}
+    for linear in ("library", "fused"):
+        config = stage1_config("b16", 64, "bf16", "fp8")
+        config.run.linear = linear
+        counted = count(config)
+        gb[linear] = sum(operation.bytes for operation in counted.operations if operation.part == "teacher") / 1e9
+        eight = sum(operation.products8 for operation in counted.operations)
+        assert eight == 11 * 64 * 8 * 197 * 22 * 768**2 and counted.waits == 0
+    assert gb["fused"] < gb["library"] / 2, gb
+
+
+def test_an_8_bit_hidden_layer_without_whole_scales_is_refused() -> None:
+    config = config_of("fused", precision="int8")
+    config.teacher.width = 40
+    with pytest.raises(ConfigError, match="160 hidden channels of an 8-bit teacher are not a multiple of 128.*library"):
+        UnmaskedAlignment(config)
 
 
 def test_fused_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,8 +102,9 @@ class TeacherConfig:
     """`ARCH:TAG` for open_clip, a local file (OpenAI, open_clip or official layout; for `dino` timm's or DINO's own), or
     `untrained`: random weights, which train nothing useful and are announced loudly."""
     precision: TeacherPrecision = "native"
-    """`native`: as run.dtype says. `int8` (CPUs with VNNI, GPUs from A100 on) and `fp8` (from H100 on) compute all blocks
-    but the last in 8 bits; the targets then differ a little: `bench fidelity` says by how much for given weights."""
+    """`native`: as run.dtype says. `int8` (CPUs with VNNI, GPUs from A100 on) and `fp8` (from H100 on) compute the
+    large products of all blocks but the last in 8 bits; the targets then differ a little: `bench fidelity` says by how much
+    for given weights."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "teacher")

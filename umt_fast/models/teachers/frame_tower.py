@@ -25,7 +25,7 @@ from umt_fast.models.attention import Attends
 from umt_fast.models.linear import Multiplies
 from umt_fast.models.resize import bicubic
 from umt_fast.models.teachers.base import TeacherOutput
-from umt_fast.models.teachers.quantized import QuantizedLinear
+from umt_fast.models.teachers.quantized import QuantizedBlock, QuantizedLinear
 
 
 class LayerNorm(nn.LayerNorm):
@@ -51,21 +51,17 @@ class Attention(Attends):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
-        self.in_proj: QuantizedLinear | None = None
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def project(self, x: Tensor, parts: slice) -> tuple[Tensor, ...]:
         """Some of (q, k, v), each (..., H, head dim): parts is a slice of range(3)."""
         width = x.shape[-1]
-        if self.in_proj is not None and parts == slice(0, 3):
-            out = self.in_proj(x)
+        rows = slice(parts.start * width, parts.stop * width)
+        if parts == slice(0, 3) and not torch.is_grad_enabled():
+            # A slice is made anew at each call: only the whole weight can be kept packed.
+            out = kernels.frozen_linear(x, self.in_proj_weight, self.in_proj_bias)
         else:
-            rows = slice(parts.start * width, parts.stop * width)
-            if parts == slice(0, 3) and not torch.is_grad_enabled():
-                # A slice is made anew at each call: only the whole weight can be kept packed.
-                out = kernels.frozen_linear(x, self.in_proj_weight, self.in_proj_bias)
-            else:
-                out = kernels.library_linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+            out = kernels.library_linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
         return out.unflatten(-1, (parts.stop - parts.start, self.num_heads, -1)).unbind(-3)
 
 
@@ -85,8 +81,6 @@ class Mlp(nn.Module):
             hidden = self.c_fc(x)
             return self.c_proj(hidden * torch.sigmoid(1.702 * hidden))
         # x * sigmoid(ax) = silu(ax) / a: a pass in place, and both factors ride on the matrix products.
-        if isinstance(self.c_proj, QuantizedLinear):
-            return self.c_proj(F.silu(self.c_fc(x, 1.702, 1.702), inplace=True), 1 / 1.702)
         scaled = torch.addmm(self.c_fc.bias * 1.702, x.flatten(0, -2), self.c_fc.weight.t(), alpha=1.702)
         out = torch.addmm(self.c_proj.bias, F.silu(scaled, inplace=True), self.c_proj.weight.t(), alpha=1 / 1.702)
         return out.view(*x.shape)
@@ -112,10 +106,8 @@ class Block(Multiplies):
         return self.finish(x, q, k, v)
 
     def fuse(self, dtype: torch.dtype) -> None:
-        """Computes by fused products from now on. A block in 8 bits has its own products and stays as it is."""
+        """Computes by fused products from now on."""
         attn, mlp = self.attn, self.mlp
-        if attn.in_proj is not None:
-            return
         super().fuse(dtype)
         for name, norm, weight, bias in (
             ("in_proj", self.ln_1, attn.in_proj_weight, attn.in_proj_bias),
@@ -131,15 +123,6 @@ class Block(Multiplies):
         norm = kernels.DeferredNorm(column, self.ln_1.eps)
         return kernels.linear(x, weight, bias, activation=activation, norm=norm, backend="triton")
 
-    def quantize(self, precision: TeacherPrecision) -> None:
-        """Puts the four large matrices into 8 bits; for a block that is always computed whole."""
-        attn, mlp = self.attn, self.mlp
-        attn.in_proj = QuantizedLinear(attn.in_proj_weight, attn.in_proj_bias, precision)
-        attn.in_proj_weight = attn.in_proj_bias = None
-        attn.out_proj = QuantizedLinear(attn.out_proj.weight, attn.out_proj.bias, precision)
-        mlp.c_fc = QuantizedLinear(mlp.c_fc.weight, mlp.c_fc.bias, precision)
-        mlp.c_proj = QuantizedLinear(mlp.c_proj.weight, mlp.c_proj.bias, precision)
-
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The block's output for the tokens x (R, m, C) whose queries are q (R, m, H, d), given all keys and values."""
         heads = kernels.attention(q, k, v, prefer=self.attn.attention_backend).flatten(2)
@@ -149,7 +132,7 @@ class Block(Multiplies):
             hidden = self._after_norm(x, "c_fc", self.mlp.activation)
             second = self.mlp.c_proj
             return kernels.linear(hidden, second.weight, second.bias, residual=x, backend="triton")
-        if torch.is_grad_enabled() or isinstance(out, QuantizedLinear) or not library.packs(x, out.weight):
+        if torch.is_grad_enabled() or not library.packs(x, out.weight):
             x = x + out(heads)
             return x + self.mlp(self.ln_2(x))
         x = x + kernels.frozen_linear(heads, out.weight, out.bias)
@@ -167,6 +150,10 @@ class Block(Multiplies):
         hidden = kernels.frozen_linear(y, first.weight, first.bias * factor, activation="silu")
         out = kernels.frozen_linear(hidden, second.weight, second.bias * factor)
         return torch.add(x, out, alpha=1 / factor)
+
+
+def _forget_pixels(tower: FrameTower, _: object) -> None:
+    tower.patch_rows = tower.patch_positions = None
 
 
 class FrameTower(nn.Module):
@@ -202,6 +189,11 @@ class FrameTower(nn.Module):
         )
         self.register_buffer("pixel_mean", 255 * torch.tensor(IMAGENET_MEAN), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(IMAGENET_STD), persistent=False)
+        # conv1 and the positions for whole numbers in place of normalized pixels, by compute_in; loaded weights are others.
+        self.register_buffer("patch_rows", None, persistent=False)
+        self.register_buffer("patch_positions", None, persistent=False)
+        self.pixels: dict[str, object] = {}
+        self.register_load_state_dict_post_hook(_forget_pixels)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> FrameTower:
@@ -209,7 +201,17 @@ class FrameTower(nn.Module):
         return super().train(False)
 
     def compute_in(self, dtype: torch.dtype) -> FrameTower:
-        """Casts the matrix weights once; LayerNorms stay fp32. No autocast is then needed, nor any cast per step."""
+        """Casts the matrix weights once; LayerNorms stay fp32. No autocast is then needed, nor any cast per step.
+
+        The patch embedding then takes whole numbers of uint8 video: ImageNet's std goes into its weight before that is rounded.
+        """
+        statistics = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        folded = kernels.fold_pixels(self.conv1.weight, self.conv1.bias, dtype=dtype, **statistics)
+        positions = self.positional_embedding.float()
+        # The bias goes into the positions: both are added to every token, and so it is rounded with them.
+        positions = torch.cat([positions[:1], positions[1:] + folded.bias])
+        self.patch_rows, self.patch_positions = folded.weight, positions.to(dtype)
+        self.pixels = folded.pixels
         for module in self.modules():
             if not isinstance(module, (LayerNorm, QuantizedLinear)):
                 for parameter in module.parameters(recurse=False):
@@ -217,13 +219,13 @@ class FrameTower(nn.Module):
         return self
 
     def quantize(self, precision: TeacherPrecision) -> FrameTower:
-        """Computes all blocks but the last in 8 bits from now on (`native` changes nothing).
+        """Computes the large products of all blocks but the last in 8 bits from now on (`native` changes nothing).
 
         The last block draws the mask and costs 3% of the tower's work at B/16: it stays exact.
         """
         if precision != "native":
-            for block in self.blocks[:-1]:
-                block.quantize(precision)
+            for depth, block in enumerate(self.blocks[:-1]):
+                self.blocks[depth] = QuantizedBlock(block, precision)
         return self
 
     @property
@@ -254,16 +256,25 @@ class FrameTower(nn.Module):
         """Video -> (R, 1 + L, C), the class token first, as the blocks get it."""
         weight = self.conv1.weight
         video = self._frames(video)
-        pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if video.dtype == torch.uint8 else {}
+        folded = video.dtype == torch.uint8 and self.patch_rows is not None
+        if folded:
+            pixels = self.pixels
+        else:
+            pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if video.dtype == torch.uint8 else {}
         tubelet, per_frame = weight.shape[2], self.positional_embedding.shape[0] - 1
         frames = (video.shape[1] if video.dtype == torch.uint8 else video.shape[2]) // tubelet
         every = torch.arange(frames * per_frame, device=video.device, dtype=torch.int32).expand(video.shape[0], -1)
         rows = kernels.patch_gather(
             video, every, patch_size=weight.shape[-1], tubelet_size=tubelet, dtype=weight.dtype, **pixels
         )
-        x = kernels.library_linear(rows.view(-1, per_frame, rows.shape[-1]), weight.flatten(1), self.conv1.bias)
+        rows = rows.view(-1, per_frame, rows.shape[-1])
+        if folded:
+            x, positions = kernels.frozen_linear(rows, self.patch_rows), self.patch_positions
+        else:
+            x = kernels.library_linear(rows, weight.flatten(1), self.conv1.bias)
+            positions = self.positional_embedding
         first = self.class_embedding.expand(x.shape[0], 1, -1)
-        return self.ln_pre(torch.cat([first, x], 1) + self.positional_embedding)
+        return self.ln_pre(torch.cat([first, x], 1) + positions)
 
     @torch.no_grad()
     def forward(
