@@ -40,6 +40,7 @@ MODULES = (
     "umt_fast.engine.trainer",
     "umt_fast.bench.stage1",
     "umt_fast.bench.stage2",
+    "umt_fast.bench.finetune",
     "umt_fast.train",
     "umt_fast.plan",
     "umt_fast.data.loaders.captions",

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from benchmarks import official
+from umt_fast.bench.finetune import finetune_config
 from umt_fast.bench.stage1 import stage1_config
 from umt_fast.config import ConfigError
+from umt_fast.reference.finetune import PlainClassifier, mixed_targets, soft_target_loss
 from umt_fast.reference.stage1 import PlainStage1
 
 FOLDER = os.environ.get("UMT_OFFICIAL", "")
@@ -67,6 +69,41 @@ def test_the_plain_step_is_the_official_one() -> None:
     for name, parameter in plain.student.named_parameters():
         error = (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm().clamp_min(1e-9)
         assert error < 1e-3, f"gradient of {name} differs by {error:.1e}"
+
+
+def test_an_odd_batch_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_size is 3; the official Mixup needs an even number"):
+        official.finetune(Path("nowhere"), batch_size=3, device="cpu")
+
+
+@needs_official
+def test_the_plain_fine_tuning_step_is_the_official_one() -> None:
+    torch.manual_seed(0)
+    config = finetune_config("tiny", 2, "fp32", frames=16, checkpoint_blocks=1)
+    config.head_scale, config.student.drop_path = 1.0, 0.0
+    theirs = official.classifier_of(official.load(Path(FOLDER), official.FINETUNE), config)
+    plain = PlainClassifier(config.student, config.num_classes)
+    state = theirs.state_dict()
+    torch.testing.assert_close(plain.position, state.pop("pos_embed"))
+    plain.load_state_dict(state)
+    video, label = torch.randn(2, 3, 16, 64, 64), torch.tensor([5, 7])
+    targets = mixed_targets(label, config.num_classes, 0.3, config.label_smoothing)
+    for model in (theirs, plain):
+        soft_target_loss(model(video), targets).backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in plain.named_parameters():
+        error = (parameter.grad - expected[name].grad).norm() / expected[name].grad.norm().clamp_min(1e-9)
+        assert error < 1e-4, f"gradient of {name} differs by {error:.1e}"
+
+
+@pytest.mark.slow
+@needs_official
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_official_fine_tuning_loop_runs(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    official.finetune(Path(FOLDER), "tiny", 2, "cpu", dtype, 1, frames=16, checkpoint_blocks=1)
+    line = json.loads(capsys.readouterr().out)
+    assert (line["bench"], line["implementation"], line["frames"]) == ("finetune", "official", 16)
+    assert list(line["ms_per_part"]) == ["mixing", "classifier forward", "loss and backward", "optimizer"]
 
 
 @pytest.mark.slow

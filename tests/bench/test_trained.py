@@ -3,16 +3,21 @@
 import pytest
 import torch
 
-from umt_fast.bench import profile, stage1, stage2
+from umt_fast.bench import finetune, profile, stage1, stage2
 from umt_fast.bench.measure import Case, Clock
 from umt_fast.bench.trained import Border, laps_at
 from umt_fast.engine.trainer import Trainer
 
 CPU = torch.device("cpu")
-STEPS = {"stage1": lambda case: stage1.measure(case), "stage2": lambda case: stage2.measure(case, "video")}
+STEPS = {
+    "stage1": lambda case: stage1.measure(case),
+    "stage2": lambda case: stage2.measure(case, "video"),
+    "finetune": lambda case: finetune.measure(case),
+}
 PARTS = {
     "stage1": ["teacher and mask", "student forward", "loss", "backward", "optimizer"],
     "stage2": ["teacher and masks", "forward and losses", "backward", "optimizer"],
+    "finetune": ["erasing and mixing", "classifier forward", "loss", "backward", "optimizer"],
 }
 
 

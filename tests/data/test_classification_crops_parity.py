@@ -59,8 +59,40 @@ def test_test_crops_parity(path: Path) -> None:
         assert list(crops.test_window(height, width, count, crop)) == box, (height, width, count, crop)
 
 
+@pytest.fixture(params=["opencv", "integers"])
+def resize_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of resizing bytes."""
+    if request.param == "integers":
+        monkeypatch.setattr(crops, "_opencv_resize", lambda: None)
+    else:
+        pytest.importorskip("cv2", reason="the other way of resizing: pip install opencv-python-headless")
+        assert crops._opencv_resize() is not None, "this OpenCV resizes otherwise, and is not used"
+    return request.param
+
+
+def test_an_opencv_that_resizes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    cv2 = pytest.importorskip("cv2", reason="the other way of resizing: pip install opencv-python-headless")
+    used, real = crops._opencv_resize.__wrapped__, cv2.resize
+    assert used() is real
+    monkeypatch.setattr(
+        cv2, "resize", lambda picture, *rest: real(picture, *rest, interpolation=cv2.INTER_LINEAR_EXACT)
+    )
+    assert used() is None
+
+
+@pytest.mark.parametrize("size", [(20, 27), (64, 85), (30, 17), (48, 64)])
+def test_both_resizers_fill_the_same_bytes(size: tuple[int, int]) -> None:
+    """Also of pictures whose rows are padded or turned, as decoders and rotated files give them."""
+    padded = np.random.default_rng(1).integers(0, 256, (48, 70, 3), dtype=np.uint8)[:, :64]
+    for picture in (padded, np.rot90(padded, 3)):
+        found, expected = (np.zeros((*size, 3), np.uint8) for _ in range(2))
+        crops.resizer(picture.shape[:2], size)(picture, found)
+        crops.IntegerResize(picture.shape[:2], size)(np.ascontiguousarray(picture), expected)
+        assert np.array_equal(found, expected) and expected.any()
+
+
 @pytest.mark.parametrize("path", FILES)
-def test_pixels_of_validation_and_test_views_parity(path: Path) -> None:
+def test_pixels_of_validation_and_test_views_parity(path: Path, resize_backend: str) -> None:
     """Every byte of the resize, every bit of the normalized views."""
     frames, resized, view = tables(path, "pixels.in", "pixels.resized", "pixels.val")
     size = view.shape[-1]

@@ -35,9 +35,9 @@ def test_twelve_views_are_one_pass_over_the_file(name: str, shared: Path, monkey
     """The file is opened once; pictures made are the union of frames, and the decoder gives no more than a plain decode."""
     path, opened, pictures = shared / "videos" / name, [], []
     plain = sum(1 for _ in video.iterate_frames(path))
-    open_video, picture = video.open_video, video._picture
+    open_video, picture = video.open_video, video.Pictures.of
     monkeypatch.setattr(video, "open_video", lambda *given: opened.append(1) or open_video(*given))
-    monkeypatch.setattr(video, "_picture", lambda frame: pictures.append(1) or picture(frame))
+    monkeypatch.setattr(video.Pictures, "of", lambda made, frame: pictures.append(1) or picture(made, frame))
     MultiViewReader(RULES["kinetics_sparse"], 8, 32, 4, 3).read(path)
     wanted = set()
     for segment in range(4):

@@ -8,10 +8,10 @@ from umt_fast.config import ConfigError
 
 def bench(arguments: list[str]) -> None:
     """Times a whole training step on random clips."""
-    from umt_fast.bench import fidelity, stage1, stage2
+    from umt_fast.bench import fidelity, finetune, stage1, stage2
     from umt_fast.engine.precision import room_for
 
-    known = {"stage1": stage1.main, "stage2": stage2.main, "fidelity": fidelity.main}
+    known = {"stage1": stage1.main, "stage2": stage2.main, "finetune": finetune.main, "fidelity": fidelity.main}
     if arguments in (["--help"], ["-h"]):
         print(f"usage: python -m umt_fast bench {'|'.join(known)} [...]; each has --help")
         return

@@ -6,15 +6,16 @@ segments are listed first, decoded in one pass and resized once; views are cut f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from umt_fast.data.decode.classification_crops import cut, short_side_resized, test_window
+from umt_fast.data.decode.classification_crops import cut, resizer, short_side_size, test_window
 from umt_fast.data.decode.classification_frames import FrameRule
-from umt_fast.data.decode.video import decode_frames, read_frame_folder
+from umt_fast.data.decode.video import decode_pictures, read_frame_folder
 
 
 class FramesOfViews(NamedTuple):
@@ -61,7 +62,7 @@ class MultiViewReader:
         num_frames: the decodable count, if known; else packets are counted. Raises VideoError, as decode_frames does.
         """
         plan = self.plan()
-        return self.views(decode_frames(path, plan, num_frames), plan.frames)
+        return self.views(decode_pictures(path, plan, num_frames), plan.frames)
 
     def read_folder(self, folder: str | Path, num_frames: int, pattern: str) -> np.ndarray:
         """The same of a folder of num_frames pictures; see video.read_frame_folder."""
@@ -72,14 +73,24 @@ class MultiViewReader:
         """What chooses the frames of one video, whose `frames` then say where each segment's are."""
         return Plan(self)
 
-    def views(self, pictures: np.ndarray, frames: FramesOfViews) -> np.ndarray:
-        """The views as `read` gives them, of the chosen pictures, uint8 (F, h, w, 3)."""
-        sized = short_side_resized(pictures, self.size)
+    def views(self, pictures: Sequence[np.ndarray], frames: FramesOfViews) -> np.ndarray:
+        """The views as `read` gives them, of the F chosen pictures, each uint8 (h, w, 3)."""
+        source = pictures[0].shape[:2]
+        size = short_side_size(*source, self.size)
+        resize, sized = resizer(source, size), np.empty((*size, 3), np.uint8)
         out = np.empty((self.num_views, self.num_frames, self.size, self.size, 3), np.uint8)
-        for crop in range(self.crops):
-            picked = cut(sized, test_window(*sized.shape[1:3], self.crops, crop))
-            for segment, places in enumerate(frames.segments):
-                np.take(picked, places, 0, out=out[segment * self.crops + crop], mode="clip")
+        windows = [test_window(*size, self.crops, crop) for crop in range(self.crops)]
+        places: list[list[tuple[int, int]]] = [[] for _ in pictures]
+        for segment, row in enumerate(frames.segments.tolist()):
+            for moment, place in enumerate(row):
+                places[place].append((segment * self.crops, moment))
+        # Picture by picture: a resized one is still in the processor's cache when the views are cut from it.
+        for picture, shown in zip(pictures, places, strict=True):
+            resize(picture, sized)
+            for crop, window in enumerate(windows):
+                cut_out = cut(sized[None], window)[0]
+                for first, moment in shown:
+                    out[first + crop, moment] = cut_out
         return out
 
 

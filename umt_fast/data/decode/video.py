@@ -102,18 +102,30 @@ def iterate_frames(path: str | Path) -> Iterator[av.VideoFrame]:
         raise VideoError(f"{path}: no frame can be decoded")
 
 
-def _picture(frame: av.VideoFrame) -> np.ndarray:
-    return _rotated(frame.to_ndarray(format="rgb24"), rotation_of(frame))
+class Pictures:
+    """RGB pictures of decoded frames, uint8 (H, W, 3), by one scaler: making one for each frame costs more than its work."""
+
+    def __init__(self) -> None:
+        with packages_of("video"):
+            import av
+            from av.video.reformatter import VideoReformatter
+        self._scaler = VideoReformatter()
+        # Since av 17 a scaler starts threads unless told not to.
+        self._options = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+
+    def of(self, frame: av.VideoFrame) -> np.ndarray:
+        picture = self._scaler.reformat(frame, format="rgb24", **self._options)
+        return _rotated(picture.to_ndarray(), rotation_of(frame))
 
 
 def _pick(path: str | Path, wanted: np.ndarray) -> tuple[dict[int, np.ndarray], int]:
     """RGB pictures by frame number, and how many frames were seen before stopping."""
     needed, last = set(wanted.tolist()), int(wanted.max())
     pictures: dict[int, np.ndarray] = {}
-    number = -1
+    made, number = Pictures(), -1
     for number, frame in enumerate(iterate_frames(path)):
         if number in needed:
-            pictures[number] = _picture(frame)
+            pictures[number] = made.of(frame)
         if number == last:
             break
     return pictures, number + 1
@@ -197,15 +209,15 @@ def _pick_selectively(
 
     stamps = sorted(packet.pts for packet in packets)
     number_of = {stamps[number]: number for number in wanted.tolist()}
-    groups = selective.groups_to_feed(packets, set(number_of))
+    groups, made = selective.groups_to_feed(packets, set(number_of)), Pictures()
     try:
         if held is None:
             again, stream = open_video(path)
             with again:
                 frames = selective.decode(stream.codec_context, again.demux(stream), packets, groups)
-                return {number_of[frame.pts]: _picture(frame) for frame in frames if frame.pts in number_of}
+                return {number_of[frame.pts]: made.of(frame) for frame in frames if frame.pts in number_of}
         frames = selective.decode(stream.codec_context, held, packets, groups)
-        return {number_of[frame.pts]: _picture(frame) for frame in frames if frame.pts in number_of}
+        return {number_of[frame.pts]: made.of(frame) for frame in frames if frame.pts in number_of}
     except (FFmpegError, selective.Irregular):
         return None
 
@@ -213,7 +225,14 @@ def _pick_selectively(
 def decode_frames(
     path: str | Path, choose: Chooser, num_frames: int | None = None, max_seconds: float = 0.0
 ) -> np.ndarray:
-    """Chosen frames of a video, uint8 (T, H, W, 3), rotation applied.
+    """What decode_pictures gives as one array, uint8 (T, H, W, 3)."""
+    return np.stack(decode_pictures(path, choose, num_frames, max_seconds))
+
+
+def decode_pictures(
+    path: str | Path, choose: Chooser, num_frames: int | None = None, max_seconds: float = 0.0
+) -> list[np.ndarray]:
+    """The T chosen frames of a video, each uint8 (H, W, 3), rotation applied.
 
     Args:
         path: any file PyAV reads.
@@ -234,7 +253,7 @@ def decode_frames(
             chosen = choose(count)
             pictures = _pick_selectively(path, stream, index.packets, held, chosen)
             if pictures is not None:
-                return _stack(path, pictures, chosen)
+                return _in_order(path, pictures, chosen)
     if count < 1:
         # A container may not tell; then the count is what a decode gives.
         count = sum(1 for _ in iterate_frames(path))
@@ -245,14 +264,14 @@ def decode_frames(
         pictures, seen = _pick(path, chosen)
         if seen <= chosen.max():
             raise VideoError(f"{path}: decodes to a different number of frames each time")
-    return _stack(path, pictures, chosen)
+    return _in_order(path, pictures, chosen)
 
 
-def _stack(path: str | Path, pictures: dict[int, np.ndarray], chosen: np.ndarray) -> np.ndarray:
+def _in_order(path: str | Path, pictures: dict[int, np.ndarray], chosen: np.ndarray) -> list[np.ndarray]:
     sizes = {pictures[number].shape for number in chosen.tolist()}
     if len(sizes) > 1:
         raise VideoError(f"{path}: frames change size: {sorted(sizes)}")
-    return np.stack([pictures[number] for number in chosen.tolist()])
+    return [pictures[number] for number in chosen.tolist()]
 
 
 def read_frame_folder(folder: str | Path, choose: Chooser, num_frames: int, pattern: str) -> np.ndarray:

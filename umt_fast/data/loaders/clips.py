@@ -76,13 +76,18 @@ def _stack(samples: list[Sample | VideoError], columns: Columns | None) -> _Read
     added = columns(index) if columns else {}
     own = {name: np.concatenate([sample.columns[name] for sample in samples]) for name in samples[0].columns}
     return _Read(
-        video=torch.from_numpy(np.concatenate([sample.video for sample in samples])),
+        video=torch.from_numpy(_joined([sample.video for sample in samples])),
         index=index.repeat_interleave(repeats),
         label=torch.tensor([sample.label for sample in samples]).repeat_interleave(repeats),
         bad={number: reason for sample in samples for number, reason in sample.bad.items()},
         columns={name: rows.repeat_interleave(repeats, 0) for name, rows in added.items()}
         | {name: torch.from_numpy(rows) for name, rows in own.items()},
     )
+
+
+def _joined(videos: list[np.ndarray]) -> np.ndarray:
+    """One after the other; one alone, as all views of a clip may be, is not copied again."""
+    return np.ascontiguousarray(videos[0]) if len(videos) == 1 else np.concatenate(videos)
 
 
 def _start_worker(worker: int) -> None:
@@ -252,6 +257,10 @@ class ClipLoader:
             elif clip.member:
                 remedy = "Fetch the tar files again"
             raise DataError(
-                f"{len(self.bad_files)} of {len(self.clips)} clips are unreadable, more than data.max_bad_share "
-                f"{self.data.max_bad_share} allows; the last: {reason}. {remedy}"
+                f"{len(self.bad_files)} of {len(self.clips)} clips are unreadable, {self._beyond()}; the last: {reason}. "
+                f"{remedy}"
             )
+
+    def _beyond(self) -> str:
+        """Which limit the number of unreadable clips is beyond."""
+        return f"more than data.max_bad_share {self.data.max_bad_share} allows"

@@ -15,7 +15,7 @@ from umt_fast.config import AugmentConfig, ConfigError, DataConfig
 from umt_fast.data.decode.classification_crops import training_view, validation_view
 from umt_fast.data.decode.classification_frames import FrameRule, KineticsDense, KineticsSparse, Ssv2, Ssv2Folder
 from umt_fast.data.decode.multi_view import MultiViewReader
-from umt_fast.data.decode.video import Chooser, VideoError
+from umt_fast.data.decode.video import Chooser, VideoError, decode_pictures
 from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.reader import ClipReader
 from umt_fast.data.sources.clip import Clip
@@ -112,7 +112,8 @@ class LabeledReader(ClipReader):
             return validation_view(pictures, self.image_size)[None], {}
         reader = self._multi_view(folder=clip.frame_folder)
         plan = reader.plan()
-        pictures = _array(self.chosen(clip, plan, self._whole(clip, plan)))
+        pictures = self.chosen(clip, plan, self._whole(clip, plan), decode_pictures)
+        pictures = [np.asarray(picture) for picture in pictures]
         return reader.views(pictures, plan.frames), {"view": np.arange(self.num_views)}
 
     def _augmented(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MAX_ATTEMPTS = 20
 
 Read = TypeVar("Read")
+Decode = Callable[..., np.ndarray | list[np.ndarray]]
+"""Called as decode.video.decode_frames is."""
 
 
 @dataclass(slots=True)
@@ -90,8 +92,14 @@ class ClipReader:
         """The chooser of one clip, for readers whose rule depends on what it is."""
         return self.chooser(random_key)
 
-    def chosen(self, clip: Clip, choose: Chooser, stored: StoredChooser) -> np.ndarray | list[Image.Image]:
-        """The frames of a clip that `choose` picks, or `stored` from a prepared one. Raises VideoError."""
+    def chosen(
+        self, clip: Clip, choose: Chooser, stored: StoredChooser, decode: Decode | None = None
+    ) -> np.ndarray | list[np.ndarray] | list[Image.Image]:
+        """The frames of a clip that `choose` picks, or `stored` from a prepared one. Raises VideoError.
+
+        decode: reads a video file; None: decode_frames, which gives one array.
+        """
+        decode = decode or decode_frames
         if clip.shard:
             return read_prepared(clip, stored)
         seconds = self.data.max_seconds
@@ -101,8 +109,8 @@ class ClipReader:
             raise VideoError(f"{clip.path}: no such file")
         if clip.member:
             with extracted(clip) as path:
-                return decode_frames(path, choose, clip.num_frames or None, seconds)
-        return decode_frames(clip.path, choose, clip.num_frames or None, seconds)
+                return decode(path, choose, clip.num_frames or None, seconds)
+        return decode(clip.path, choose, clip.num_frames or None, seconds)
 
     def windows(self, width: int, height: int, random_key: tuple[int, ...]) -> list[transforms.Crop]:
         """The num_sample crops of a clip of width x height pixels."""
