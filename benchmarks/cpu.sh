@@ -6,7 +6,7 @@
 #   step     whole stage-1 steps of B/16 in turn: fast implementation, fast with an int8 teacher, plain implementation, and the official code
 #   large    the same of L/16, one step of each
 #   stage2   whole stage-2 steps of B/16, both implementations
-#   profile  the parts of a fast step beside their bounds, with the native and the int8 teacher
+#   profile  the parts of a fast step of either stage beside their bounds; stage 1 also with the int8 teacher
 #   input    the loader with several readers in turn (decord too, where it is installed)
 #   soak     the loader's memory over 20,000 clips
 #
@@ -105,6 +105,7 @@ for size in $SIZES; do
             for precision in native $int8; do
                 bench "parts_$size" stage1 --model "$size" --steps 3 --dtype "$dtype" --precision "$precision" --profile
             done
+            bench "parts_$size" stage2 --model "$size" --steps 3 --dtype "$dtype" --profile
         done
         keep "parts_$size"
     fi

@@ -293,8 +293,7 @@ def bound_at(about: Row) -> Callable[[str, int], float | None]:
     """(model, clips) -> clips/s at most: every elementwise pass fused, at the measured rates of the model's own products."""
 
     def bound(model: str, clips: int) -> float | None:
-        from umt_fast.bench.profile import costs
-        from umt_fast.bench.stage1 import stage1_config
+        from umt_fast.bench.stage1 import costs, stage1_config
         from umt_fast.plan import work_of
 
         rate = next(iter(about.get("products", {}).get(model, {}).values()), about.get("matmul_tflops"))

@@ -66,7 +66,8 @@ def parts_table(path: Path) -> str:
     """Each profile of a file: the parts of a step beside their bounds."""
     texts = []
     for row in rows_of(path):
-        what = f"{row['model']}, {row['batch_size']} clips, {row['computed_in']}, {row['teacher_precision']} teacher"
+        stage = f", {row['stage']}" if "stage" in row else ""  # older lines are all of stage 1
+        what = f"{row['model']}{stage}, {row['batch_size']} clips, {row['computed_in']}, {row['teacher_precision']} teacher"
         texts.append(f"{what}\n\n{profile.table(row)}")
     return "\n\n".join(texts)
 

@@ -12,8 +12,7 @@ import kernels
 from benchmarks.counted import Counter, Counts, count
 from benchmarks.fake_gpu import OLDEST_TORCH, TORCH, fake_gpu, run_backward
 from umt_fast.bench.measure import random_video
-from umt_fast.bench.profile import costs
-from umt_fast.bench.stage1 import fast_steps, stage1_config
+from umt_fast.bench.stage1 import costs, fast_steps, stage1_config
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 pytestmark = pytest.mark.skipif(

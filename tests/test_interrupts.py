@@ -104,6 +104,46 @@ def test_ctrl_c_while_a_command_starts(module: str, tmp_path: Path) -> None:
     assert done.returncode == 130 and done.stderr == "umt_fast: interrupted\n"
 
 
+@pytest.mark.parametrize("place", ["clean-up", "destructor", "exit"])
+def test_a_second_ctrl_c_shows_no_stack(place: str, tmp_path: Path) -> None:
+    """It comes while the first one is being cleaned up after, or while Python ends."""
+    moments = {
+        "clean-up": "    try:\n        press()\n    finally:\n        press()\n",
+        "destructor": "    class Held:\n        __del__ = lambda self: press()\n    held = Held()\n    press()\n",
+        "exit": "    atexit.register(press)\n    press()\n",
+    }
+    program = (
+        "import atexit, os, runpy, signal, sys\n"
+        "from umt_fast import interrupts\n"
+        "from umt_fast.cli import data\n"
+        "press = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"def scan(rest):\n    interrupts.raise_again()\n{moments[place]}"
+        "data.scan = scan\n"
+        "sys.argv = ['umt_fast', 'scan']\n"
+        "runpy.run_module('umt_fast', run_name='__main__')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (130, "umt_fast: interrupted\n")
+
+
+def test_a_late_ctrl_c_ends_a_clean_up_that_hangs(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, time\n"
+        "from umt_fast import interrupts\n"
+        "press = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "interrupts.end_at_once()\n"
+        "interrupts.raise_again()\n"
+        "try:\n    press()\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(interrupts._PATIENCE + 0.2)\n    press()\n    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "umt_fast: interrupted\n")
+
+
 @pytest.mark.slow
 def test_ctrl_c_while_the_workers_start(tiny_list: Path) -> None:
     program = (

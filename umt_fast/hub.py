@@ -13,8 +13,8 @@ from umt_fast.engine.precision import device_of, usable_dtype
 from umt_fast.models.description import MODELS, STAGE1_MODELS, TOKENIZERS, complete, found_in
 from umt_fast.models.sizes import TEACHERS, teacher_size
 from umt_fast.models.teachers import Teacher, build_teacher
-from umt_fast.models.weights import WeightsError, WeightsFile, kind_of
-from umt_fast.pretrained import CONFIG, DTYPES, Dtype, PretrainedModel, build
+from umt_fast.models.weights import WeightsError, WeightsFile, is_saved_folder, kind_of, tokenizer_in
+from umt_fast.pretrained import DTYPES, Dtype, PretrainedModel, build
 from umt_fast.tasks.evaluate import read_checkpoint
 from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
 
@@ -72,9 +72,9 @@ def load_model(
         described = _untrained(released.model if released else name, released, num_frames, image_size, num_classes)
         return build(described, None, _UNTRAINED, device=device, dtype=dtype, words=str(tokenizer or ""))
     require(num_classes is None, f"num_classes is {num_classes}; it is read from the weights, leave it out")
-    path, fetched = _weights_path(weights if weights is not None else str(name))
+    path, fetched = weights_path(weights if weights is not None else str(name))
     released = released or fetched
-    if (path / CONFIG).is_file():
+    if is_saved_folder(path):
         require(name is None, f"{path} says which model it is of; leave {name!r} out")
         _refuse_sizes(path, num_frames, image_size)
         model = PretrainedModel.from_pretrained(path, device=device, dtype=dtype)
@@ -85,9 +85,7 @@ def load_model(
     if own is not None:
         require(name is None, f"{path} says which model it is of (task {own['task']}); leave {name!r} out")
         _refuse_sizes(path, num_frames, image_size)
-        record = file.rest.get("config")
-        words = record.get("tokenizer", "") if isinstance(record, dict) else ""
-        described = own
+        words, described = tokenizer_in(file.rest), own
     else:
         architecture = _architecture(released, name, file, path)
         described = _described(architecture, released, num_frames, image_size)
@@ -148,8 +146,11 @@ def load_teacher(
     return teacher.to(place)
 
 
-def _weights_path(weights: str | Path) -> tuple[Path, ZooFile | None]:
-    """Where weights lie, and which released file they are if they were named as one."""
+def weights_path(weights: str | Path) -> tuple[Path, ZooFile | None]:
+    """Where weights lie, and which released file they are if they were named as one, which is then fetched.
+
+    Raises WeightsError: no such path or released file, or one that cannot be fetched.
+    """
     path = Path(weights)
     if path.exists():
         return path, None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from umt_fast.bench import finetune, profile, stage1, stage2
+from umt_fast.bench import finetune, stage1, stage2
 from umt_fast.bench.measure import Case, Clock
 from umt_fast.bench.trained import Border, laps_at
 from umt_fast.engine.trainer import Trainer
@@ -47,7 +47,7 @@ def test_bench_times_the_trainers_own_step(stage: str, steps: list[Trainer]) -> 
 
 
 def test_the_profile_times_the_trainers_own_step(steps: list[Trainer]) -> None:
-    found = profile.profile(stage1.stage1_config("tiny", 2, "fp32"), CPU, 2)
+    found = stage1.profile_of(stage1.stage1_config("tiny", 2, "fp32"), CPU, 2)
     assert len(steps) == 2 + 2
     assert [row["part"] for row in found["parts"]] == [
         "teacher patches",

@@ -190,7 +190,9 @@ def test_bad_input_is_one_line(judged: tuple, tmp_path: Path, capsys: pytest.Cap
     assert "empty.csv" in refused(capsys, file, tmp_path / "empty.csv")
     (tmp_path / "absent.csv").write_text(f"{good}\nabsent.mp4,1\n")
     for options in ((), ("--segments", 2, "--crops", 3)):
-        assert "absent.mp4: no such file" in refused(capsys, file, tmp_path / "absent.csv", *options)
+        assert "1 of the 2 files of the list are not there, the first: " in refused(
+            capsys, file, tmp_path / "absent.csv", *options
+        )
     assert "3 test segments of SSV2" in refused(capsys, file, table, "--segments", 3, "--frames", "ssv2")
     assert "sampling_rate is 2, but frames kinetics have no stride" in refused(
         capsys, file, table, "--sampling_rate", 2

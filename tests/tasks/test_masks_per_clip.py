@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.engine.test_trainer import Toy, trainer
 from tests.objectives.test_one_graph import imagined
 from umt_fast.__main__ import main
-from umt_fast.bench.profile import costs
+from umt_fast.bench.stage1 import costs
 from umt_fast.config import (
     AlignConfig,
     ConfigError,

@@ -73,6 +73,17 @@ class Case:
         """What the step really computes in, on every implementation: nobody is measured emulating a dtype."""
         return usable_dtype(self.dtype, self.device)
 
+    def profiled(self, stage: str) -> dict[str, object]:
+        """What a line of the parts of a step is of."""
+        return {
+            "bench": "profile",
+            "stage": stage,
+            "model": self.model,
+            "batch_size": self.batch_size,
+            "torch": torch.__version__,
+            "computed_in": self.computed_in,
+        }
+
     def measure(self, bench: str, make: Callable[[], Steps], flops: float) -> dict[str, object]:
         """Times `steps` steps after two warm-up steps; every figure of the JSON line, by name.
 

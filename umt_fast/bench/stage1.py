@@ -7,6 +7,7 @@ trainer delivers it: uint8 for the fast implementation, normalized fp32 for the 
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from typing import Literal
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from umt_fast.bench import profile as profiles
 from umt_fast.bench.measure import (
     TEACHER_OF,
     Case,
@@ -25,6 +27,7 @@ from umt_fast.bench.measure import (
     normalized,
     random_video,
 )
+from umt_fast.bench.parts import Cost, backward_cost, optimizer_cost, student_costs, teacher_borders, teacher_costs
 from umt_fast.bench.trained import Border, steps_of
 from umt_fast.config import AlignConfig, ConfigError, MaskConfig, RunConfig, Stage1Config, TeacherPrecision
 from umt_fast.models.sizes import student_size, teacher_size
@@ -44,6 +47,41 @@ def stage1_config(
         teacher=teacher_size(TEACHER_OF[model], weights="untrained", precision=precision),
         mask=MaskConfig(per_clip=per_clip),
         align=AlignConfig(num_layers=min(6, student.depth)),
+    )
+
+
+def costs(config: Stage1Config, trained: int) -> dict[str, Cost]:
+    """The cost of each part of a step of run.batch_size clips; trained: number of trained values."""
+    own = student_costs(config, config.student, config.mask)
+    return {
+        **teacher_costs(config, config.student, config.mask),
+        "student patches": own["patches"],
+        "student blocks": own["blocks"],
+        "student heads": own["heads"],
+        "loss": own["loss"],
+        "backward": backward_cost(own["patches"], [own["blocks"], own["heads"]], own["loss"]),
+        "optimizer": optimizer_cost(trained),
+    }
+
+
+def borders_of(objective: UnmaskedAlignment) -> list[Border]:
+    """The ends of the parts that `costs` names, up to the loss."""
+    student = objective.student
+    return [
+        *teacher_borders(objective.teacher),
+        Border(student.encoder.blocks[0], "forward", True, "student patches"),
+        Border(student.encoder, "forward", False, "student blocks"),
+        Border(student, "forward", False, "student heads"),
+        Border(objective, "forward", False, "loss"),
+    ]
+
+
+def profile_of(config: Stage1Config, device: torch.device, steps: int) -> dict[str, object]:
+    """The parts of `steps` steps beside their bounds; see profile.py."""
+    side, frames = config.student.image_size, config.student.num_frames
+    batch = {"video": random_video(config.run.batch_size, frames, side, device)}
+    return profiles.profile(
+        config, UnmaskedAlignment, batch, borders_of, functools.partial(costs, config), device, steps
     )
 
 
@@ -164,16 +202,7 @@ def main(
     if not profile:
         print(json.dumps(measure(case)))
         return
-    from umt_fast.bench import profile as parts
-
     config = stage1_config(model, batch_size, case.computed_in, precision, per_clip)
-    found = parts.profile(config, case.device, steps)
-    print(parts.table(found), file=sys.stderr)
-    about = {
-        "bench": "profile",
-        "model": model,
-        "batch_size": batch_size,
-        "per_clip": per_clip,
-        "torch": torch.__version__,
-    }
-    print(json.dumps(about | {"computed_in": case.computed_in, "teacher_precision": precision} | found))
+    found = profile_of(config, case.device, steps)
+    print(profiles.table(found), file=sys.stderr)
+    print(json.dumps(case.profiled("stage1") | {"per_clip": per_clip, "teacher_precision": precision} | found))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
 from umt_fast.cli.command import call
 from umt_fast.cli.outputs import check_output
 from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
+from umt_fast.hub import weights_path
 from umt_fast.models.description import found_in, vit_config
-from umt_fast.models.weights import WeightsError, WeightsFile, read_weights, save_state
+from umt_fast.models.weights import WeightsError, WeightsFile, is_saved_folder, read_weights, save_state, tokenizer_in
 from umt_fast.models.weights.finetune import deepspeed_file, is_deepspeed, with_positions
 
 
@@ -26,14 +27,16 @@ def command(
     A classifier of other than 1568 tokens also gets the constant `pos_embed` that such official files hold.
 
     Args:
-        file: A checkpoint of a run (.pt or .sharded), or any weights file umt_fast reads (wrappers and prefixes are
-            taken off).
-        out: .safetensors, which keeps what a checkpoint says of its model, or any other suffix for a PyTorch file.
+        file: A checkpoint of a run (.pt or .sharded), any weights file umt_fast reads (wrappers and prefixes are taken off),
+            a folder of save_pretrained, or a released file by name.
+        out: .safetensors, which keeps what a checkpoint says of its model and tokenizer, or any other suffix for a PyTorch
+            file, which does not.
         averaged: Take the average of the weights (optim.ema_decay) that a checkpoint-*.pt of a run holds beside them.
     """
     check_output(out, file)
-    source = deepspeed_file(file) if is_deepspeed(file) else file
-    if source.is_dir():
+    path, _ = weights_path(file)
+    source = deepspeed_file(path) if is_deepspeed(path) else path
+    if source.is_dir() and not is_saved_folder(source):
         content = read_sharded(source)
         found = WeightsFile(content.pop("model"), content)
     else:
@@ -47,9 +50,21 @@ def command(
             raise WeightsError(f"{file} holds no average of the weights (model_ema); leave out --averaged")
     if described is not None and described["task"] == "classification":
         state = with_positions(state, vit_config(described))
-    save_state(state, out, described)
+    words = tokenizer_in(found.rest)
+    save_state(state, out, described, words)
     values = sum(tensor.numel() for tensor in state.values())
-    print(f"{out}: {len(state)} tensors, {values / 1e6:.1f} M values")
+    print(f"{out}: {len(state)} tensors, {values / 1e6:.1f} M values{_said(out, described, words)}")
+
+
+def _said(out: Path, described: dict[str, Any] | None, words: str) -> str:
+    """What becomes of what the source says of its model and tokenizer."""
+    if described is None:
+        return ""
+    named = f" and its tokenizer {words}" if words else ""
+    if out.suffix == ".safetensors":
+        return f"; it names its model{named}"
+    needed = "--model and --tokenizer" if words else "--model"
+    return f"; a flat file does not name its model{named}, so `eval` needs {needed} (.safetensors names them)"
 
 
 def main(arguments: list[str]) -> None:

@@ -17,6 +17,7 @@ from umt_fast.cli.outputs import check_output
 from umt_fast.config import ConfigError, RunConfig, require
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.files import write_json
+from umt_fast.hub import weights_path
 from umt_fast.models.description import MODELS, STAGE1_MODELS, TOKENIZERS
 from umt_fast.tasks import EVALUATIONS, Evaluation, evaluation_named, task_of
 from umt_fast.tasks.evaluate import evaluate_checkpoint
@@ -60,7 +61,8 @@ def _command_of(judge: Evaluation) -> Callable[..., None]:
         """One evaluation.
 
         Args:
-            checkpoint: A run's checkpoint-*, or weights alone, ours or official, flat or under `model` or `module`.
+            checkpoint: A run's checkpoint-*, a folder of save_pretrained, or weights alone, ours or official, flat or under
+                `model` or `module`; official ones also by released name.
             list_path: The clips.
             evaluation: Options of its own.
             model: What a file is of that does not say it: a name of `umt_fast.list_models()`, or the recipe it was trained
@@ -79,9 +81,12 @@ def _command_of(judge: Evaluation) -> Callable[..., None]:
             raise ConfigError(f"--out and --scores are both {out}; give two files")
         described, tokenizer = _named(model, num_frames, image_size)
         with distributed_run(RunConfig(device=device)) as ranks:
+            path, released = weights_path(checkpoint)
+            if released is not None and described is None:
+                described, tokenizer = _named(released.model, released.frames, released.image_size)
             figures = evaluate_checkpoint(
                 judge.name,
-                checkpoint,
+                path,
                 list_path,
                 ranks=ranks,
                 options=evaluation,

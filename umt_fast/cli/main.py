@@ -74,14 +74,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip())
         return 0 if arguments else 2
+    before = signal.getsignal(signal.SIGINT)
     interrupts.end_at_once()
     try:
         return _run(arguments[0], arguments[1:])
     except KeyboardInterrupt:
-        print("umt_fast: interrupted", file=sys.stderr)
+        interrupts.say()
         return 130
     finally:
-        interrupts.raise_again()
+        interrupts.restore(before)
 
 
 def _run(name: str, rest: list[str]) -> int:

@@ -9,6 +9,8 @@ Legend: n visible tokens of a clip, L tokens of a frame, C and W vision and text
 
 from __future__ import annotations
 
+from typing import Any
+
 from umt_fast.config import MaskConfig, TeacherConfig, TextConfig, VitConfig
 from umt_fast.masking import TokenGrid, mask_named
 
@@ -126,7 +128,7 @@ def _class_token(length: int, keys: int, width: int) -> float:
     return 4 * length * width * width + 24 * width * width + 4 * length * width + 4 * keys * width
 
 
-def text_flops(
+def text_parts(
     text: TextConfig,
     *,
     length: int,
@@ -136,19 +138,31 @@ def text_flops(
     embed_dim: int,
     asked: float,
     fuses: bool,
-) -> float:
-    """Plain and masked text of a clip, the projections, and the fusion of four texts with it where `fuses`; forward and
-    backward. pooled: vectors of a clip that are projected; asked: its positions that get vocabulary logits."""
+) -> dict[str, float]:
+    """Plain and masked text of a clip, forward alone: the `text` layers, the projections for the `similarity`, and where
+    `fuses` the clip's `keys`, the `fusion` of four texts with it, and the `heads` of matching and of hidden words. pooled:
+    vectors of a clip that are projected; asked: its positions that get vocabulary logits."""
     w, layers = text.width, text.depth - text.fusion_layer
     layer = _text_layer(length, w)
-    total = 2 * text.fusion_layer * layer + 2 * embed_dim * (pooled * vision_width + w)
+    parts = {
+        "text": 2 * text.fusion_layer * layer,
+        "similarity": 2 * embed_dim * (pooled * vision_width + w),
+        "keys": 0.0,
+        "fusion": 0.0,
+        "heads": 0.0,
+    }
     if fuses:
         one = layer + _cross(length, visible, w)
         # The last layer: one text whole, of three the class token.
-        total += (layers - 1) * 4 * one + one + 3 * _class_token(length, visible, w)
-        total += layers * _keys(visible, vision_width, w)
-        total += 3 * 2 * w * 2 + asked * 2 * (w * w + w * text.vocab_size)
-    return 3 * total
+        parts["fusion"] = (layers - 1) * 4 * one + one + 3 * _class_token(length, visible, w)
+        parts["keys"] = layers * _keys(visible, vision_width, w)
+        parts["heads"] = 3 * 2 * w * 2 + asked * 2 * (w * w + w * text.vocab_size)
+    return parts
+
+
+def text_flops(text: TextConfig, **shapes: Any) -> float:
+    """All of text_parts, forward and backward."""
+    return 3 * sum(text_parts(text, **shapes).values())
 
 
 def retrieval_flops(vit: VitConfig, text: TextConfig, *, length: int, embed_dim: int, fuses: bool) -> float:

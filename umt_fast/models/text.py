@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import kernels
 from umt_fast.config import TextConfig
 from umt_fast.models.attention import Attends
+from umt_fast.models.linear import Linear
 
 _EPS = 1e-12
 
@@ -25,9 +26,9 @@ class _SelfProjections(nn.Module):
 
     def __init__(self, width: int, source_width: int) -> None:
         super().__init__()
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(source_width, width)
-        self.value = nn.Linear(source_width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(source_width, width)
+        self.value = Linear(source_width, width)
 
 
 class _Output(nn.Module):
@@ -35,7 +36,7 @@ class _Output(nn.Module):
 
     def __init__(self, inner: int, width: int, dropout: float) -> None:
         super().__init__()
-        self.dense = nn.Linear(inner, width)
+        self.dense = Linear(inner, width)
         self.LayerNorm = nn.LayerNorm(width, eps=_EPS)
         self.dropout = dropout
 
@@ -76,7 +77,7 @@ class _Attention(Attends):
 class _Intermediate(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, hidden)
+        self.dense = Linear(width, hidden)
 
 
 class TextLayer(nn.Module):
@@ -217,7 +218,7 @@ class Bert(nn.Module):
 class _Transform(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, width)
+        self.dense = Linear(width, width)
         self.LayerNorm = nn.LayerNorm(width, eps=_EPS)
 
 
@@ -227,7 +228,7 @@ class _Predictions(nn.Module):
     def __init__(self, config: TextConfig, words: nn.Embedding) -> None:
         super().__init__()
         self.transform = _Transform(config.width)
-        self.decoder = nn.Linear(config.width, config.vocab_size)
+        self.decoder = Linear(config.width, config.vocab_size)
         self.decoder.weight = words.weight
         self.bias = self.decoder.bias
 

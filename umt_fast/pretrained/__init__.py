@@ -1,6 +1,7 @@
 """Trained models to be used, one class for each task; importing this package makes all known to `build`."""
 
-from umt_fast.pretrained.base import CONFIG, DTYPES, WEIGHTS, Dtype, PretrainedModel, build
+from umt_fast.models.weights import CONFIG, WEIGHTS
+from umt_fast.pretrained.base import DTYPES, Dtype, PretrainedModel, build
 from umt_fast.pretrained.detector import DetectorModel
 from umt_fast.pretrained.questions import Answer, QuestionAnsweringModel
 from umt_fast.pretrained.towers import ClassifierModel, StudentModel

@@ -8,7 +8,6 @@ Legend: B clips, T frames of a clip, t, h, w token frames, rows and columns, C w
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +28,15 @@ from umt_fast.models.description import found_in, vit_config
 from umt_fast.models.outputs import Features
 from umt_fast.models.vit import VisionTransformer
 from umt_fast.models.weights import (
+    CONFIG,
+    WEIGHTS,
     WeightsError,
-    load_state,
+    is_saved_folder,
+    read_weights,
     save_state,
+    tokenizer_in,
 )
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 Dtype = Literal["bf16", "fp32"] | torch.dtype
 DTYPES: dict[Any, str] = {torch.bfloat16: "bf16", torch.float32: "fp32", "bf16": "bf16", "fp32": "fp32"}
@@ -238,7 +240,7 @@ class PretrainedModel(
             ConfigError: it holds a model of another kind than this class.
         """
         source = str(pretrained_model_name_or_path)
-        if Path(source).is_dir() and not (Path(source) / CONFIG).is_file():
+        if Path(source).is_dir() and not is_saved_folder(Path(source)):
             raise WeightsError(f"{source} holds no {CONFIG}; give a folder that save_pretrained wrote")
         try:
             return super().from_pretrained(source, device=device, dtype=dtype, **options)
@@ -274,16 +276,10 @@ class PretrainedModel(
                     allow_patterns=[CONFIG, WEIGHTS, *_TOKENIZER_FILES],
                 )
             )
-        path = folder / CONFIG
-        if not path.is_file():
+        if not is_saved_folder(folder):
             raise WeightsError(f"{model_id} holds no {CONFIG}; give what save_pretrained or push_to_hub wrote")
-        described = json.loads(path.read_text())
-        words = described.pop("tokenizer", "") if isinstance(described, dict) else ""
-        described = found_in({"model_config": described}, path)
-        if described is None:
-            raise WeightsError(f"{path} describes no model of umt_fast; give what save_pretrained or push_to_hub wrote")
-        state = load_state(folder / WEIGHTS)
-        words = str(folder) if words == "." else words
+        state, rest = read_weights(folder)
+        described, words = found_in(rest, folder / CONFIG), tokenizer_in(rest)
         model = build(described, state, str(folder / WEIGHTS), device=device, dtype=dtype, words=words)
         require(isinstance(model, cls), f"{model_id} is a {type(model).__name__}, no {cls.__name__}")
         return model

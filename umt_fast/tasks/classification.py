@@ -31,7 +31,7 @@ from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.classifier import Classifier, pretraining_grid
 from umt_fast.models.description import base_description, found_in, vit_config
-from umt_fast.models.weights import WeightsError, load_encoder, read_weights
+from umt_fast.models.weights import WeightsError, is_saved_folder, load_encoder, read_weights
 from umt_fast.models.weights.finetune import deepspeed_file, start_classifier
 from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, listed_or_assumed, random_clips, random_integers, training_list
@@ -134,7 +134,7 @@ def start_from(classifier: Classifier, config: FinetuneConfig) -> None:
 def trained_grid(checkpoint: Path) -> tuple[int, ...] | None:
     """The grid that the position table of a file was made for; None where the file does not describe its model."""
     try:
-        if checkpoint.is_dir():
+        if checkpoint.is_dir() and not is_saved_folder(checkpoint):
             rest = torch.load(checkpoint / REST, map_location="cpu", weights_only=True)
         else:
             rest = read_weights(checkpoint).rest

@@ -10,13 +10,14 @@ from umt_fast.engine.checkpoint import CheckpointError
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
 from umt_fast.models.description import MODELS, complete, found_in
-from umt_fast.models.weights import UnreadableError, WeightsError, WeightsFile, kind_of, read_weights
+from umt_fast.models.weights import UnreadableError, WeightsError, WeightsFile, is_saved_folder, kind_of, read_weights
 from umt_fast.models.weights.finetune import deepspeed_file, is_deepspeed
 from umt_fast.tasks.base import EvalOptions, evaluation_named, evaluations_of
 
 
 def read_checkpoint(path: Path) -> WeightsFile:
-    """The tensors of a checkpoint, file or folder, or of any weights file, and what lies beside them.
+    """The tensors of a checkpoint, file or folder, of any weights file or of a folder that save_pretrained wrote, and what
+    lies beside them.
 
     Raises WeightsError, CheckpointError: nothing there, or nothing that can be read.
     """
@@ -25,7 +26,7 @@ def read_checkpoint(path: Path) -> WeightsFile:
     try:
         if is_deepspeed(path):
             path = deepspeed_file(path)
-        if path.is_file():
+        if path.is_file() or is_saved_folder(path):
             return read_weights(path)
         content = read_sharded(path)
     except UnreadableError as error:

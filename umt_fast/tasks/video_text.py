@@ -170,7 +170,7 @@ class VideoTextPretraining(nn.Module):
 
         What is not counted: see models/flops.py.
         """
-        vit, text, losses, layers = config.student, config.text, config.losses, config.align.num_layers
+        vit, losses, layers = config.student, config.losses, config.align.num_layers
         if image:
             vit = dataclasses.replace(vit, num_frames=vit.tubelet_size)
         mask = config.mask_of(image=image)
@@ -181,18 +181,24 @@ class VideoTextPretraining(nn.Module):
             total += teacher_kind(config.teacher).flops(
                 config.teacher, vit, mask, num_layers=heads, with_image=losses.vision_projection > 0
             )
-        batch = config.run.batch_size
+        return total + flops.text_flops(config.text, **VideoTextPretraining.text_shapes(config, image=image))
+
+    @staticmethod
+    def text_shapes(config: Stage2Config, *, image: bool = False) -> dict[str, Any]:
+        """What models/flops.py asks of the text's work for a clip or image."""
+        vit, losses, batch = config.student, config.losses, config.run.batch_size
+        if image:
+            vit = dataclasses.replace(vit, num_frames=vit.tubelet_size)
         asked = vision_text.masked_capacity(batch * config.max_length, config.mask_words) / batch if losses.mlm else 0.0
-        return total + flops.text_flops(
-            text,
-            length=config.max_length,
-            visible=visible,
-            pooled=flops.grid_of(vit).frames if config.pools_frames else 1,
-            vision_width=vit.width,
-            embed_dim=config.embed_dim,
-            asked=asked,
-            fuses=losses.vtm > 0 or losses.mlm > 0,
-        )
+        return {
+            "length": config.max_length,
+            "visible": flops.visible_of(vit, config.mask_of(image=image)),
+            "pooled": flops.grid_of(vit).frames if config.pools_frames else 1,
+            "vision_width": vit.width,
+            "embed_dim": config.embed_dim,
+            "asked": asked,
+            "fuses": losses.vtm > 0 or losses.mlm > 0,
+        }
 
 
 # Places in the vocabulary of random text: the class token, what is never hidden, the mask's.

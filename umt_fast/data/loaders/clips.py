@@ -17,7 +17,7 @@ from umt_fast.config import DataConfig
 from umt_fast.data.decode.video import VideoError
 from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.reader import ClipReader, Sample
-from umt_fast.data.sources.clip import Clip
+from umt_fast.data.sources.clip import Clip, absent, missing_files
 from umt_fast.data.sources.columns import Clips
 from umt_fast.data.sources.prepared import check_use, locate
 from umt_fast.workers import end_with_parent, fork_server
@@ -111,6 +111,8 @@ class ClipLoader:
     kinds = 1
     remedy = "`scan` the list to find them all"
     """What to do about files that cannot be read."""
+    needs_files = True
+    """In evaluation all files must be there before the first is read."""
 
     def __init__(
         self,
@@ -147,6 +149,10 @@ class ClipLoader:
         self.bad_files: dict[str, str] = {}
         self._batches = _Batches()
         self._columns: Columns | None = None
+        if not train and self.needs_files:
+            missing, count = absent(self.clips)
+            if missing:
+                raise missing_files(missing, count, "the list")
         self._reader = reader(clips, data, num_frames=num_frames, image_size=image_size, seed=seed, train=train)
 
     def __len__(self) -> int:

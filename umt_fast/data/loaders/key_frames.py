@@ -74,6 +74,8 @@ class _Drawn(NamedTuple):
 class KeyFrameReader(ClipReader):
     """Reads place `index` of an epoch as a random view with moved boxes in training, the whole picture else."""
 
+    clips_are_files = False
+
     def __init__(
         self,
         keys: KeyFrames,
@@ -124,6 +126,7 @@ class KeyFrameLoader(ClipLoader):
     """
 
     remedy = "Mend the movies, or leave these key frames out"
+    needs_files = False  # its clips are key frames, whose movies are required below
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ import numpy as np
 from umt_fast.config import DataConfig
 from umt_fast.data.decode import sampling, transforms
 from umt_fast.data.decode.video import Chooser, VideoError, decode_frames, read_frame_folder
-from umt_fast.data.sources.lists import Clip
+from umt_fast.data.sources.clip import Clip, absence, absent
 from umt_fast.data.sources.prepared import StoredChooser, read_prepared
 from umt_fast.data.sources.tars import extracted
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # How many other clips may replace an unreadable one before the loader gives up on that place of the batch.
 MAX_ATTEMPTS = 20
+# Clips whose files are looked for once that has happened.
+_LOOKED_AT = 10000
 
 Read = TypeVar("Read")
 Decode = Callable[..., np.ndarray | list[np.ndarray]]
@@ -42,6 +44,9 @@ class Sample:
 
 class ClipReader:
     """Reads place `index` of an epoch. Picklable and without state, so that any process gives the same sample."""
+
+    clips_are_files = True
+    """Clips have the paths of files."""
 
     def __init__(
         self, clips: Sequence[Clip], data: DataConfig, *, num_frames: int, image_size: int, seed: int, train: bool
@@ -169,4 +174,13 @@ class ClipReader:
                 bad[chosen] = str(error)
             rng = np.random.default_rng((self.seed, epoch, index, 2, attempt))
             chosen = int(rng.integers(len(self.clips)))
-        raise VideoError(f"{MAX_ATTEMPTS} clips in a row cannot be read; the last: {list(bad.values())[-1]}")
+        raise VideoError(f"{MAX_ATTEMPTS} clips in a row cannot be read: {self._why_none(list(bad.values()))}")
+
+    def _why_none(self, reasons: list[str]) -> str:
+        """The first reasons, and how many of the list's first files are not there at all."""
+        said = "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
+        if not self.clips_are_files:
+            return said
+        missing, count = absent(self.clips[number] for number in range(min(_LOOKED_AT, len(self.clips))))
+        which = "the list" if len(self.clips) <= _LOOKED_AT else f"the list's first {_LOOKED_AT} clips"
+        return f"{said}. {absence(missing, count, which)}" if missing else said

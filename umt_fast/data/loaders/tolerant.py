@@ -44,6 +44,8 @@ class TolerantLoader(ClipLoader):
     Each is named once in the log and counted in `bad_files`; data.max_bad_share stops as in training.
     """
 
+    needs_files = False
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, train=False, **options)
 

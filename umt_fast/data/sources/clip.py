@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from umt_fast.data.errors import DataError
+
+# Missing files that a message names.
+_NAMED = 3
 
 
 def require_list(path: Path, kind: str, wanted: str) -> None:
@@ -15,17 +18,39 @@ def require_list(path: Path, kind: str, wanted: str) -> None:
     if path.is_file():
         return
     if not path.exists():
-        raise DataError(f"no {kind} at {path}; give {wanted}")
+        raise DataError(f"no {kind} at {path}; give {_list_of(str(path)) or wanted}")
     found = "a folder" if path.is_dir() else "a pipe or device"
     raise DataError(f"{path} is {found}, not a {kind}; give {wanted}")
 
 
-def missing_files(missing: Sequence[str], count: int, source: object) -> DataError:
-    """The error of a list that names `count` files of which some are not there."""
-    return DataError(
-        f"{len(missing)} of the {count} files of {source} are not there, the first: {missing[0]}; "
-        "--root sets the folder that names are relative to"
-    )
+def _list_of(given: str) -> str:
+    """What to give in place of LIST=FOLDER where a list alone is asked for; empty where this is none."""
+    for place in [number for number, letter in enumerate(given) if letter == "="]:
+        name, folder = given[:place], given[place + 1 :]
+        if Path(name).is_file():
+            return f"the list alone, {name}, and its folder as an option: --root {folder} (train: --data.root)"
+    return ""
+
+
+def missing_files(
+    missing: Sequence[str],
+    count: int,
+    source: object,
+    remedy: str = "--root sets the folder that names are relative to",
+) -> DataError:
+    """The error of a list that names `count` files of which some are not there: how many, and the first three."""
+    return DataError(f"{absence(missing, count, source)}; {remedy}")
+
+
+def absence(missing: Sequence[str], count: int, source: object) -> str:
+    """How many of a list's files are not there, and the first three."""
+    return f"{len(missing)} of the {count} files of {source} are not there, the first: {', '.join(missing[:_NAMED])}"
+
+
+def absent(clips: Iterable[Clip]) -> tuple[list[str], int]:
+    """The different files that hold clips and are not there, in order, and how many different files there are."""
+    files = dict.fromkeys(clip.shard or clip.path for clip in clips)
+    return [file for file in files if not Path(file).exists()], len(files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.captions import clean_caption, list_and_folder
-from umt_fast.data.sources.clip import Clip, require_list
+from umt_fast.data.sources.clip import Clip, missing_files, require_list
 from umt_fast.data.sources.columns import Clips, ClipsBuilder, Strings, StringsBuilder
 from umt_fast.data.sources.json_lists import json_list, shortened
 
@@ -199,7 +199,4 @@ def _require_files(clips: Clips, source: str) -> None:
     names = list(dict.fromkeys(clip.path for clip in clips))
     missing = [name for name in names if not Path(name).exists()]
     if missing:
-        raise DataError(
-            f"{len(missing)} of the {len(names)} files of {source} are not there, the first: {missing[0]}; give the folder "
-            "that names are relative to"
-        )
+        raise missing_files(missing, len(names), source, "give the folder that names are relative to")

@@ -9,12 +9,16 @@ expected to be absent (a fresh classification head, say) loading fails.
 from umt_fast.models.weights.detection import fit_detector, load_detector
 from umt_fast.models.weights.downstream import fit_retrieval, load_question, load_retrieval
 from umt_fast.models.weights.files import (
+    CONFIG,
+    WEIGHTS,
     UnreadableError,
     WeightsError,
     WeightsFile,
+    is_saved_folder,
     load_state,
     read_weights,
     save_state,
+    tokenizer_in,
 )
 from umt_fast.models.weights.layouts import (
     fit,
@@ -29,6 +33,8 @@ from umt_fast.models.weights.layouts import (
 )
 
 __all__ = [
+    "CONFIG",
+    "WEIGHTS",
     "UnreadableError",
     "WeightsError",
     "WeightsFile",
@@ -37,6 +43,7 @@ __all__ = [
     "fit_retrieval",
     "fit_detector",
     "fit_video_text",
+    "is_saved_folder",
     "kind_of",
     "load_bert",
     "load_detector",
@@ -49,4 +56,5 @@ __all__ = [
     "read_weights",
     "save_state",
     "start_video_text",
+    "tokenizer_in",
 ]

@@ -36,8 +36,10 @@ _SETTINGS = [
 ]
 # Training state that deepspeed keeps beside the parameters, as objects of classes that change from version to version.
 _DEEPSPEED = "deepspeed."
-# Where our safetensors files say which model they are of.
-_METADATA = "umt_fast.model_config"
+# Where our safetensors files say which model they are of, and which tokenizer it reads texts with.
+_METADATA, _TOKENIZER = "umt_fast.model_config", "umt_fast.tokenizer"
+# What save_pretrained writes into a folder.
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class WeightsError(ValueError):
@@ -79,13 +81,46 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     return read_weights(path).state
 
 
+def is_saved_folder(path: Path) -> bool:
+    """Whether a folder has the config.json of save_pretrained."""
+    return (path / CONFIG).is_file()
+
+
+def tokenizer_in(rest: dict[str, Any]) -> str:
+    """Name or folder of the tokenizer that a file knows beside its tensors; empty where it knows none."""
+    record = rest.get("config")
+    return record.get("tokenizer", "") if isinstance(record, dict) else ""
+
+
+def _saved_folder(folder: Path) -> WeightsFile:
+    """What save_pretrained wrote, as a checkpoint would have it: `model_config`, and the tokenizer under `config`."""
+    path = folder / CONFIG
+    try:
+        described = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"{path} is no JSON; give a folder that save_pretrained wrote") from error
+    if not isinstance(described, dict) or "task" not in described:
+        raise WeightsError(f"{path} describes no model of umt_fast; give what save_pretrained or push_to_hub wrote")
+    words = described.pop("tokenizer", "")
+    words = str(folder) if words == "." else words
+    return WeightsFile(load_state(folder / WEIGHTS), {"model_config": described} | _recorded(words))
+
+
+def _recorded(tokenizer: str) -> dict[str, Any]:
+    """A tokenizer where a checkpoint's own record has it; nothing where none is known."""
+    return {"config": {"tokenizer": tokenizer}} if tokenizer else {}
+
+
 def read_weights(path: str | Path) -> WeightsFile:
-    """A weights file: flat, or the parameters under `model`, `module` or `state_dict`, with or without DDP's prefix.
+    """A weights file: flat, or the parameters under `model`, `module` or `state_dict`, with or without DDP's prefix; or a
+    folder that save_pretrained wrote.
 
     The tensors of a PyTorch file are mapped: what is not used is not read. Raises WeightsError: no such file, a truncated or
     foreign file, a file without tensors, objects that are neither tensors nor plain values.
     """
     path = Path(path)
+    if is_saved_folder(path):
+        return _saved_folder(path)
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}")
     content = _content(path)
@@ -156,16 +191,21 @@ def _refused(error: Exception) -> str | None:
 def _safetensors(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         content = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no dictionary
-        described = (file.metadata() or {}).get(_METADATA)
+        head = file.metadata() or {}
+    described = head.get(_METADATA)
     # Beside the tensors, as in a checkpoint.
-    return content if described is None else {"model": content, "model_config": json.loads(described)}
+    if described is None:
+        return content
+    return {"model": content, "model_config": json.loads(described)} | _recorded(head.get(_TOKENIZER, ""))
 
 
-def save_state(state: dict[str, Tensor], path: str | Path, model_config: dict[str, Any] | None = None) -> None:
+def save_state(
+    state: dict[str, Tensor], path: str | Path, model_config: dict[str, Any] | None = None, tokenizer: str = ""
+) -> None:
     """Writes tensors by name as safetensors or, for any other suffix, as a flat PyTorch file; whole or not at all.
 
-    model_config: the description of their model (models.description), kept in the head of a safetensors file; a flat PyTorch
-    file has no place for it.
+    model_config: the description of their model (models.description), and tokenizer: the name or folder of the words it reads,
+    kept in the head of a safetensors file; a flat PyTorch file has no place for them.
     """
     path = Path(path)
     # Copies: safetensors takes no two names for the same memory, as tied weights have.
@@ -173,7 +213,8 @@ def save_state(state: dict[str, Tensor], path: str | Path, model_config: dict[st
     try:
         with atomic_path(path, errors=(RuntimeError, SafetensorError)) as temporary:
             if path.suffix == ".safetensors":
-                save_file(state, temporary, {_METADATA: json.dumps(model_config)} if model_config else None)
+                head = {_METADATA: json.dumps(model_config)} if model_config else {}
+                save_file(state, temporary, (head | ({_TOKENIZER: tokenizer} if head and tokenizer else {})) or None)
             else:
                 torch.save(state, temporary)
     except WriteError as error:

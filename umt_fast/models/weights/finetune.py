@@ -20,7 +20,7 @@ from umt_fast.config import VitConfig
 from umt_fast.masking import TokenGrid
 from umt_fast.models.classifier import Classifier, pretraining_grid
 from umt_fast.models.vit import position_table, resized_table
-from umt_fast.models.weights.files import WeightsError, load_state
+from umt_fast.models.weights.files import WeightsError, is_saved_folder, load_state
 from umt_fast.models.weights.layouts import fit
 
 log = logging.getLogger("umt_fast.weights")
@@ -200,12 +200,13 @@ def is_deepspeed(path: Path) -> bool:
 
 
 def deepspeed_file(path: str | Path) -> Path:
-    """The file of parameters in a deepspeed checkpoint folder, or in the folder that its `latest` names; files as they are.
+    """The file of parameters in a deepspeed checkpoint folder, or in the folder that its `latest` names; files, and folders
+    that save_pretrained wrote, as they are.
 
     Raises WeightsError: a folder without such a file, or one whose parameters are split over several.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() or is_saved_folder(path):
         return path
     latest = path / "latest"
     folder = path / latest.read_text().strip() if latest.is_file() else path
