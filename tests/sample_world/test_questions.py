@@ -38,6 +38,9 @@ def test_lists_and_words(tmp_path: Path) -> None:
     with Image.open(stills.clips[0].path) as still:
         frame = sample_world.render(sample_world.read_scenes(world, "test")[0])[sample_world.FRAMES // 2]
         assert np.abs(np.asarray(still).astype(int) - frame).mean() < 12  # the same frame, but for compression
+    motions = read_questions([str(folder / "motion_train.json")], train=True)
+    directions = [scene.thing.direction for scene in sample_world.read_scenes(world, "train")]
+    assert list(motions.answers) == directions and set(motions.kinds) == {"motion"}
     before.mkdir()
     known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "thing", "moves", "left"]
     (before / "vocab.txt").write_text("\n".join(known) + "\n")
@@ -57,6 +60,13 @@ def test_the_most_frequent_answer_of_training_is_the_prior(tmp_path: Path) -> No
     (tmp_path / "test.json").write_text(entries(shared | {"motion": ["up", "left", "left", "down"]}))
     found = questions.prior(tmp_path)
     assert found["accuracy_motion"] == 0.25 and found["accuracy_color"] == 1.0 and found["accuracy"] == 5 / 8
+
+
+def test_a_model_asked_of_motion_alone_is_judged_by_motion_alone() -> None:
+    figures = {"accuracy": 0.5} | {f"accuracy_{kind}": 0.25 for kind in questions.KINDS}
+    lines = questions.table({"clip": figures, questions.STARTS["motion"]: figures}).splitlines()
+    assert [line.split()[1:] for line in lines[1:3]] == [["50.0"], ["25.0", "25.0"]]
+    assert lines[0].split()[0] == "clip" and all(line.split()[1:] == ["25.0"] for line in lines[3:])
 
 
 def test_a_quickstart_without_stage_2_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

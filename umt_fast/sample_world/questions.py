@@ -2,9 +2,10 @@
 
     python -m umt_fast.sample_world.questions runs/quickstart
 
-goes on from a quickstart with `--stage2`: writes the lists, fine-tunes the stage-2 model on clips, and the same model on
-their middle frame alone, repeated; asks both about unseen clips, and prints the accuracy of each type of question beside that
-of the most frequent answer. Settings: recipes/quickstart.py:questions.
+goes on from a quickstart with `--stage2`: writes the lists, and fine-tunes the stage-2 model on clips, on their middle frame
+alone, repeated, and on clips with questions about motion alone. Asks all of them about unseen clips, and prints the accuracy
+of each type of question beside that of the most frequent answer. Settings: `questions` and `motion_questions` of
+recipes/quickstart.py.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ MOTION = "motion"
 KINDS = (MOTION, "color", "pattern", "background", "count")
 # Questions of the training clips, drawn from KINDS for each; unseen clips are asked one of every kind.
 EACH = 2
+STARTS = {"still": "single frame", "clips": "clip", "motion": "asked of motion alone"}
+"""The runs, by what the table calls them."""
 
 
 def ask(scene: sample_world.Scene, kind: str, rng: np.random.Generator) -> tuple[str, str]:
@@ -68,10 +71,15 @@ def questions_of(scene: sample_world.Scene, *, every: bool) -> Iterator[tuple[st
         yield kind, *ask(scene, kind, rng)
 
 
+def _clip_path(world: Path, name: str) -> str:
+    return str((world / f"{name}.mp4").resolve())
+
+
 def write_questions(world: Path, folder: Path) -> dict[str, Any]:
     """Writes train.json and test.json about clips, still_train.json and still_test.json about their middle frames (which go to
-    stills/), and answers.json."""
+    stills/), motion_train.json about the motion of every clip, and answers.json."""
     answers: set[str] = set()
+    motions = []
     counts = {}
     for split in ("train", "test"):
         (folder / "stills" / split).mkdir(parents=True, exist_ok=True)
@@ -80,13 +88,19 @@ def write_questions(world: Path, folder: Path) -> dict[str, Any]:
             name = f"{split}/{number:05d}"
             (frame,) = decode_frames(str(world / f"{name}.mp4"), lambda count: np.array([count // 2]))
             Image.fromarray(np.asarray(frame)).save(folder / "stills" / f"{name}.png")
+            if split == "train":
+                question, answer = ask(scene, MOTION, np.random.default_rng(0))
+                motions.append(
+                    {"video": _clip_path(world, name), "question": question, "answer": answer, "type": MOTION}
+                )
             for kind, question, answer in questions_of(scene, every=split == "test"):
                 entries.append((name, {"question": question, "answer": answer, "type": kind}))
                 answers.add(answer)
-        clips = [{"video": str((world / f"{name}.mp4").resolve())} | entry for name, entry in entries]
+        clips = [{"video": _clip_path(world, name)} | entry for name, entry in entries]
         write_json(folder / f"{split}.json", clips)
         write_json(folder / f"still_{split}.json", [{"image": f"stills/{name}.png"} | entry for name, entry in entries])
         counts[split] = len(entries)
+    write_json(folder / "motion_train.json", motions)
     write_json(folder / "answers.json", sorted(answers))
     return counts
 
@@ -111,11 +125,11 @@ def prior(folder: Path) -> dict[str, float]:
 
 
 def config_of(out: Path, seed: int, start: str) -> QuestionConfig:
-    """The page's run on clips, or with start `still` on single frames."""
+    """The page's run of a start: on clips, on single frames (`still`), or about `motion` alone."""
     folder = out / "questions"
-    config: QuestionConfig = recipe.load("quickstart:questions")
+    config: QuestionConfig = recipe.load(f"quickstart:{'motion_' if start == 'motion' else ''}questions")
     config.run.seed, config.run.out = seed, str(folder / f"run_{start}")
-    config.questions = (str(folder / ("still_train.json" if start == "still" else "train.json")),)
+    config.questions = (str(folder / f"{'' if start == 'clips' else start + '_'}train.json"),)
     config.data.prepared = () if start == "still" else (str(out / "prepared" / "train_captions"),)
     config.init, config.tokenizer = newest_weights(out / "stage2"), str(folder)
     return config
@@ -136,17 +150,20 @@ def judged(config: QuestionConfig, folder: Path, start: str) -> dict[str, float]
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """The accuracies side by side, in per cent."""
+    """The accuracies side by side, in per cent; of a model that was asked of motion alone, these."""
     names = ["accuracy", *(f"accuracy_{kind}" for kind in KINDS)]
     lines = [f"{'':<12}" + "".join(f"{name:>22}" for name in figures)]
     for name in names:
-        cells = "".join(f"{100 * its[name]:>22.1f}" for its in figures.values())
+        cells = ""
+        for who, its in figures.items():
+            asked = who != STARTS[MOTION] or name == f"accuracy_{MOTION}"
+            cells += f"{f'{100 * its[name]:.1f}' if asked else '':>22}"
         lines.append(f"{name.removeprefix('accuracy_').replace('accuracy', 'all'):<12}{cells}")
     return "\n".join(lines)
 
 
 def run(out: Path) -> dict[str, dict[str, float]]:
-    """Does what is missing and returns the accuracies of prior, single frames and clips."""
+    """Does what is missing and returns the accuracies of the prior and of every run."""
     results, folder = Results(out), out / "questions"
     seed = results.seed
     if "stage2" not in results.values:
@@ -156,7 +173,7 @@ def run(out: Path) -> dict[str, dict[str, float]]:
     figures = {"most frequent answer": prior(folder)}
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    for start, name in (("still", "single frame"), ("clips", "clip")):
+    for start, name in STARTS.items():
         config = config_of(out, seed, start)
         results.part(f"questions on {start}", lambda config=config: {"run": str(train(config))})
         judge = results.part(
