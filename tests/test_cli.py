@@ -55,6 +55,7 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
         (["train", "stage1_k71"], "did you mean 'stage1_k710'"),
         (["train", "stage1_k710:l61"], "did you mean 'l16'"),
         (["train", "missing.py"], "no recipe page at missing.py"),
+        (["train", "recipes/k40.py:l16"], "no recipe page at recipes/k40.py; did you mean recipes/k400.py?"),
         (["train", "stage1_k710", "--mask.raito", "0.5"], "--mask.raito, 0.5 Perhaps you meant: --mask.ratio"),
         (["train", "stage1_k710", "--run.dtype", "fp16"], "invalid choice 'fp16' for argument '--run.dtype'"),
         (["train", "stage1_k710", "--run.batch_size"], "Missing value for argument '--run.batch_size'"),

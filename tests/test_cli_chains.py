@@ -90,7 +90,7 @@ def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, c
     )
     del broken["model"]["head.bias"]
     torch.save(broken, tmp_path / "broken.pt")
-    assert "broken.pt does not fit the configured model: missing: head.bias" in fails(
+    assert "broken.pt does not fit the configured model: 1 missing: head.bias" in fails(
         capsys, "eval", "classify", tmp_path / "broken.pt", tiny_list
     )
     assert "of a stage-1 run" in fails(capsys, "eval", "classify", newest, tiny_list)

@@ -162,6 +162,17 @@ def test_classes(tmp_path: Path, tiny_list: Path) -> None:
     assert model.predict(video, top=1).classes.shape == (2, 1)
 
 
+def test_what_other_models_have_is_told_with_theirs(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path, "tiny")
+    model = umt_fast.load_model(weights=path, device="cpu")
+    with pytest.raises(AttributeError) as caught:
+        model.predict("clip.mp4")
+    assert str(caught.value) == (
+        "predict is not for a StudentModel (pretraining); it is for models of the kind ClassifierModel (classification)"
+    )
+    assert not hasattr(model, "encode_text") and not hasattr(model, "nothing_has_this")
+
+
 @pytest.mark.parametrize("name", ["tiny", "classes", "captions"])
 def test_saved_folders_come_back_bit_for_bit(name: str, tmp_path: Path, tiny_list: Path, words: Path) -> None:
     path, _ = saved(tmp_path, name)

@@ -35,7 +35,9 @@ def names() -> list[str]:
 def _page(name: str) -> Path:
     if name.endswith(".py"):
         if not Path(name).is_file():
-            raise ConfigError(f"no recipe page at {name}")
+            near = difflib.get_close_matches(Path(name).stem, [page.stem for page in Path(name).parent.glob("*.py")], 1)
+            hint = f"; did you mean {Path(name).with_stem(near[0])}?" if near else ""
+            raise ConfigError(f"no recipe page at {name}{hint}")
         return Path(name)
     for folder in folders():
         if (folder / f"{name}.py").is_file():

@@ -29,6 +29,7 @@ from umt_fast.models.vit import Block, VisionTransformer, path_factors, resized_
 from umt_fast.models.vit import Mlp as WideMlp
 from umt_fast.models.weights import (
     WeightsError,
+    fit,
     load_bert,
     load_encoder,
     load_student,
@@ -251,8 +252,21 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as caught:
         load_student(Student(SMALL, 2, 16), tmp_path / "odd.pth")
     text = str(caught.value)
-    assert "missing: encoder.norm.weight" in text and "not known to the model: encoder.extra" in text
-    assert "other size: encoder.norm.bias is (5,) in the file and (32,)" in text
+    assert "1 missing: encoder.norm.weight" in text and "1 not known to the model: encoder.extra" in text
+    assert "other size: encoder.norm.bias is (5,) in the file and (32,)" in text and "By its keys" not in text
+
+
+def test_weights_of_another_kind_are_refused_in_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    state = {key.removeprefix("encoder."): value for key, value in Student(SMALL, 2, 16).state_dict().items()}
+    with pytest.raises(WeightsError) as caught:
+        fit(Student(SMALL, 2, 16), state, "odd.pth")
+    text = str(caught.value)
+    count = sum(not key.startswith("clip_decoder.") for key in state)
+    assert f"{count} missing: encoder.patch_embed." in text and f"and {count - 3} more; {count} not known" in text
+    assert len(text) < 700 and "\n" not in text
+    assert "By its keys the file holds classifier weights, the model stage-1 ones." in text
+    assert not caplog.records
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

@@ -215,7 +215,10 @@ def test_refusals(tmp_path: Path, world: Path, capsys: pytest.CaptureFixture, ca
         ([world / "empty.csv", "--train", train], "empty.csv is empty"),
         ([test, "--train", world / "empty.csv"], "empty.csv is empty"),
         ([test, "--train", world / "none.csv"], "no list at .*none.csv"),
-        ([world / "damaged.csv", "--train", train], "1 of 2 clips are unreadable"),
+        (
+            [world / "damaged.csv", "--train", train],
+            "1 of 2 clips are unreadable, and every clip of this list has to be read",
+        ),
         ([test, "--train", world / "all_bad.csv"], "none of the 2 clips of the train list can be read"),
         ([test, "--train", world / "single.csv"], "1 clip of the train list can be read; a probe needs two"),
         ([test, "--train", train, "--kind", "knn", "--rates", 0.1], "rates is .*'knn' does not read; leave it out"),

@@ -80,6 +80,18 @@ class PretrainedModel(
         self.vit = vit_config(description)
         self.requires_grad_(False).eval()
 
+    def __getattr__(self, name: str) -> Any:
+        """Torch's own, except that what other models have, as `predict`, is told with theirs."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            theirs = [f"{kind.__name__} ({task})" for task, kind in CLASSES.items() if hasattr(kind, name)]
+            if name.startswith("_") or not theirs:
+                raise
+            raise AttributeError(
+                f"{name} is not for a {type(self).__name__} ({self.task}); it is for models of the kind {', '.join(theirs)}"
+            ) from None
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if cls.task:

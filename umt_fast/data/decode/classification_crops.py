@@ -130,7 +130,7 @@ def _opencv_resize() -> Callable[..., Any] | None:
 
 
 class IntegerResize:
-    """What OpenCV computes, in integers: the definition, and four times its cost."""
+    """What OpenCV computes, in integers: the definition, and five times its cost."""
 
     def __init__(self, source: tuple[int, int], size: tuple[int, int]) -> None:
         left, right, left_weight, right_weight = _fixed_point(source[1], size[1])

@@ -41,13 +41,19 @@ def _stack_readable(samples: list[Sample]) -> _Read:
 class TolerantLoader(ClipLoader):
     """A ClipLoader of evaluation whose batches lack the clips that cannot be read; a batch may be empty.
 
-    Each is named once in the log and counted in `bad_files`; data.max_bad_share stops as in training.
+    Each is named once in the log and counted in `bad_files`; data.max_bad_share stops as in training. It is no option of the
+    commands that use this loader, and so their errors do not name it.
     """
 
     needs_files = False
+    remedy = "Mend these files, or leave them out of the list; `scan` the list to find them all"
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, train=False, **options)
+
+    def _beyond(self) -> str:
+        share = self.data.max_bad_share
+        return f"more than the allowed share of {share}" if share else "and every clip of this list has to be read"
 
     def _work(self) -> tuple[Dataset, Callable[[list[Any]], Any]]:
         return _Places(self._reader), _stack_readable

@@ -22,9 +22,6 @@ Kind = Literal["stage-1", "stage-2", "downstream", "question-answering", "classi
 # Constant, and not in every file.
 _POSITION_IDS = "text_encoder.bert.embeddings.position_ids"
 
-# Keys of one kind that the log lists; a file of another model has hundreds.
-_MAX_LISTED = 12
-
 
 def kind_of(state: dict[str, Tensor]) -> Kind:
     """What a file holds, told by its keys.
@@ -62,7 +59,8 @@ def fit(
         dropped: prefixes of entries of the file that the module has no place for; a line counts them.
 
     Raises:
-        WeightsError: any other missing, unexpected or differently shaped entry; the log lists all, the message a few.
+        WeightsError: any other missing, unexpected or differently shaped entry; one line counts them, names a few and says
+            what the file seems to be. The log has all of them at level DEBUG.
     """
     own = module.state_dict()
     missing = [key for key in own if key not in state]
@@ -80,14 +78,15 @@ def fit(
         ],
     }
     for kind, keys in problems.items():
-        for key in keys[:_MAX_LISTED]:
-            log.error("%s: %s: %s", source, kind, key)
-        if len(keys) > _MAX_LISTED:
-            log.error("%s: %s: and %d more", source, kind, len(keys) - _MAX_LISTED)
+        for key in keys:
+            log.debug("%s: %s: %s", source, kind, key)
     if any(problems.values()):
-        kinds = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+        kinds = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems.items() if keys)
+        holds, wants = kind_of(state), kind_of(own)
+        seems = f" By its keys the file holds {holds} weights, the model {wants} ones." if holds != wants else ""
         raise WeightsError(
-            f"{source} does not fit the configured model: {kinds}. Give weights of this model, or configure the sizes they have"
+            f"{source} does not fit the configured model: {kinds}.{seems} Give weights of this model, or configure the sizes "
+            "they have"
         )
     if kept_fresh:
         log.warning("%s: starting fresh: %s", source, ", ".join(kept_fresh))
