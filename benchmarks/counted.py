@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.fake_gpu import fake_gpu, running_node
-from kernels.align_loss import rows_per_program
+from kernels._launch import rows_per_program
 from umt_fast.bench.measure import random_video
 from umt_fast.bench.stage1 import fast_steps, plain_steps
 from umt_fast.config import Stage1Config

@@ -7,6 +7,7 @@ function's docstring for shapes, formula and bytes moved.
 from kernels._launch import checked, force_backend
 from kernels.align_loss import align_features, align_loss
 from kernels.attention import AttentionBackend, attention, attention_backend, attention_varlen, require_attention
+from kernels.layer_norm import layer_norm
 from kernels.library import frozen_linear, library_linear, library_product
 from kernels.linear import DeferredNorm, defer_norm, linear, mlp, row_statistics, scaled_linear, weight_gradient
 from kernels.patch_gather import FoldedPixels, fold_pixels, patch_gather
@@ -43,6 +44,7 @@ __all__ = [
     "force_backend",
     "frozen_linear",
     "gather_norm",
+    "layer_norm",
     "library_linear",
     "library_product",
     "linear",

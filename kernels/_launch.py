@@ -129,6 +129,14 @@ def warps_for(width: int) -> int:
     return min(8, max(1, power_of_two(width) // 512))
 
 
+def rows_per_program(rows: int) -> int:
+    """Rows that a backward program sums the gradients of a LayerNorm's weight over before it writes a partial result.
+
+    Some 4000 programs keep every SM busy; more of them would only write more partial results.
+    """
+    return min(64, max(4, power_of_two(rows // 4096)))
+
+
 def no_second_gradient(ctx: object, *gradients: Tensor) -> None:
     """The gradient of a backward operator: there is none, and saying so beats a wrong number."""
     raise RuntimeError(

@@ -27,6 +27,7 @@ from kernels._launch import (
     no_second_gradient,
     on_device,
     power_of_two,
+    rows_per_program,
     use_triton,
     warps_for,
 )
@@ -34,14 +35,6 @@ from kernels._launch import (
 Normalize = Literal["l2", "none"]
 Loss = Literal["l2", "mse", "smooth_l1"]
 _LOSSES = {"l2": 0, "mse": 1, "smooth_l1": 2}
-
-
-def rows_per_program(rows: int) -> int:
-    """Rows of one layer that a backward program sums the LayerNorm gradients over before writing a partial result.
-
-    Some 4000 programs keep every SM busy; more of them would only write more partial results.
-    """
-    return min(64, max(4, power_of_two(rows // 4096)))
 
 
 @triton.jit

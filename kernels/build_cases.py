@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels._launch import power_of_two, warps_for
-from kernels.align_loss import align_loss_bwd_kernel, align_loss_fwd_kernel, rows_per_program
+from kernels._launch import power_of_two, rows_per_program, warps_for
+from kernels.align_loss import align_loss_bwd_kernel, align_loss_fwd_kernel
 from kernels.build_case import BATCH, FRAMES, KEPT, SIZES, Case, Promise
+from kernels.layer_norm import layer_norm_bwd_kernel, layer_norm_fwd_kernel
 from kernels.linear.build_cases import linear_cases
 from kernels.patch_gather import patch_gather_kernel, warps
 from kernels.quantize import (
@@ -129,6 +130,37 @@ def quantized_cases(size: str) -> Iterator[Case]:
     )
 
 
+def norm_cases(size: str) -> Iterator[Case]:
+    """A student's LayerNorm behind its attention: an fp32 stream, a bf16 branch and result."""
+    width = SIZES[size][0]
+    rows = BATCH * FRAMES * KEPT
+    half, full = "*bf16", "*fp32"
+    options = {"K": width, "BLOCK": power_of_two(width)}
+    affine = {"weight": full, "bias": full}
+    yield Case(
+        f"layer_norm forward {size}",
+        layer_norm_fwd_kernel,
+        {"y": half, "z": full, "mean": full, "rstd": full, "x": full, "branch": half} | affine,
+        {"x_row": width, "branch_row": width, "eps": 1e-6},
+        options,
+        warps=warps_for(width),
+        bytes_moved=rows * (12 * width + 8) + 8 * width,
+        promise=Promise(narrow_stores=2),
+    )
+    per_program = rows_per_program(rows)
+    yield Case(
+        f"layer_norm backward {size}",
+        layer_norm_bwd_kernel,
+        {"dx": full, "dweight": full, "dbias": full, "dy": half, "dz": full, "z": full, "mean": full, "rstd": full}
+        | {"weight": full},
+        {"rows": rows, "dy_row": width, "dz_row": width, "z_row": width},
+        options | {"ROWS": per_program},
+        warps=warps_for(width),
+        bytes_moved=rows * (14 * width + 8) + 8 * width * -(-rows // per_program),
+        promise=Promise(narrow_loads=2),
+    )
+
+
 def cases(architecture: int = 80) -> Iterator[Case]:
     """Every kernel at B/16 and L/16, and the mask of frames of 384 pixels; products as that architecture runs them."""
     p16, p32, i32 = "*bf16", "*fp32", "*i32"
@@ -202,6 +234,7 @@ def cases(architecture: int = 80) -> Iterator[Case]:
             bytes_moved=6 * rows * (out * 6 + 8),
             promise=Promise(narrow_loads=2),
         )
+        yield from norm_cases(size)
         yield from quantized_cases(size)
         yield from linear_cases(size, architecture)
     yield semantic_mask_case("l16", 576, " 384 px")

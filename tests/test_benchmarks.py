@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import amortized
+from benchmarks import amortized, compare
 from benchmarks.bench_kernels import figures
-from benchmarks.kernel_cases import Case
+from benchmarks.kernel_cases import DEVICE, Case
 from benchmarks.profile_step import covered, kind_of, shares
 from benchmarks.report import main, newest
 
@@ -111,3 +111,23 @@ def test_several_masks_of_a_clip_cost_less_than_as_many_runs(tmp_path: Path) -> 
     assert len(folders) == len(amortized.VARIANTS)
     with pytest.raises(SystemExit, match="no finished quickstart"):
         amortized.main(tmp_path)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the cases of this process are on its GPU")
+def test_compare_makes_a_table_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "UMT_BENCH"):  # which it sets
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(compare, "found", lambda module, name: None)
+    text = compare.main(["layer_norm", "mlp forward", "--device", "cpu", "--size", "tiny"])
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert lines[0] == ["operation", "ours", "torch", "Liger", "quack", "share of bound"]
+    assert [line[0] for line in lines[2:]] == ["layer_norm forward", "layer_norm backward", "mlp forward"]
+    for _, ours, plain, liger, quack, share in lines[2:]:
+        assert float(ours) > 0 and float(plain) > 0 and liger == quack == "-" and share.endswith("%")
+
+
+def test_compare_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU; --device cpu compares the CPU backends"):
+        compare.main([])

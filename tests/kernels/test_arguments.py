@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import kernels
-from kernels._launch import power_of_two, warps_for
-from kernels.align_loss import rows_per_program
+from kernels._launch import power_of_two, rows_per_program, warps_for
 from kernels.semantic_mask import tiling
 
 SEEN, SEED = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([3])

@@ -11,7 +11,16 @@ from torch import Tensor
 import kernels
 
 # The package shows functions of these names.
-PARTS = ("align_loss", "linear.layers", "linear.product", "patch_gather", "quantize", "semantic_mask", "token_gather")
+PARTS = (
+    "align_loss",
+    "layer_norm",
+    "linear.layers",
+    "linear.product",
+    "patch_gather",
+    "quantize",
+    "semantic_mask",
+    "token_gather",
+)
 MODULES = [f"kernels.{name}" for name in PARTS]
 
 
@@ -56,12 +65,13 @@ def test_every_launch_chooses_the_device_of_its_tensors(monkeypatch: pytest.Monk
         kernels.sample_visible(torch.ones(1, 4), 2, torch.tensor([1]))
         student, weight = torch.randn(1, 1, 2, 8, requires_grad=True), torch.ones(1, 8)
         kernels.align_loss(student, student.detach(), weight, weight).backward()
+        kernels.layer_norm(x, affine, affine).sum().backward()
         kernels.quantize_rows(torch.ones(2, 8), "int8")
         kernels.norm_quantize(torch.ones(2, 8), affine, affine, "int8")
         kernels.dequantize_product(torch.ones(2, 8, dtype=torch.int32), torch.ones(2, 1), affine, affine, torch.float32)
         folded = kernels.defer_norm(torch.ones(8, 8), None, affine, affine)
         kernels.linear(torch.ones(2, 8), folded[0], folded[1], norm=folded[2])
-    assert len(names) == 13 and sorted(launched) == sorted(names)
+    assert len(names) == 15 and sorted(launched) == sorted(names)
     assert all(isinstance(tensor, Tensor) for tensor in launched.values()), launched
 
 

@@ -224,17 +224,19 @@ class Block(Multiplies):
         return x + (branch if factors is None else branch * factors[1].to(branch.dtype))
 
     def _fused(self, x: Tensor, packing: Packing | None, factors: tuple[Tensor, Tensor] | None) -> Tensor:
-        """forward by products that carry bias, GELU and, where no branch may be dropped, the residual."""
+        """forward by products that carry bias, GELU and the last residual; the other sum goes with the norm behind it."""
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        attn, mlp, residual = self.attn, self.mlp, x if factors is None else None
-        qkv = kernels.linear(self.norm1(x).to(dtype), attn.qkv.weight, attn.qkv_bias, backend="triton")
-        heads = attn.heads(qkv, packing)
-        out = kernels.linear(heads, attn.proj.weight, attn.proj.bias, residual=residual, backend="triton")
-        x = out if factors is None else x + out * factors[0].to(out.dtype)
+        attn, mlp, first, second = self.attn, self.mlp, self.norm1, self.norm2
+        options = {"dtype": dtype, "backend": "triton"}
+        normed = kernels.layer_norm(x, first.weight, first.bias, first.eps, **options)
+        heads = attn.heads(kernels.linear(normed, attn.qkv.weight, attn.qkv_bias, backend="triton"), packing)
+        branch = kernels.linear(heads, attn.proj.weight, attn.proj.bias, backend="triton")
+        branch = branch if factors is None else branch * factors[0].to(branch.dtype)
+        normed, x = kernels.layer_norm(x, second.weight, second.bias, second.eps, branch=branch, **options)
         weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
         residual = x if factors is None else None
-        out = kernels.mlp(self.norm2(x).to(dtype), *weights, residual=residual, backend="triton")
+        out = kernels.mlp(normed, *weights, residual=residual, backend="triton")
         return out if factors is None else x + out * factors[1].to(out.dtype)
 
 
