@@ -124,7 +124,7 @@ def text_costs(config: Stage2Config, media: Media) -> dict[str, Cost]:
     clips = 4 * seen * w  # keys and values of each clip, and once more as a wrong one
     whole = BLOCK_TRAFFIC + CROSS_TRAFFIC
     # The last layer: one text whole; of three groups all keys and values, and class tokens alone.
-    last = rows * whole * w + 3 * rows * 5 * w + 16 * w * w + clips
+    last = rows * whole * w + 3 * rows * 5 * w + 14 * w * w + clips
     fusion = (layers - 1) * (4 * rows * whole * w + 14 * w * w + clips) + last
     similarity = config.embed_dim * (c + w) + seen * c
     return {
