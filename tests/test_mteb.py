@@ -158,6 +158,8 @@ def test_retrieval_and_zero_shot_classes_of_stage_2(tmp_path: Path, videos: list
     for parameter in model.network.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
     similarity = model.similarity(videos, TEXTS)
+    found = MtebModel(model).similarity(model.encode_video(videos), model.encode_text(TEXTS))
+    torch.testing.assert_close(torch.as_tensor(found), similarity)
     best = similarity[: len(TEXTS)].argmax(0).tolist()
     Found.right = [*best[:3], (best[3] + 1) % len(TEXTS)]
     assert scores(MtebModel(model), Found(), videos)["recall_at_1"] == 0.75
