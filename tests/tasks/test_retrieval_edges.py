@@ -69,8 +69,10 @@ def test_one_candidate_is_always_found() -> None:
     assert set(ranking.official_recalls(v2t.rank, t2v.rank).values()) == {100.0}
 
 
-def test_a_rank_beyond_the_last_clip_reads_none() -> None:
-    clips = [Clip(path="none.mp4")]
+def test_a_rank_beyond_the_last_clip_reads_none(tmp_path: Path) -> None:
+    unreadable = tmp_path / "empty.mp4"
+    unreadable.touch()
+    clips = [Clip(path=str(unreadable))]
     loader = ClipLoader(
         clips, DataConfig(workers=0), num_frames=2, image_size=16, batch_size=2, rank=1, world_size=3, train=False
     )
