@@ -101,6 +101,13 @@ def cases() -> Iterator[Case]:
         _providers(lambda backend: kernels.patch_gather(video, visible, backend=backend, **options), dense_patches),
         rows * 3 * PATCH**2 * (1 + element),
     )
+    everything = torch.arange(every, device=DEVICE, dtype=torch.int32).expand(batch, -1)
+    last = options | {"order": "channels_last"}
+    yield Case(
+        "patch_gather channels_last",
+        _providers(lambda backend: kernels.patch_gather(video, everything, backend=backend, **last)),
+        batch * every * 3 * PATCH**2 * (1 + element),
+    )
 
     x, table = floats(batch, every, width).requires_grad_(), torch.randn(every, width, device=DEVICE)
     plain_x = x.detach()
@@ -179,6 +186,14 @@ def _quantized_cases(rows: int, width: int) -> Iterator[Case]:
                 _providers(lambda backend, call=call: call(backend=backend)),
                 rows * channels * (element + 1),
             )
+    x, affine = torch.randn(rows, width, device=DEVICE, dtype=DTYPE), torch.randn(2, width, device=DEVICE)
+    for precision in precisions:
+        call = functools.partial(kernels.norm_quantize, x, *affine, precision)
+        yield Case(
+            f"norm_quantize {precision} {width}",
+            _providers(lambda backend, call=call: call(backend=backend)),
+            rows * width * (element + 1),
+        )
     product = torch.randint(-(2**20), 2**20, (rows, wide), dtype=torch.int32, device=DEVICE)
     scales, bias = torch.rand(rows, 1, device=DEVICE), torch.randn(wide, device=DEVICE)
     yield Case(
