@@ -151,6 +151,10 @@ def main(arguments: list[str]) -> str:
         share = f"{bound / seconds['ours']:.0%}" if bound and "ours" in seconds else "-"
         lines.append([case.name, *(f"{1e6 * seconds[key]:.1f}" if key in seconds else "-" for key in columns), share])
         print(case.name, {key: round(1e6 * value, 1) for key, value in seconds.items()}, file=sys.stderr, flush=True)
+    if len(lines) == 2:
+        sys.exit(
+            f"python -m benchmarks.compare: no operation begins with {' or '.join(options.names)}; without names all are"
+        )
     head = f"{torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'CPU'}, torch {torch.__version__}, {SIZE}, µs"
     return "\n".join(
         [head, "", *("| " + " | ".join(line) + " |" for line in lines), *([""] if failed else []), *failed]

@@ -8,7 +8,11 @@
 # to. With VALIDATION and ANSWERS, the list to choose from, the best epoch is kept. INIT holds stage-2 weights. Variants,
 # hyper-parameters and published figures: the page of that name beside this file. Processes and nodes: launch.sh.
 set -euo pipefail
-page=${1:?name a page, as qa_msrvtt or qa_msrvtt:l16_25m}
+if [ $# = 0 ]; then
+    echo "recipes/answering.sh: name a page, as qa_msrvtt or qa_msrvtt:l16_25m" >&2
+    exit 2
+fi
+page=$1
 shift
 : "${QUESTIONS:?set QUESTIONS to the list of training questions, or LIST=FOLDER}"
 : "${INIT:?set INIT to stage-2 weights}"

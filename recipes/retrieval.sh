@@ -8,7 +8,11 @@
 # to. INIT holds stage-2 weights. Variants, hyper-parameters and published figures: the page of that name beside this file.
 # Processes and nodes: launch.sh.
 set -euo pipefail
-page=${1:?name a page, as ret_msrvtt or ret_msrvtt:l16_25m}
+if [ $# = 0 ]; then
+    echo "recipes/retrieval.sh: name a page, as ret_msrvtt or ret_msrvtt:l16_25m" >&2
+    exit 2
+fi
+page=$1
 shift
 : "${VIDEOS:?set VIDEOS to the caption list of the training clips, or LIST=FOLDER}"
 : "${INIT:?set INIT to stage-2 weights}"

@@ -127,6 +127,14 @@ def test_compare_makes_a_table_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None
         assert float(ours) > 0 and float(plain) > 0 and liger == quack == "-" and share.endswith("%")
 
 
+def test_compare_names_an_operation_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "UMT_BENCH"):  # which it sets
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with pytest.raises(SystemExit, match="no operation begins with layer_nrm"):
+        compare.main(["layer_nrm", "--device", "cpu", "--size", "tiny"])
+
+
 def test_compare_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit, match="no GPU; --device cpu compares the CPU backends"):

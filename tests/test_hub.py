@@ -338,6 +338,8 @@ def test_files_are_not_taken_for_others(tmp_path: Path, monkeypatch: pytest.Monk
         umt_fast.load_model("umt_b16", weights=tmp_path / "none.pth")
     with pytest.raises(WeightsError, match="did you mean the released file 'b16_25m'"):
         umt_fast.load_model("umt_b16", weights="b16_25")
+    with pytest.raises(WeightsError, match=r"is a file; load it by load_model\(weights="):
+        umt_fast.from_pretrained(path)
     with pytest.raises(WeightsError, match="holds no config.json"):
         umt_fast.from_pretrained(tmp_path)
 
@@ -366,6 +368,8 @@ def test_refused_inputs(tmp_path: Path, tiny_list: Path) -> None:
     for layers in ((2,), (-3,), (0.5,)):
         with pytest.raises(ConfigError, match="does not exist; this tower has blocks 0 to 1"):
             model.features(good, layers=layers)
+    with pytest.raises(ConfigError, match=r"layers is 1; give a list: layers=\[1\]"):
+        model.features(good, layers=1)
     with pytest.raises(ConfigError, match="tokenizer .* is not known; give it: tokenizer="):
         model.encode_text(["a"])
     for device, dtype, message in (("gpu", None, "device is 'gpu'"), ("cpu", "fp16", "dtype is 'fp16'")):

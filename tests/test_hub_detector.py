@@ -134,6 +134,9 @@ def test_a_detector_starts_another_one(checkpoint: Path) -> None:
         ([[1, 2, 3]], r"boxes have the shape \(1, 3\)"),
         ([[9, 2, 3, 4]], r"a box is \[9.0, 2.0, 3.0, 4.0\]; it must be finite, with left <= right"),
         ([[0, 0, 1, float("nan")]], "it must be finite"),
+        ([[0.1, 0.2, 0.5, 1.0]], "boxes reach from 0.1 to 1; give pixels of the frames, here 8 x 8"),
+        ([[1, 1, 4, 4], [50, 2, 60, 4]], r"a box is \[50.0, 2.0, 60.0, 4.0\], outside the frames of 8 x 8 pixels"),
+        ([[-9, 2, -1, 4]], "outside the frames"),
     ],
 )
 def test_boxes_that_are_none(checkpoint: Path, boxes: list, said: str) -> None:

@@ -13,6 +13,7 @@ from tests.test_hub import WORDS, trained
 from tests.videos import write_video
 from umt_fast import hub
 from umt_fast.__main__ import main
+from umt_fast.data.errors import DataError
 from umt_fast.models.description import MODELS, TOKENIZERS
 from umt_fast.models.weights import load_state
 from umt_fast.models.weights.finetune import deepspeed_file
@@ -131,3 +132,10 @@ def test_folders_of_others(
     assert said in refused(capsys, "eval", "retrieve", folder, captions)
     assert said in refused(capsys, "convert", folder, tmp_path / "out.pth")
     assert loading in refused(capsys, "embed", captions, "--weights", folder, "--out", tmp_path / "f.safetensors")
+
+
+def test_a_model_is_not_saved_without_its_words(checkpoint: Path, tmp_path: Path) -> None:
+    model = umt_fast.load_model(weights=checkpoint, device="cpu", tokenizer="runs/of/nobody")
+    with pytest.raises(DataError, match="no tokenizer 'runs/of/nobody'.*name a folder that is there"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

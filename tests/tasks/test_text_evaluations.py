@@ -202,6 +202,7 @@ def test_bad_input_is_named(world: Path, tmp_path: Path, capsys: pytest.CaptureF
     for names, expected in (
         (None, "classes is not given"),
         ("a\n", "names 1 classes; it takes at least two"),
+        ('[\n "a",\n "b"\n]', "is JSON; write the names of classes as text, a line each"),
         ("a\nb\n", "names no others"),
         ("a\n...\nb\n", "line 2: '...' is no name"),
         ("a\nb\nA!\n", "line 3: 'A!' is the name in line 1 too"),

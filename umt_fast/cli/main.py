@@ -5,7 +5,7 @@ Commands:
   plan RECIPE --gpus N [--gpu h100] [...]  hours, clips/s and what bounds them, with every assumption
   scan LIST --out MANIFEST                 decode every clip once, write a manifest and a list of bad files
   prepare LIST --out DIR [--shard i/n]      pack candidate frames of every clip, for training that is not bound by decoding
-  bench stage1|stage2 [...]                time a whole training step on random clips, one JSON line
+  bench stage1|stage2|finetune [...]       time a whole training step on random clips, one JSON line
   bench fidelity [...]                     how far an 8-bit teacher is from the exact one
   eval NAME FILE LIST [...]                figures of a model on unseen clips: `eval --help` lists the evaluations
   embed LIST|FOLDER|FILE --weights FILE --out FEATURES   one vector for each clip, of any trained model

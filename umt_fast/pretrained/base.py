@@ -151,6 +151,7 @@ class PretrainedModel(
             ConfigError: a layer that does not exist.
         """
         depth = len(self.tower.blocks)
+        require(not isinstance(layers, int), f"layers is {layers!r}; give a list: layers=[{layers!r}]")
         for layer in layers or ():
             require(
                 isinstance(layer, int) and -depth <= layer < depth,
@@ -218,7 +219,11 @@ class PretrainedModel(
 
         Raises ConfigError: there is a file of that name. WeightsError: it cannot be written.
         """
+        require(str(save_directory) != "", "save_directory is empty; give the name of a folder")
         require(not Path(save_directory).is_file(), f"{save_directory} is a file; give the name of a folder")
+        if self.words.count("/") > 1 or self.words.startswith((".", "/")):
+            # A folder, not a name of the Hub: it has to go along, and without it the model could read no text elsewhere.
+            load_tokenizer(self.words)
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -252,6 +257,8 @@ class PretrainedModel(
             ConfigError: it holds a model of another kind than this class.
         """
         source = str(pretrained_model_name_or_path)
+        if Path(source).is_file():
+            raise WeightsError(f"{source} is a file; load it by load_model(weights={source!r})")
         if Path(source).is_dir() and not is_saved_folder(Path(source)):
             raise WeightsError(f"{source} holds no {CONFIG}; give a folder that save_pretrained wrote")
         try:

@@ -56,16 +56,17 @@ class DetectorModel(PretrainedModel):
         Args:
             video: a path, or uint8 frames (T, H, W, 3). The boxes belong to frame T // 2; the frames around it are chosen and
                 resized as `eval` does.
-            boxes: (N, 4), left, top, right, bottom in pixels of the frames. They are widened and cut to the picture as in
-                `eval`.
+            boxes: (N, 4), left, top, right, bottom in pixels of the frames; right and bottom are the last pixels inside, one
+                less than left + width. They are widened and cut to the picture as in `eval`.
 
-        Raises DataError: a file that cannot be read, float or empty frames, boxes of another shape, not finite, or with sides
-        exchanged.
+        Raises DataError: a file that cannot be read, float or empty frames, boxes of another shape, not finite, with sides
+        exchanged, or without a pixel of the picture.
         """
         rule = rule_of(self.clips, self.vit)
         frames = frames_of(video, lambda count: _around_middle(rule.temporal, count))
         corners = _corners(boxes)
         size = (frames.shape[2], frames.shape[1])
+        _check_inside(corners, size)
         key = KeyFrame("", 0, size, corners, None, torch.ones(len(corners)))
         batch = batched([test_sample(0, key, frames, rule.view)], multiple=self.vit.patch_size)
         names = ("video", "boxes", "box_clip", "sizes")
@@ -98,3 +99,15 @@ def _corners(boxes: np.ndarray | Tensor | list) -> Tensor:
         box = corners[wrong][0].tolist()
         raise DataError(f"a box is {box}; it must be finite, with left <= right and top <= bottom")
     return corners
+
+
+def _check_inside(corners: Tensor, size: tuple[int, int]) -> None:
+    """Raises DataError: boxes that show nothing of a picture of size (width, height), and shares in place of pixels."""
+    if len(corners) and corners.min() >= 0 and corners.max() <= 1:
+        raise DataError(
+            f"boxes reach from {corners.min():g} to {corners.max():g}; give pixels of the frames, here {size[0]} x {size[1]}"
+        )
+    outside = (corners[:, 2:] < 0).any(1) | (corners[:, :2] > torch.tensor(size) - 1).any(1)
+    if outside.any():
+        box = corners[outside][0].tolist()
+        raise DataError(f"a box is {box}, outside the frames of {size[0]} x {size[1]} pixels; leave it out")

@@ -55,6 +55,8 @@ def read_classes(path: Path) -> list[str]:
         names = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8; convert it") from error
+    if path.suffix == ".json" or (names and names[0].lstrip()[:1] in ("[", "{")):
+        raise DataError(f"{path} is JSON; write the names of classes as text, a line each")
     if len(names) < 2:
         raise DataError(f"{path} names {len(names)} classes; it takes at least two, a line each")
     seen: dict[str, int] = {}

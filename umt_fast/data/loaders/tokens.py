@@ -93,6 +93,7 @@ def load_tokenizer(name: str) -> Any:
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("vocab.txt", "tokenizer.json")):
         raise DataError(f"the folder {name} holds no tokenizer: neither vocab.txt nor tokenizer.json")
     missing = f"no tokenizer {name!r}: neither a folder with a vocab.txt nor a name that can be fetched"
+    missing += "; name a folder that is there (tokenizer=..., of a command --tokenizer)"
     try:
         # Where it cannot be reached, Hugging Face would be asked for each of ten files for half a minute.
         unreachable = not Path(name).is_dir() and not _reached(name)

@@ -116,8 +116,8 @@ def head_rows(stored: int, classes: int, source: str, label_map: str | Path = ""
         return torch.arange(K400_CLASSES)
     if not mapped:
         raise WeightsError(
-            f"{source} has a head of {stored} classes and the model one of {classes}; delete the file's head to start fresh, "
-            "or configure its classes"
+            f"{source} has a head of {stored} classes and the model one of {classes}; start a new head "
+            f"(--init_as new_head), or train {stored} classes (--num_classes {stored})"
         )
     if not label_map:
         raise WeightsError(
