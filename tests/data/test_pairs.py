@@ -128,7 +128,7 @@ def choice(**changes: Any) -> dict[str, Any]:
         ([{"video": "1.mp4", "caption": ["a", "b"]}], r"entry 0: it is .* expected"),
         (
             [choice(), choice(video="2.mp4"), choice(video="3.mp4")],
-            r"2 of the 3 files of .* the first: .*2\.mp4; --root",
+            r"2 of the 3 files of .* the first: .*2\.mp4, .*3\.mp4; --root",
         ),
         ([], "holds no choices"),
         ("{}", "must be a list"),
