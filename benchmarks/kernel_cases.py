@@ -147,29 +147,41 @@ def cases() -> Iterator[Case]:
         batch * FRAMES * (2 + tokens) * heads * 64 * element,
     )
 
-    student = floats(6, batch, FRAMES * kept, out).requires_grad_()
-    target = floats(6, batch, FRAMES * kept, out)
-    weight, bias = (torch.rand(6, out, device=DEVICE).requires_grad_() for _ in range(2))
+    yield from _align_cases(batch, FRAMES * kept, out)
+    yield from _quantized_cases(batch * FRAMES * (1 + tokens), width)
+    # What the student, the teacher and a fine-tuned classifier ask for: rows of tokens that see each other.
+    lengths = {
+        "visible tokens": (batch, FRAMES * kept),
+        "tokens of a frame": (batch * FRAMES, 1 + tokens),
+        "all tokens": (max(1, batch // 4), every),
+    }
+    yield from _attention_cases(lengths, heads)
+
+
+def _align_cases(batch: int, visible: int, channels: int) -> Iterator[Case]:
+    """Six layers of a student against its teacher."""
+    shape, element = (6, batch, visible, channels), DTYPE.itemsize
+    student = torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    target = torch.randn(shape, device=DEVICE, dtype=DTYPE)
+    weight, bias = (torch.rand(6, channels, device=DEVICE).requires_grad_() for _ in range(2))
     yield Case(
         "align_loss forward",
         _providers(lambda backend: kernels.align_loss(student.detach(), target, weight, bias, backend=backend)),
-        6 * rows * out * 2 * element,
+        student.numel() * 2 * element,
     )
     yield Case(
         "align_loss backward",
         _backward(
             lambda backend: kernels.align_loss(student, target, weight, bias, backend=backend), [student, weight, bias]
         ),
-        6 * rows * out * 3 * element,
+        student.numel() * 3 * element,
     )
-    yield from _quantized_cases(batch * FRAMES * (1 + tokens), width)
-    # What the student, the teacher and a fine-tuned classifier ask for: rows of tokens that see each other.
-    for name, count, length in (
-        ("visible tokens", batch, FRAMES * kept),
-        ("tokens of a frame", batch * FRAMES, 1 + tokens),
-        ("all tokens", max(1, batch // 4), every),
-    ):
-        backends = dict(_attention_backends(floats(3, count, length, heads, 64)))
+
+
+def _attention_cases(lengths: dict[str, tuple[int, int]], heads: int) -> Iterator[Case]:
+    """lengths: sequences and the tokens of each, by name."""
+    for name, (count, length) in lengths.items():
+        backends = dict(_attention_backends(torch.randn(3, count, length, heads, 64, device=DEVICE, dtype=DTYPE)))
         yield Case(f"attention, {name}", backends, flops=4 * count * heads * length**2 * 64)
 
 

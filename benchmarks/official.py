@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from umt_fast.bench.finetune import finetune_config, flops_of
 from umt_fast.bench.measure import Case, Clock, Model, Steps, autocast, checked_case, normalized, random_video
 from umt_fast.bench.stage1 import stage1_config
-from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config
+from umt_fast.config import ConfigError, FinetuneConfig, Stage1Config, VitConfig
 from umt_fast.tasks.pretraining import UnmaskedAlignment
 
 TIMM = "0.4.12"
@@ -85,23 +85,30 @@ def _provide(name: str, **attributes: object) -> None:
         vars(module).update(attributes)
 
 
+def tower_options(vit: VitConfig) -> dict[str, Any]:
+    """What the official student and classifier both take under one name."""
+    return {
+        "img_size": vit.image_size,
+        "patch_size": vit.patch_size,
+        "mlp_ratio": vit.mlp_ratio,
+        "qkv_bias": True,
+        "norm_layer": functools.partial(nn.LayerNorm, eps=1e-6),
+        "drop_path_rate": vit.drop_path,
+        "tubelet_size": vit.tubelet_size,
+    }
+
+
 def build(official: Namespace, config: Stage1Config) -> tuple[nn.Module, nn.Module]:
     """Student and teacher of the configuration's sizes, as the official functions for B/16 and L/16 build them."""
     vit, teacher, layers = config.student, config.teacher, config.align.num_layers
     student_class = sys.modules[official.models.pretrain_umt_base_patch16_224.__module__].PretrainVisionTransformer
     teacher_class = sys.modules[official.models.clip_b16.__module__].VisionTransformer
     student = student_class(
-        img_size=vit.image_size,
-        patch_size=vit.patch_size,
+        **tower_options(vit),
         encoder_embed_dim=vit.width,
         encoder_depth=vit.depth,
         encoder_num_heads=vit.num_heads,
-        mlp_ratio=vit.mlp_ratio,
-        qkv_bias=True,
-        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
-        drop_path_rate=vit.drop_path,
         num_frames=vit.num_frames,
-        tubelet_size=vit.tubelet_size,
         clip_decoder_embed_dim=vit.width,
         clip_output_dim=teacher.output_dim,
         clip_norm_type=config.align.normalize,
@@ -189,20 +196,29 @@ def official_steps(official: Namespace, config: Stage1Config, video: Tensor, dev
                 mask_ratio=config.mask.ratio,
             )
 
+    return step, timed_by(
+        step,
+        {
+            "teacher": teacher.register_forward_hook,
+            "mask": student.register_forward_pre_hook,
+            "student forward": student.register_forward_hook,
+            "loss and backward": optimizer.register_step_pre_hook,
+        },
+    )
+
+
+def timed_by(step: Callable[[int], None], ends: dict[str, Callable[..., Any]]) -> Callable[[int, Clock], None]:
+    """A step with a clock: ends names its parts, the last one apart, and registers a hook where each ends."""
+
     def timed(number: int, clock: Clock) -> None:
-        hooks = [
-            teacher.register_forward_hook(lambda *_: clock.lap("teacher")),
-            student.register_forward_pre_hook(lambda *_: clock.lap("mask")),
-            student.register_forward_hook(lambda *_: clock.lap("student forward")),
-            optimizer.register_step_pre_hook(lambda *_: clock.lap("loss and backward")),
-        ]
+        hooks = [register(lambda *_, part=part: clock.lap(part)) for part, register in ends.items()]
         clock.restart()
         step(number)
         clock.lap("optimizer")
         for hook in hooks:
             hook.remove()
 
-    return step, timed
+    return timed
 
 
 def classifier_of(official: Namespace, config: FinetuneConfig) -> nn.Module:
@@ -210,19 +226,13 @@ def classifier_of(official: Namespace, config: FinetuneConfig) -> nn.Module:
     vit = config.student
     kind = sys.modules[official.models.vit_base_patch16_224.__module__].VisionTransformer
     return kind(
-        img_size=vit.image_size,
-        patch_size=vit.patch_size,
+        **tower_options(vit),
         num_classes=config.num_classes,
         embed_dim=vit.width,
         depth=vit.depth,
         num_heads=vit.num_heads,
-        mlp_ratio=vit.mlp_ratio,
-        qkv_bias=True,
-        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
-        drop_path_rate=vit.drop_path,
         init_scale=config.head_scale,
         all_frames=vit.num_frames,
-        tubelet_size=vit.tubelet_size,
         use_checkpoint=vit.checkpoint_blocks > 0,
         checkpoint_num=vit.checkpoint_blocks,
         use_mean_pooling=True,
@@ -280,19 +290,14 @@ def finetune_steps(
                 update_freq=1,
             )
 
-    def timed(number: int, clock: Clock) -> None:
-        hooks = [
-            model.register_forward_pre_hook(lambda *_: clock.lap("mixing")),
-            model.register_forward_hook(lambda *_: clock.lap("classifier forward")),
-            optimizer.register_step_pre_hook(lambda *_: clock.lap("loss and backward")),
-        ]
-        clock.restart()
-        step(number)
-        clock.lap("optimizer")
-        for hook in hooks:
-            hook.remove()
-
-    return step, timed
+    return step, timed_by(
+        step,
+        {
+            "mixing": model.register_forward_pre_hook,
+            "classifier forward": model.register_forward_hook,
+            "loss and backward": optimizer.register_step_pre_hook,
+        },
+    )
 
 
 def check(folder: Path) -> None:
