@@ -3,8 +3,8 @@
     p = softmax(q k^T * scale),  out = p v
 
 There PyTorch's fused kernel multiplies small blocks at a sixth of the rate that oneDNN's batched product has, and that costs
-more than the map of weights does. The map is made for a few entries at a time, so that it stays in the cores' caches, and
-made again by the backward pass: nothing of it is kept. Logits and weights are rounded to the operands' dtype, as the
+more than the map of weights does. The map is made for a few entries at a time, so that it stays in the cores' caches. Of short
+sequences it is kept for the backward pass, of others made again. Logits and weights are rounded to the operands' dtype, as the
 definition under autocast rounds them; the fused kernel keeps logits in fp32 (relative error 0.9% against 0.2% of unit logits
 of deviation 4).
 """
@@ -18,6 +18,8 @@ from torch import Tensor
 
 # Of one thread's maps at a time: half of a core's second-level cache is left to operands.
 _MAP_BYTES = 1 << 20
+# Up to so many keys for each channel of a head, a map is kept: it is then at most twice what q, k, v and the output hold.
+_KEPT_KEYS = 8
 
 
 def fits(device: torch.device, dtype: torch.dtype) -> bool:
@@ -57,28 +59,32 @@ class BatchedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.scale = scale
         out = torch.empty(q.shape, dtype=q.dtype)
-        count = _entries(q, k)
+        count, kept = _entries(q, k), []
+        keep = any(ctx.needs_input_grad) and k.shape[1] <= _KEPT_KEYS * q.shape[3]
         for *parts, result in zip(*(x.split(count) for x in (q, k, v, out)), strict=True):
             queries, keys, values = map(_by_head, parts)
-            result.copy_(_by_token(torch.bmm(_weights(queries, keys, scale), values), result))
+            weights = _weights(queries, keys, scale)
+            result.copy_(_by_token(torch.bmm(weights, values), result))
+            if keep:
+                kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.scale, ctx.count = scale, count
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         if q.shape == k.shape:  # one buffer, as the product that made them wants their gradient
             made = torch.empty(*q.shape[:2], 3, *q.shape[2:], dtype=q.dtype)
             grads = made.unbind(2)
         else:
             grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        count = _entries(q, k)
-        for *parts, dq, dk, dv in zip(*(x.split(count) for x in (q, k, v, grad, *grads)), strict=True):
+        groups = zip(*(x.split(ctx.count) for x in (q, k, v, grad, *grads)), strict=True)
+        for number, (*parts, dq, dk, dv) in enumerate(groups):
             queries, keys, values, upstream = map(_by_head, parts)
-            weights = _weights(queries, keys, ctx.scale)
+            weights = kept[number] if kept else _weights(queries, keys, ctx.scale)
             dv.copy_(_by_token(torch.bmm(weights.transpose(1, 2), upstream), dv))
             slope = torch.bmm(upstream, values.transpose(1, 2))
             slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)

@@ -119,12 +119,14 @@ def test_frozen_linear_refuses() -> None:
         kernels.frozen_linear(torch.randn(2, 4), torch.randn(3, 4), activation="relu")
 
 
-@pytest.mark.parametrize("map_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("kept_keys", [0, 8])
+@pytest.mark.parametrize("map_bytes", [1, 2000, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BF16)])
 @pytest.mark.parametrize(("queries", "keys", "heads", "width"), [(7, 7, 2, 16), (1, 9, 3, 32), (33, 5, 1, 64)])
-def test_batched_attention(monkeypatch, map_bytes, dtype, queries, keys, heads, width) -> None:
-    """Also an entry at a time; against the definition in the same dtype, which rounds the same way."""
+def test_batched_attention(monkeypatch, kept_keys, map_bytes, dtype, queries, keys, heads, width) -> None:
+    """Also an entry or two at a time; against the definition in the same dtype, which rounds the same way."""
     monkeypatch.setattr(cpu_attention, "_MAP_BYTES", map_bytes)
+    monkeypatch.setattr(cpu_attention, "_KEPT_KEYS", kept_keys)
     torch.manual_seed(0)
     made = [torch.randn(3, n, 2 * heads, width)[:, :, ::2].to(dtype) for n in (queries, keys, keys)]
     upstream = torch.randn(3, queries, heads, width).to(dtype)
