@@ -22,15 +22,6 @@ from kernels.quantize import (
 from kernels.semantic_mask import sample_visible_kernel, semantic_mask_kernel, tiling
 from kernels.token_gather import gather_norm_kernel, token_gather_bwd_kernel, token_gather_fwd_kernel
 
-# Of semantic_mask, by whether its keys come to shared memory while others are reduced. Beside them it loads the seed, and a
-# head's query and class key in parts; it stores indices.
-MASK_PROMISES = {
-    True: Promise(
-        loads=64, narrow_loads=2, stores=32, matrix="HMMA", copies="cp.async", why="the keys are copied, not loaded"
-    ),
-    False: Promise(narrow_loads=9, stores=32, matrix="HMMA", why="an index is stored at a time"),
-}
-
 
 def semantic_mask_case(size: str, tokens: int, label: str = "") -> Case:
     """Keys as the teacher gives them: a view of the fused product of keys and values."""
@@ -55,7 +46,15 @@ def semantic_mask_case(size: str, tokens: int, label: str = "") -> Case:
         {"HEADS": heads, "D": 64, "RETURN": False, "UPCAST": False} | tiles,
         warps=warps,
         bytes_moved=BATCH * FRAMES * ((2 + tokens) * width * 2 + kept * 4),
-        promise=MASK_PROMISES[tiles["STAGES"] > 1],
+        # Beside the copied keys it loads the seed, and in parts a head's query and class key; it stores indices.
+        promise=Promise(
+            loads=64,
+            narrow_loads=2 * 64 // tiles["BLOCK_D"],
+            stores=32,
+            matrix="HMMA",
+            copies="cp.async",
+            why="the keys are copied, not loaded",
+        ),
     )
 
 

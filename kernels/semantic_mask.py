@@ -128,10 +128,11 @@ def tiling(tokens: int, width: int, element_bytes: int) -> dict[str, int]:
     """Block sizes, pipeline stages and warps of semantic_mask for L tokens and heads of `width` channels."""
     block = max(16, power_of_two(tokens))
     channels = min(max(16, power_of_two(width)), max(16, _TILE_BYTES // (block * element_bytes)))
-    # Heads that fit one tile are pipelined head by head, larger ones tile by tile, in fewer stages to save registers.
+    # Heads that fit one tile are pipelined head by head, larger ones tile by tile, in fewer stages to save registers. fp32
+    # heads beyond what may be on the way are loaded where they are multiplied: their copies would spill.
     head = -(-width // channels) * block * channels * element_bytes
-    stages, warps = 1 + min(2, _WAY_BYTES // head), 8 if block <= 256 else 16
-    return {"BLOCK": block, "BLOCK_D": channels, "STAGES": stages, "num_warps": warps}
+    stages = max(1 if element_bytes > 2 else 2, 1 + min(2, _WAY_BYTES // head))
+    return {"BLOCK": block, "BLOCK_D": channels, "STAGES": stages, "num_warps": 8 if block <= 256 else 16}
 
 
 @torch.library.custom_op("umt_kernels::semantic_mask", mutates_args=(), tags=ANY_STRIDES)

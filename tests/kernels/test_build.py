@@ -13,8 +13,6 @@ from kernels.build import broken_promises, count_instructions
 from kernels.build_case import Promise
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Bytes a thread: 16 warps leave this one 128 registers, which suffice on the other architectures. To be mended.
-KNOWN_SPILLS = {"100": {"semantic_mask l16 384 px": 16}}
 
 
 @pytest.mark.compile
@@ -36,7 +34,7 @@ def test_kernels_build_without_spills(architecture: str) -> None:
     assert len(rows) == {"80": 53, "90": 65, "100": 65}[architecture]
     assert all(row["sm"] == int(architecture) for row in rows)
     spilled = {row["kernel"]: row["spilled_bytes"] for row in rows if row["spilled_bytes"]}
-    assert spilled == KNOWN_SPILLS.get(architecture, {}), spilled
+    assert not spilled, spilled
     assert all(0 < row["registers"] <= 255 for row in rows)
     products = [row for row in rows if row["kernel"].startswith("linear ") and "row_statistics" not in row["kernel"]]
     assert len(products) == {"80": 20}.get(architecture, 26)
@@ -44,9 +42,6 @@ def test_kernels_build_without_spills(architecture: str) -> None:
         # What a program of any supported GPU may have (compute capability 8.6); a product asks its GPU how much it has.
         assert row["shared_bytes"] <= ((227 if architecture != "80" else 163) if row in products else 99) << 10
     broken = {row["kernel"]: row["broken_promises"] for row in rows if row["broken_promises"]}
-    for kernel in spilled:
-        # What is spilled is known; nothing else of its promise may be broken.
-        assert {text.split()[0] for text in broken.pop(kernel)} <= {"LDL", "STL"}
     assert not broken, broken
 
 
