@@ -25,8 +25,9 @@ BACKENDS = ("auto", "reference", "triton")
 # strides it traced, and stores it again for its other users.
 ANY_STRIDES = (torch.Tag.flexible_layout,)
 # Of every launch, because the default is the triton release's: on up to 3.8, off since 3.9. Off, a product is rounded before
-# it is added to something, as PyTorch's own operators round it; these kernels wait for memory, not for arithmetic.
-COMPILER_OPTIONS = {"enable_fp_fusion": False}
+# it is added to something, as PyTorch's own operators round it. On, the two are one instruction: for kernels whose arithmetic
+# would take longer than their bytes.
+COMPILER_OPTIONS, FUSED_OPTIONS = {"enable_fp_fusion": False}, {"enable_fp_fusion": True}
 
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("kernels_backend", default="auto")
 _checked: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels_checked", default=False)

@@ -5,7 +5,8 @@
 
 A forward pass reads student and target once (2 * K*B*n*D elements) and writes one fp32 number per row; nothing of size
 (K, B, n, D) is stored for backward, which recomputes a row's statistics from the same two reads and writes the student's
-gradient. About 20 FLOPs an element. Targets may be all N teacher tokens: the kernel then reads only the visible rows.
+gradient. About 20 FLOPs an element: at this many, instructions are as scarce as bytes, and the kernels are written for few of
+them. Targets may be all N teacher tokens: the kernel then reads only the visible rows.
 A row of zeros has no direction: its normalized value and its gradient are defined as zero.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from kernels._launch import (
     ANY_STRIDES,
-    COMPILER_OPTIONS,
+    FUSED_OPTIONS,
     Backend,
     check_visible,
     no_second_gradient,
@@ -29,61 +30,35 @@ from kernels._launch import (
     power_of_two,
     rows_per_program,
     use_triton,
-    warps_for,
 )
 
 Normalize = Literal["l2", "none"]
 Loss = Literal["l2", "mse", "smooth_l1"]
+# CUDA's limit on a grid's second and third axes.
+MAX_CLIPS = 65535
 _LOSSES = {"l2": 0, "mse": 1, "smooth_l1": 2}
 
 
 @triton.jit
-def _unit(x, NORMALIZE: tl.constexpr):
-    """x / |x| and 1 / |x|, zero for a row of zeros."""
+def _inverse_norm(x, NORMALIZE: tl.constexpr):
+    """1 / |x|, zero for a row of zeros; one where nothing is normalized."""
     inverse = 1.0
     if NORMALIZE:
         square = tl.sum(x * x, 0)
         inverse = tl.where(square > 0, 1 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
-        x = x * inverse
-    return x, inverse
+    return inverse
 
 
 @triton.jit
-def _row(
-    student,
-    target,
-    visible,
-    i_row,
-    i_layer,
-    weight,
-    bias,
-    rows_per_layer,
-    n,
-    tokens,
-    eps,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    GATHER: tl.constexpr,
-):
-    """One row: standardized x, inverse deviation, affine weight, normalized student, its inverse norm, the target."""
-    o = tl.arange(0, BLOCK)
+def _row(student, target, weight, bias, o, eps, D: tl.constexpr):
+    """A row from its pointers: standardized x, inverse deviation, the head's output y, the target."""
     inside = o < D
-    x = tl.load(student + i_row * D + o, mask=inside, other=0).to(tl.float32)
+    x = tl.load(student + o, mask=inside, other=0).to(tl.float32)
+    t = tl.load(target + o, mask=inside, other=0).to(tl.float32)
     centered = tl.where(inside, x - tl.sum(x, 0) / D, 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centered * centered, 0) / D + eps)
     standard = centered * rstd
-    b_weight = tl.load(weight + i_layer * D + o, mask=inside, other=0).to(tl.float32)
-    y = standard * b_weight + tl.load(bias + i_layer * D + o, mask=inside, other=0).to(tl.float32)
-    s, inverse = _unit(y, NORMALIZE)
-    i_target = i_row
-    if GATHER:
-        within = i_row - i_layer * rows_per_layer
-        token = tl.load(visible + within).to(tl.int64)
-        i_target = (i_layer * (rows_per_layer // n) + within // n) * tokens + token
-    t = tl.load(target + i_target * D + o, mask=inside, other=0).to(tl.float32)
-    t, _ = _unit(t, NORMALIZE)
-    return standard, rstd, b_weight, s, inverse, t
+    return standard, rstd, standard * weight + bias, t
 
 
 @triton.jit
@@ -94,7 +69,6 @@ def align_loss_fwd_kernel(
     visible,
     weight,
     bias,
-    rows_per_layer,
     n,
     tokens,
     eps,
@@ -104,30 +78,26 @@ def align_loss_fwd_kernel(
     LOSS: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
-    _, _, _, s, _, t = _row(
-        student,
-        target,
-        visible,
-        i_row,
-        i_row // rows_per_layer,
-        weight,
-        bias,
-        rows_per_layer,
-        n,
-        tokens,
-        eps,
-        D,
-        BLOCK,
-        NORMALIZE,
-        GATHER,
-    )
+    """One program per row; the grid is (n, B, K), because a division costs as much as a sum over the row."""
+    i_token, i_layer = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    i_clip = i_layer * tl.num_programs(1) + tl.program_id(1)
+    i_row = i_clip * n + i_token
+    i_target = i_row
+    if GATHER:
+        i_target = i_clip * tokens + tl.load(visible + tl.program_id(1).to(tl.int64) * n + i_token)
+    o = tl.arange(0, BLOCK)
+    b_weight = tl.load(weight + i_layer * D + o, mask=o < D, other=0).to(tl.float32)
+    b_bias = tl.load(bias + i_layer * D + o, mask=o < D, other=0).to(tl.float32)
+    _, _, y, t = _row(student + i_row * D, target + i_target * D, b_weight, b_bias, o, eps, D)
+    s_inverse, t_inverse = _inverse_norm(y, NORMALIZE), _inverse_norm(t, NORMALIZE)
     if LOSS == 0:
-        value = 2 - 2 * tl.sum(s * t, 0)
+        # Both rows are scaled behind their product, which saves a pass over each.
+        value = 2 - 2 * tl.sum(y * t, 0) * s_inverse * t_inverse
     elif LOSS == 1:
-        value = tl.sum((s - t) * (s - t), 0) / D
+        distance = y * s_inverse - t * t_inverse
+        value = tl.sum(distance * distance, 0) / D
     else:
-        distance = tl.abs(s - t)
+        distance = tl.abs(y * s_inverse - t * t_inverse)
         value = tl.sum(tl.where(distance < 1, 0.5 * distance * distance, distance - 0.5), 0) / D
     tl.store(out + i_row, value)
 
@@ -155,49 +125,49 @@ def align_loss_bwd_kernel(
     ROWS: tl.constexpr,
 ):
     """One program per ROWS rows of one layer; their LayerNorm gradients are summed in fp32 in a fixed order."""
-    i_part, i_layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    i_part, i_layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o = tl.arange(0, BLOCK)
     inside = o < D
+    b_weight = tl.load(weight + i_layer * D + o, mask=inside, other=0).to(tl.float32)
+    b_bias = tl.load(bias + i_layer * D + o, mask=inside, other=0).to(tl.float32)
     acc_weight = tl.zeros((BLOCK,), tl.float32)
     acc_bias = tl.zeros((BLOCK,), tl.float32)
     first = i_part * ROWS
-    for i in range(ROWS):
+    i_first = i_layer * rows_per_layer
+    # The target's first token of the row's clip: counted on from row to row, because a division costs as much as a sum.
+    i_token = first % n
+    clip_target = (i_layer * (rows_per_layer // n) + first // n) * tokens
+    for i in tl.range(ROWS, num_stages=2):
         # Behind the layer's last row its gradient is zero and nothing is stored: the last row is read again from cache.
         here = first + i < rows_per_layer
-        i_row = i_layer * rows_per_layer + tl.minimum(first + i, rows_per_layer - 1)
-        standard, rstd, b_weight, s, inverse, t = _row(
-            student,
-            target,
-            visible,
-            i_row,
-            i_layer,
-            weight,
-            bias,
-            rows_per_layer,
-            n,
-            tokens,
-            eps,
-            D,
-            BLOCK,
-            NORMALIZE,
-            GATHER,
-        )
+        i_row = i_first + tl.minimum(first + i, rows_per_layer - 1)
+        i_target = i_row
+        if GATHER:
+            i_target = clip_target + tl.load(visible + i_row - i_first)
+            i_token += 1
+            ends = (i_token == n) & (first + i + 1 < rows_per_layer)
+            clip_target += tl.where(ends, tokens, 0)
+            i_token = tl.where(ends, 0, i_token)
+        standard, rstd, y, t = _row(student + i_row * D, target + i_target * D, b_weight, b_bias, o, eps, D)
+        s_inverse, t_inverse = _inverse_norm(y, NORMALIZE), _inverse_norm(t, NORMALIZE)
+        upstream = tl.load(dout + i_row, mask=here, other=0)
+        # The loss' gradient with respect to the normalized student is slope * factor.
         if LOSS == 0:
-            ds = -2 * t
+            slope, factor = t, -2 * upstream * t_inverse
         elif LOSS == 1:
-            ds = 2 * (s - t) / D
+            slope, factor = y * s_inverse - t * t_inverse, 2 * upstream / D
         else:
-            ds = tl.minimum(tl.maximum(s - t, -1.0), 1.0) / D
-        ds *= tl.load(dout + i_row, mask=here, other=0)
-        dy = ds
+            slope = tl.minimum(tl.maximum(y * s_inverse - t * t_inverse, -1.0), 1.0)
+            factor = upstream / D
+        dy = slope * (factor * s_inverse)
         if NORMALIZE:
-            dy = inverse * (ds - s * tl.sum(ds * s, 0))
+            dy -= y * (tl.sum(slope * y, 0) * factor * s_inverse * s_inverse * s_inverse)
         acc_weight += dy * standard
         acc_bias += dy
         dstandard = tl.where(inside, dy * b_weight, 0.0)
         mean = tl.sum(dstandard, 0) / D
         along = tl.sum(dstandard * standard, 0) / D
-        dx = rstd * (dstandard - mean - standard * along)
+        dx = dstandard * rstd - (standard * (along * rstd) + mean * rstd)
         # Not inside & here: broadcast by an operator, a scalar comparison is no mask to triton 3.9's interpreter.
         tl.store(dstudent + i_row * D + o, dx.to(dstudent.dtype.element_ty), mask=tl.where(here, inside, False))
     part = (i_layer * tl.num_programs(0) + i_part) * D + o
@@ -205,11 +175,14 @@ def align_loss_bwd_kernel(
     tl.store(dbias + part, acc_bias, mask=inside)
 
 
+def warps(width: int) -> int:
+    """One for each 1024 channels: with fewer of them a row's sums would cost more instructions than its channels."""
+    return min(8, max(1, power_of_two(width) // 1024))
+
+
 def _arguments(student: Tensor, target: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor) -> tuple:
-    layers, batch, n, width = student.shape
-    tokens = target.shape[2]
     pointers = (student.contiguous(), target.contiguous(), None if visible is None else visible.contiguous())
-    return (*pointers, weight.contiguous(), bias.contiguous(), batch * n, n, tokens)
+    return *pointers, weight.contiguous(), bias.contiguous()
 
 
 @torch.library.custom_op("umt_kernels::align_loss", mutates_args=(), tags=ANY_STRIDES)
@@ -227,17 +200,19 @@ def _align_loss(
     out = torch.empty(layers, batch * n, dtype=torch.float32, device=student.device)
     if out.numel():
         with on_device(out):
-            align_loss_fwd_kernel[(out.numel(),)](
+            align_loss_fwd_kernel[(n, batch, layers)](
                 out,
                 *_arguments(student, target, visible, weight, bias),
+                n,
+                target.shape[2],
                 eps,
                 D=width,
                 BLOCK=power_of_two(width),
                 NORMALIZE=normalize,
                 LOSS=loss,
                 GATHER=visible is not None,
-                num_warps=warps_for(width),
-                **COMPILER_OPTIONS,
+                num_warps=warps(width),
+                **FUSED_OPTIONS,
             )
     return out
 
@@ -272,6 +247,9 @@ def _align_loss_backward(
                 partial[1],
                 dout.contiguous(),
                 *_arguments(student, target, visible, weight, bias),
+                batch * n,
+                n,
+                target.shape[2],
                 eps,
                 D=width,
                 BLOCK=power_of_two(width),
@@ -279,8 +257,8 @@ def _align_loss_backward(
                 LOSS=loss,
                 GATHER=visible is not None,
                 ROWS=per_program,
-                num_warps=warps_for(width),
-                **COMPILER_OPTIONS,
+                num_warps=warps(width),
+                **FUSED_OPTIONS,
             )
     # Summed apart: an operator's results must not share memory.
     return dstudent, partial[0].sum(1).to(weight.dtype), partial[1].sum(1).to(bias.dtype)
@@ -403,5 +381,9 @@ def align_loss(
         if visible.shape[1] != n:
             raise ValueError(f"visible has {visible.shape[1]} indices a clip, student {n} rows")
     run = _align_loss if use_triton(backend, student) else _reference
+    if run is _align_loss and max(batch, layers) > MAX_CLIPS:
+        raise ValueError(
+            f"student has {batch} clips and {layers} layers; a launch takes at most {MAX_CLIPS} of each; split the batch"
+        )
     rows = run(student, target.detach(), visible, weight, bias, eps, normalize == "l2", _LOSSES[loss])
     return rows.mean(1) if per_layer else rows.mean()

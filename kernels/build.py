@@ -1,8 +1,9 @@
 """Builds every kernel ahead of time, without a GPU, at the shapes of B/16 and L/16: `python -m kernels.build [80 90]`.
 
-Prints registers, spilled bytes and shared memory of each, read from the cubin by the cuobjdump that Triton carries, the time
-its bytes alone would take at a GPU's peak bandwidth, how its machine code moves and multiplies, and what of that it does not
-as promised: one JSON line per kernel and architecture, or with --table the table of kernels/README.md.
+Prints registers, spilled bytes and shared memory of each, read from the cubin by the cuobjdump that Triton carries, how its
+machine code moves and multiplies, and what of that it does not as promised. The times are bounds: what its bytes alone would
+take at a GPU's peak bandwidth, and its instructions alone at one a scheduler and clock. One JSON line per kernel and
+architecture, or with --table the table of kernels/README.md.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels._launch import COMPILER_OPTIONS
 from kernels.build_case import Case, Promise
 from kernels.build_cases import cases
 
-# Peak memory bandwidth in bytes per second, by architecture.
+# Peak memory bandwidth in bytes per second. Instructions of warps per second: SMs, 4 schedulers each, clock under load.
 BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12}
+ISSUE = {80: {"A100": 108 * 4 * 1.41e9}, 90: dict.fromkeys(("H100", "H200"), 132 * 4 * 1.755e9)}
 
 
 def source_of(case: Case) -> ASTSource:
@@ -71,28 +72,46 @@ MATRIX = ("HMMA", "IMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQ
 LOCAL, ATOMICS = ("LDL", "STL"), ("ATOM", "ATOMG", "RED", "REDG")
 
 
-def instructions(cubin: bytes) -> dict[str, int]:
-    """How often a cubin's code holds the instructions named above, those of MOVES by bits a thread: {"LDG.128": 2}."""
+def listing(cubin: bytes) -> str:
+    """A cubin's code as nvdisasm writes it."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return count_instructions(text)
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 
 
 def count_instructions(text: str) -> dict[str, int]:
-    """`instructions` of a listing by nvdisasm."""
+    """How often a listing holds the instructions named above, those of MOVES by bits a thread: {"LDG.128": 2}."""
     counts: Counter[str] = Counter()
-    for found in re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text, re.MULTILINE):
+    for found in filter(None, map(_INSTRUCTION.match, text.splitlines())):
         # Modifiers may stand between a name and its width: LDG.E.EL.128 is a load of 128 bits too.
-        name, *modifiers = found.split(".")
+        name, *modifiers = found[1].split(".")
         if name in MOVES:
             widths = [int(re.sub("^[US]", "", m)) for m in modifiers if re.fullmatch("64|128|256|[US](8|16)", m)]
             counts[f"{name}.{widths[0] if widths else 32}"] += 1
         elif name in (*MATRIX, *LOCAL, *ATOMICS, "UTMALDG"):
             counts[name] += 1
     return dict(counts)
+
+
+def issued(text: str, trips: int) -> int:
+    """Instructions that a warp issues, of a listing with one loop at most, `trips` times: an upper bound, since all branches
+    are counted. Copies of a loop's body made by the assembler count as often."""
+    places, inside, number = {}, 0, 0
+    for line in text.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line):
+            places[label[1]] = number
+        elif found := _INSTRUCTION.match(line):
+            number += found[1] != "NOP"
+            back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            # The code ends with a branch to itself.
+            if back and number - places.get(back[1], number) > 1:
+                inside += number - places[back[1]]
+    return number + inside * (trips - 1)
 
 
 def broken_promises(promise: Promise, found: dict[str, int]) -> list[str]:
@@ -106,7 +125,8 @@ def broken_promises(promise: Promise, found: dict[str, int]) -> list[str]:
     if copies != ({promise.copies} - {None}):
         broken.append(f"copies by {', '.join(sorted(copies)) or 'none'}, not {promise.copies or 'none'}")
     wanted = {"LDG": (promise.loads, promise.narrow_loads), "STG": (promise.stores, promise.narrow_stores)}
-    for name, (bits, most) in (wanted | {"LDGSTS": (128 if promise.copies == "cp.async" else None, 0)}).items():
+    wanted["LDGSTS"] = (128 if promise.copies == "cp.async" else None, promise.narrow_copies)
+    for name, (bits, most) in wanted.items():
         widths = {int(key.split(".")[1]): count for key, count in found.items() if key.startswith(f"{name}.")}
         narrow = sum(count for width, count in widths.items() if bits is None or width < bits)
         if bits is not None and max(widths, default=0) != bits:
@@ -126,18 +146,23 @@ def build(architecture: int, only: str = "") -> Iterator[dict[str, Any]]:
         compiled = triton.compile(
             source_of(case),
             target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": case.warps} | stages | COMPILER_OPTIONS,
+            options={"num_warps": case.warps} | stages | case.options,
         )
         found = resources(compiled.asm["cubin"])
         found["shared_bytes"] += compiled.metadata.shared
         microseconds = {name: round(case.bytes_moved / rate * 1e6, 1) for name, rate in BANDWIDTH.items()}
-        found_instructions = instructions(compiled.asm["cubin"])
+        text = listing(compiled.asm["cubin"])
+        found_instructions = count_instructions(text)
+        work = case.programs * case.warps * issued(text, case.trips)
         yield {
             "kernel": case.name,
             "sm": architecture,
             "warps": case.warps,
             "bytes": int(case.bytes_moved),
             "bound_us": microseconds,
+            "issue_us": {
+                name: round(work / rate * 1e6, 1) for name, rate in ISSUE.get(architecture, {}).items() if work
+            },
             "instructions": found_instructions,
             "broken_promises": broken_promises(case.promise, found_instructions),
         } | found

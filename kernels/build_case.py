@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from kernels._launch import COMPILER_OPTIONS
 
 # (width, heads, patch tokens per teacher frame, output width) of the two official sizes.
 SIZES = {"b16": (768, 12, 196, 512), "l16": (1024, 16, 196, 768)}
@@ -30,6 +32,8 @@ class Promise:
     """The matrix instruction that does the products; None: there is none."""
     copies: Literal["cp.async", "tma"] | None = None
     """What brings tiles to shared memory: copies of 16 bytes a thread, or TMA."""
+    narrow_copies: int = 0
+    """How many copies may be narrower."""
     why: str = ""
     """Why a width is below 16 bytes."""
 
@@ -51,3 +55,9 @@ class Case:
     """The first architecture that has its types."""
     stages: int | None = None
     """Tiles on their way at once, where the launch says so."""
+    options: dict[str, Any] = field(default_factory=lambda: COMPILER_OPTIONS)
+    """Of the compiler."""
+    programs: int = 0
+    """Of the launch, where each runs its code once, but for one loop; else 0."""
+    trips: int = 1
+    """How often a program runs its loop."""

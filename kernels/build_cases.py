@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kernels._launch import power_of_two, rows_per_program, warps_for
+import triton
+
+from kernels._launch import FUSED_OPTIONS, power_of_two, rows_per_program, warps_for
 from kernels.align_loss import align_loss_bwd_kernel, align_loss_fwd_kernel
+from kernels.align_loss import warps as align_warps
 from kernels.build_case import BATCH, FRAMES, KEPT, SIZES, Case, Promise
 from kernels.layer_norm import layer_norm_bwd_kernel, layer_norm_fwd_kernel
 from kernels.linear.build_cases import linear_cases
-from kernels.patch_gather import patch_gather_kernel, warps
+from kernels.patch_gather import patch_gather_kernel
+from kernels.patch_gather import warps as patch_warps
 from kernels.quantize import (
     DTYPES,
     LARGEST,
@@ -87,7 +91,8 @@ def patch_cases(size: str) -> Iterator[Case]:
                 "LAST": last,
                 "PACKED": True,
             },
-            warps=warps(768, last),
+            warps=patch_warps(768, last),
+            programs=count,
             bytes_moved=count * (768 * 3 + 4),
             promise=Promise(narrow_loads=1)
             if last
@@ -113,6 +118,7 @@ def quantized_cases(size: str) -> Iterator[Case]:
                 {"x_row": channels} | ({"eps": 1e-5} if normed else {}),
                 {"K": channels, "BLOCK": power_of_two(channels), "LARGEST": LARGEST[DTYPES[precision]], "TINY": TINY},
                 warps=warps_for(channels),
+                programs=rows,
                 bytes_moved=rows * (channels * 3 + 4) + 8 * channels * normed,
                 promise=Promise(narrow_stores=1),
                 oldest=oldest,
@@ -124,6 +130,7 @@ def quantized_cases(size: str) -> Iterator[Case]:
         {"M": rows},
         {"N": 4 * width} | tile(4 * width),
         warps=4,
+        programs=triton.cdiv(rows, tile(4 * width)["ROWS"]) * triton.cdiv(4 * width, tile(4 * width)["BLOCK"]),
         bytes_moved=rows * (24 * width + 4) + 32 * width,
         promise=Promise(narrow_loads=4),
     )
@@ -143,6 +150,7 @@ def norm_cases(size: str) -> Iterator[Case]:
         {"x_row": width, "branch_row": width, "eps": 1e-6},
         options,
         warps=warps_for(width),
+        programs=rows,
         bytes_moved=rows * (12 * width + 8) + 8 * width,
         promise=Promise(narrow_stores=2),
     )
@@ -155,6 +163,8 @@ def norm_cases(size: str) -> Iterator[Case]:
         {"rows": rows, "dy_row": width, "dz_row": width, "z_row": width},
         options | {"ROWS": per_program},
         warps=warps_for(width),
+        programs=-(-rows // per_program),
+        trips=per_program,
         bytes_moved=rows * (14 * width + 8) + 8 * width * -(-rows // per_program),
         promise=Promise(narrow_loads=2),
     )
@@ -176,6 +186,7 @@ def cases(architecture: int = 80) -> Iterator[Case]:
             {"n": n, "tokens": every},
             gather | {"TABLE": True},
             warps=4,
+            programs=rows,
             bytes_moved=rows * (width * 4 + 4) + every * width * 4,
             promise=Promise(narrow_loads=1),
         )
@@ -186,6 +197,7 @@ def cases(architecture: int = 80) -> Iterator[Case]:
             {"n": n, "tokens": every},
             gather,
             warps=4,
+            programs=rows,
             bytes_moved=rows * (width * 4 + 4) + BATCH * every * width * 2,
             promise=Promise(narrow_loads=1),
         )
@@ -196,6 +208,7 @@ def cases(architecture: int = 80) -> Iterator[Case]:
             {"n": n, "tokens": every, "eps": 1e-5},
             gather | {"GATHER": True},
             warps=warps_for(width),
+            programs=rows,
             bytes_moved=rows * (width * 4 + 4),
             promise=Promise(narrow_loads=1),
         )
@@ -207,11 +220,12 @@ def cases(architecture: int = 80) -> Iterator[Case]:
             {"L": tokens, "n": KEPT},
             {"BLOCK": power_of_two(tokens)},
             warps=4,
+            programs=frames,
             bytes_moved=frames * (tokens + KEPT) * 4,
             promise=Promise(loads=64, narrow_loads=2, stores=32, why="a row of scores is smaller than a program"),
         )
         pointers = {"student": p16, "target": p16, "visible": i32, "weight": p32, "bias": p32}
-        numbers = {"rows_per_layer": rows, "n": n, "tokens": every, "eps": 1e-6}
+        numbers = {"n": n, "tokens": every, "eps": 1e-6}
         options = {"D": out, "BLOCK": power_of_two(out), "NORMALIZE": True, "LOSS": 0, "GATHER": True}
         yield Case(
             f"align_loss forward {size}",
@@ -219,19 +233,26 @@ def cases(architecture: int = 80) -> Iterator[Case]:
             {"out": p32} | pointers,
             numbers,
             options,
-            warps=warps_for(out),
+            warps=align_warps(out),
+            options=FUSED_OPTIONS,
+            programs=6 * rows,
             bytes_moved=6 * rows * (out * 4 + 8),
             promise=Promise(narrow_loads=1, stores=32, why="a row gives one number"),
         )
+        per_program = rows_per_program(6 * rows)
         yield Case(
             f"align_loss backward {size}",
             align_loss_bwd_kernel,
             {"dstudent": p16, "dweight": p32, "dbias": p32, "dout": p32} | pointers,
-            numbers,
-            options | {"ROWS": rows_per_program(6 * rows)},
-            warps=warps_for(out),
+            numbers | {"rows_per_layer": rows},
+            options | {"ROWS": per_program},
+            warps=align_warps(out),
+            options=FUSED_OPTIONS,
+            programs=6 * -(-rows // per_program),
+            trips=per_program,
             bytes_moved=6 * rows * (out * 6 + 8),
-            promise=Promise(narrow_loads=2),
+            # A row's index and gradient are copied with it.
+            promise=Promise(copies="cp.async", narrow_loads=2, narrow_copies=5),
         )
         yield from norm_cases(size)
         yield from quantized_cases(size)

@@ -29,6 +29,14 @@ def test_an_index_out_of_range_is_refused(backend: str, wrong: int) -> None:
             call()
 
 
+def test_align_loss_refuses_more_clips_than_a_grid_has() -> None:
+    student = torch.zeros(1, 65536, 1, 8, device=DEVICE)
+    affine = torch.ones(1, 8, device=DEVICE), torch.zeros(1, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="65536 clips and 1 layers; a launch takes at most 65535 of each"):
+        kernels.align_loss(student, student, *affine, backend="triton")
+    assert kernels.align_loss(student, student, *affine, backend="reference") == 2
+
+
 def test_values_are_read_where_that_is_free_or_asked_for() -> None:
     from kernels._launch import values_can_be_checked
 
