@@ -21,9 +21,6 @@ log = logging.getLogger("kernels")
 
 Backend = Literal["auto", "reference", "triton"]
 BACKENDS = ("auto", "reference", "triton")
-# Of operators that take tensors of any strides. Without it a compiler copies what it has not stored yet, to be sure of the
-# strides it traced, and stores it again for its other users.
-ANY_STRIDES = (torch.Tag.flexible_layout,)
 # Of every launch, because the default is the triton release's: on up to 3.8, off since 3.9. Off, a product is rounded before
 # it is added to something, as PyTorch's own operators round it; these kernels wait for memory, not for arithmetic.
 COMPILER_OPTIONS = {"enable_fp_fusion": False}

@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import (
-    ANY_STRIDES,
     COMPILER_OPTIONS,
     Backend,
     check_visible,
@@ -32,6 +31,7 @@ from kernels._launch import (
     use_triton,
     values_can_be_checked,
 )
+from kernels._operator import operator, register_autograd, register_fake
 
 Order = Literal["channels_first", "channels_last"]
 # Bytes of uint8 that a thread loads at once where a row is ordered as the pixels lie.
@@ -114,7 +114,7 @@ def warps(width: int, last: bool) -> int:
     return min(8, max(1, power_of_two(width) // (32 * _VECTOR))) if last else 4
 
 
-@torch.library.custom_op("umt_kernels::patch_gather", mutates_args=(), tags=ANY_STRIDES)
+@operator("patch_gather")
 def _patch_gather(
     video: Tensor,
     visible: Tensor,
@@ -158,7 +158,7 @@ def _patch_gather(
     return out
 
 
-@_patch_gather.register_fake
+@register_fake(_patch_gather)
 def _(video, visible, scale, shift, origin, rows, columns, patch, tubelet, dtype, last):
     return video.new_empty(*visible.shape, 3 * tubelet * patch * patch, dtype=dtype)
 
@@ -167,7 +167,7 @@ def _no_gradient(ctx, *gradients):
     raise RuntimeError("patch_gather has no gradient with respect to the video; pass video.detach()")
 
 
-_patch_gather.register_autograd(_no_gradient)
+register_autograd(_patch_gather, _no_gradient)
 
 
 def _reference(

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import ANY_STRIDES, COMPILER_OPTIONS, Backend, on_device, power_of_two, use_triton, warps_for
+from kernels._launch import COMPILER_OPTIONS, Backend, on_device, power_of_two, use_triton, warps_for
+from kernels._operator import operator, register_fake
 
 Precision = Literal["int8", "fp8"]
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -116,7 +117,7 @@ def _results(x: Tensor, precision: str) -> tuple[Tensor, Tensor, dict[str, Any]]
     return values, scale, options | {"num_warps": warps_for(width)} | COMPILER_OPTIONS
 
 
-@torch.library.custom_op("umt_kernels::quantize_rows", mutates_args=(), tags=ANY_STRIDES)
+@operator("quantize_rows")
 def _quantize_rows(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     # Rows may lie apart; the numbers of a row may not.
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -127,12 +128,12 @@ def _quantize_rows(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
-@_quantize_rows.register_fake
+@register_fake(_quantize_rows)
 def _(x, precision):
     return x.new_empty(x.shape, dtype=DTYPES[precision]), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-@torch.library.custom_op("umt_kernels::norm_quantize", mutates_args=(), tags=ANY_STRIDES)
+@operator("norm_quantize")
 def _norm_quantize(x: Tensor, weight: Tensor, bias: Tensor, eps: float, precision: str) -> tuple[Tensor, Tensor]:
     x = x if x.stride(1) == 1 else x.contiguous()
     values, scale, options = _results(x, precision)
@@ -143,12 +144,12 @@ def _norm_quantize(x: Tensor, weight: Tensor, bias: Tensor, eps: float, precisio
     return values, scale
 
 
-@_norm_quantize.register_fake
+@register_fake(_norm_quantize)
 def _(x, weight, bias, eps, precision):
     return x.new_empty(x.shape, dtype=DTYPES[precision]), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-@torch.library.custom_op("umt_kernels::dequantize_product", mutates_args=(), tags=ANY_STRIDES)
+@operator("dequantize_product")
 def _dequantize_product(product: Tensor, rows: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     product, rows, scale, bias = (tensor.contiguous() for tensor in (product, rows, scale, bias))
     out = torch.empty(product.shape, dtype=dtype, device=product.device)
@@ -162,7 +163,7 @@ def _dequantize_product(product: Tensor, rows: Tensor, scale: Tensor, bias: Tens
     return out
 
 
-@_dequantize_product.register_fake
+@register_fake(_dequantize_product)
 def _(product, rows, scale, bias, dtype):
     return product.new_empty(product.shape, dtype=dtype)
 
@@ -251,7 +252,7 @@ def dequantize_product(
         backend: "auto", "reference" or "triton".
 
     Returns:
-        (M, N) of that dtype.
+        (M, N) of that dtype. Detached.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -267,6 +268,7 @@ def dequantize_product(
         raise ValueError(f"dtype is {dtype!r}; it must be torch.float32, torch.bfloat16 or torch.float16")
     if scale.shape != product.shape[1:] or bias.shape != product.shape[1:]:
         raise ValueError(f"scale {tuple(scale.shape)} and bias {tuple(bias.shape)} must be ({product.shape[1]},)")
+    rows, scale, bias = rows.detach(), scale.detach(), bias.detach()
     if use_triton(backend, product):
         return _dequantize_product(product, rows, scale, bias, dtype)
     return torch.addcmul(bias, product * rows, scale).to(dtype)

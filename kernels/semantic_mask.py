@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _philox
-from kernels._launch import ANY_STRIDES, COMPILER_OPTIONS, Backend, interpreted, on_device, power_of_two, use_triton
+from kernels._launch import COMPILER_OPTIONS, Backend, interpreted, on_device, power_of_two, use_triton
+from kernels._operator import operator, register_fake
 
 # Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
 _IMPOSSIBLE = tl.constexpr(-1000.0)
@@ -134,7 +135,7 @@ def tiling(tokens: int, width: int, element_bytes: int) -> dict[str, int]:
     return {"BLOCK": block, "BLOCK_D": channels, "STAGES": stages, "num_warps": warps}
 
 
-@torch.library.custom_op("umt_kernels::semantic_mask", mutates_args=(), tags=ANY_STRIDES)
+@operator("semantic_mask")
 def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_scores: bool) -> tuple[Tensor, Tensor]:
     rows, heads, width = q.shape
     tokens = k.shape[2] - 1
@@ -168,14 +169,14 @@ def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_sc
     return out, scores
 
 
-@_semantic_mask.register_fake
+@register_fake(_semantic_mask)
 def _(q, k, num_visible, seed, with_scores):
     rows, tokens = q.shape[0], k.shape[2] - 1
     out = q.new_empty(rows, num_visible, dtype=torch.int32)
     return out, q.new_empty((rows, tokens) if with_scores else (0,), dtype=torch.float32)
 
 
-@torch.library.custom_op("umt_kernels::sample_visible", mutates_args=(), tags=ANY_STRIDES)
+@operator("sample_visible")
 def _sample_visible(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
     rows, tokens = scores.shape
     out = torch.empty(rows, num_visible, dtype=torch.int32, device=scores.device)
@@ -194,7 +195,7 @@ def _sample_visible(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
     return out
 
 
-@_sample_visible.register_fake
+@register_fake(_sample_visible)
 def _(scores, num_visible, seed):
     return scores.new_empty(scores.shape[0], num_visible, dtype=torch.int32)
 
@@ -242,7 +243,7 @@ def semantic_mask(
         k: (R, H, 1 + L, D) keys, the class token's first; any strides.
         num_visible: n, how many of the L tokens stay visible.
         seed: int64 (1,) on the same device.
-        return_scores: also return the scores (R, L) fp32.
+        return_scores: also return the scores (R, L) fp32, detached; class_attention's have a gradient.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -254,6 +255,7 @@ def semantic_mask(
     if q.ndim != 3 or k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[2] or k.shape[2] < 2:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (R, H, D) and (R, H, 1 + L, D)")
     _check(num_visible, k.shape[2] - 1, MAX_TOKENS, seed)
+    q, k = q.detach(), k.detach()
     if use_triton(backend, q):
         visible, scores = _semantic_mask(q, k, num_visible, seed, return_scores)
     else:
@@ -278,6 +280,7 @@ def sample_visible(scores: Tensor, num_visible: int, seed: Tensor, backend: Back
     if scores.ndim != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores are {scores.dtype} {tuple(scores.shape)}; they must be float32 (R, L)")
     _check(num_visible, scores.shape[1], MAX_SCORES, seed)
+    scores = scores.detach()
     if use_triton(backend, scores):
         return _sample_visible(scores, num_visible, seed)
     return _sample_reference(scores, num_visible, seed)

@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import (
-    ANY_STRIDES,
     COMPILER_OPTIONS,
     Backend,
     check_visible,
@@ -31,6 +30,7 @@ from kernels._launch import (
     use_triton,
     warps_for,
 )
+from kernels._operator import operator, register_autograd, register_fake
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def gather_norm_kernel(
     tl.store(out + i_row * C + o, (standard * b_weight + b_bias).to(out.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("umt_kernels::token_gather", mutates_args=(), tags=ANY_STRIDES)
+@operator("token_gather")
 def _token_gather(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
     x, visible = x.contiguous(), visible.contiguous()
     batch, tokens, width = x.shape
@@ -101,12 +101,12 @@ def _token_gather(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
     return out
 
 
-@_token_gather.register_fake
+@register_fake(_token_gather)
 def _(x, visible, table):
     return x.new_empty(*visible.shape, x.shape[2])
 
 
-@torch.library.custom_op("umt_kernels::token_gather_backward", mutates_args=(), tags=ANY_STRIDES)
+@operator("token_gather_backward")
 def _token_gather_backward(dout: Tensor, visible: Tensor, tokens: int) -> Tensor:
     dout, visible = dout.contiguous(), visible.contiguous()
     batch, n, width = dout.shape
@@ -119,12 +119,12 @@ def _token_gather_backward(dout: Tensor, visible: Tensor, tokens: int) -> Tensor
     return dx
 
 
-@_token_gather_backward.register_fake
+@register_fake(_token_gather_backward)
 def _(dout, visible, tokens):
     return dout.new_empty(dout.shape[0], tokens, dout.shape[2])
 
 
-_token_gather_backward.register_autograd(no_second_gradient)
+register_autograd(_token_gather_backward, no_second_gradient)
 
 
 def _setup(ctx, inputs, output):
@@ -138,10 +138,10 @@ def _backward(ctx, dout):
     return _token_gather_backward(dout, visible, ctx.tokens), None, None
 
 
-_token_gather.register_autograd(_backward, setup_context=_setup)
+register_autograd(_token_gather, _backward, setup_context=_setup)
 
 
-@torch.library.custom_op("umt_kernels::gather_norm", mutates_args=(), tags=ANY_STRIDES)
+@operator("gather_norm")
 def _gather_norm(x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x, visible = x.contiguous(), None if visible is None else visible.contiguous()
     batch, tokens, width = x.shape
@@ -167,7 +167,7 @@ def _gather_norm(x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor
     return out
 
 
-@_gather_norm.register_fake
+@register_fake(_gather_norm)
 def _(x, visible, weight, bias, eps):
     return x.new_empty(x.shape if visible is None else (*visible.shape, x.shape[2]))
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._launch import ANY_STRIDES, Backend, use_triton
+from kernels._launch import Backend, use_triton
+from kernels._operator import operator, register_fake
 from kernels.linear.layers import FLOATING, Activation, _check_residual, activate
 from kernels.linear.product import ACTIVATIONS, SCALE_BLOCK, product
 from kernels.quantize import DTYPES, quantize_rows
 
 
-@torch.library.custom_op("umt_kernels::scaled_linear", mutates_args=(), tags=ANY_STRIDES)
+@operator("scaled_linear")
 def _scaled_linear(
     values: Tensor,
     scales: Tensor,
@@ -51,7 +52,7 @@ def _scaled_linear(
     return out, out_scale
 
 
-@_scaled_linear.register_fake
+@register_fake(_scaled_linear)
 def _(values, scales, weight, weight_scale, bias, residual, activation, dtype):
     blocks = weight.shape[0] // SCALE_BLOCK if dtype in DTYPES.values() else 0
     out = values.new_empty(values.shape[0], weight.shape[0], dtype=dtype)
