@@ -51,7 +51,8 @@ def operator(
         tags: of the operator.
 
     Returns:
-        A decorator. Without register_autograd the operator's tensors must not require a gradient.
+        A decorator. An operator that returns something also needs register_fake. Without register_autograd its tensors must
+        not require a gradient.
     """
 
     def register(fn: Callable[..., Any]) -> OpOverload:
@@ -63,6 +64,8 @@ def operator(
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
         mutated = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
         torch.library.register_kernel(op.name(), None, _counted(fn, mutated) if mutated else fn, lib=library)
+        if mutated:
+            register_fake(op)(lambda *args: None)
         return op
 
     return register
