@@ -1,15 +1,18 @@
 """Our operators beside torch, torch.compile, Liger and quack in one Markdown table: `python -m benchmarks.compare [NAME ...]`.
 
 Columns are medians in µs and, of `ours`, the share of the bound: the bytes at the rate of a large copy in the same run, or the
-FLOPs at the rate of a large product. NAME keeps the operations whose name begins so; --size is that of bench_kernels.py. A
-library that is not installed has a dash, one that does not run its error below the table. quack's GELU is the tanh form, and
-without a bias. `--device cpu` compares the CPU backends, compiled code left out; without it a GPU is needed.
+FLOPs at the rate of a large product. On a CPU bytes that fit its cache count for nothing, as calls before have left them there.
+NAME keeps the operations whose name begins so; --size is that of bench_kernels.py. A library that is not installed has a dash,
+one that does not run its error below the table. A column is there only where the mathematics is the same: Liger (0.8.5) has the
+LayerNorm; quack (0.6.5) that and the plain product with bias and residual, but of GELU the tanh form alone. `--device cpu`
+compares the CPU backends, compiled code left out; without it a GPU is needed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,83 +23,160 @@ COLUMNS = {"ours": "ours", "plain": "torch", "compiled": "torch.compile", "liger
 
 
 def found(module: str, name: str) -> Any:
-    """A function of a library, or None where that is not installed."""
+    """A function of a library by its dotted name; None where the library is not installed, one that raises where it does not
+    import or has no such function."""
     try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError:
-        return None
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == module.split(".")[0]:
+            return None
+        told = f"{type(error).__name__}: {error}"
+
+        def fails(*_: Any, **__: Any) -> None:
+            raise ImportError(f"{module}.{name} is not there: {told}")
+
+        return fails
 
 
 def own_cases() -> Iterator[Any]:
-    """A student's LayerNorm and MLP, forward and backward, which bench_kernels.py has not."""
+    """A student's LayerNorm, MLP and linear layers, which bench_kernels.py has not."""
+    from benchmarks.kernel_cases import FRAMES, PATCH, SIZE, SIZES
+
+    width, _, _, batch, pixels = SIZES[SIZE]
+    tokens = (pixels // PATCH) ** 2
+    rows = batch * FRAMES * (tokens - int(tokens * 0.8))
+    yield from _norm_cases(rows, width)
+    yield from _linear_cases(rows, width)
+
+
+def _norm_cases(rows: int, width: int) -> Iterator[Any]:
+    """Behind the sum of an fp32 stream and a branch, then of the branch alone; forward and backward."""
     import torch
     import torch.nn.functional as F
 
     import kernels
-    from benchmarks.kernel_cases import DEVICE, DTYPE, FRAMES, PATCH, SIZE, SIZES, Case
+    from benchmarks.kernel_cases import DEVICE, DTYPE, Case
 
-    width, _, _, batch, pixels = SIZES[SIZE]
-    tokens = (pixels // PATCH) ** 2
-    rows, element = batch * FRAMES * (tokens - int(tokens * 0.8)), DTYPE.itemsize
     stream = torch.randn(rows, width, device=DEVICE, requires_grad=True)
     branch = torch.randn(rows, width, device=DEVICE, dtype=DTYPE, requires_grad=True)
     weight, bias = (torch.randn(width, device=DEVICE, requires_grad=True) for _ in range(2))
-    leaves = (stream, branch, weight, bias)
+    half = DTYPE.itemsize
 
-    def plain_norm() -> tuple[Any, Any]:
-        z = stream + branch
-        return F.layer_norm(z, (width,), weight, bias, 1e-6).to(DTYPE), z
+    def plain(x: Any) -> Any:
+        # fp32 as in the kernels, also of half numbers.
+        return F.layer_norm(x.float(), (width,), weight, bias, 1e-6).to(DTYPE)
 
-    norms = {
-        "ours": lambda: kernels.layer_norm(stream, weight, bias, 1e-6, branch=branch, dtype=DTYPE),
-        "plain": plain_norm,
-        "compiled": torch.compile(plain_norm, dynamic=False),
-    }
-    liger = found("liger_kernel.ops.layer_norm", "LigerLayerNormFunction")
-    if liger is not None:
-
-        def liger_norm() -> tuple[Any, Any]:
+    def summed(norm: Callable[[Any], Any]) -> Call:
+        def call() -> tuple[Any, Any]:
             z = stream + branch
-            return liger.apply(z, weight, bias, 1e-6).to(DTYPE), z
+            return norm(z).to(DTYPE), z
 
-        norms["liger"] = liger_norm
-    x = torch.randn(rows, width, device=DEVICE, dtype=DTYPE, requires_grad=True)
-    w1, w2 = (
-        torch.randn(*shape, device=DEVICE, dtype=DTYPE) / 30 for shape in ((4 * width, width), (width, 4 * width))
-    )
-    b1, b2 = (torch.zeros(n, device=DEVICE, dtype=DTYPE) for n in (4 * width, width))
-    layers = [tensor.requires_grad_() for tensor in (w1, b1, w2, b2)]
+        return call
+
+    norms = {"plain": plain}
+    liger = found("liger_kernel.ops.layer_norm", "LigerLayerNormFunction.apply")
+    if liger is not None:
+        norms["liger"] = lambda x: liger(x, weight, bias, 1e-6)
+    both = {"ours": lambda: kernels.layer_norm(stream, weight, bias, 1e-6, branch=branch, dtype=DTYPE)}
+    both |= {key: summed(norm) for key, norm in norms.items()}
+    alone = {"ours": lambda: kernels.layer_norm(branch, weight, bias, 1e-6)}
+    alone |= {key: lambda norm=norm: norm(branch) for key, norm in norms.items()}
+    for name, calls, leaves, moved in (
+        ("layer_norm", both, (stream, branch, weight, bias), (8 + 2 * half, 12 + half)),
+        ("layer_norm alone", alone, (branch, weight, bias), (2 * half, 3 * half)),
+    ):
+        calls["compiled"] = torch.compile(calls["plain"], dynamic=False)
+        backward = {key: backward_of(call, leaves) for key, call in calls.items()}
+        _add_quack_norm(calls, backward, stream if "alone" not in name else None, branch, weight, bias)
+        yield Case(f"{name} forward", calls, rows * width * moved[0])
+        yield Case(f"{name} backward", backward, rows * width * moved[1])
+
+
+def _add_quack_norm(forward: dict[str, Call], backward: dict[str, Call], stream: Any, *tensors: Any) -> None:
+    """quack's LayerNorm, whose two passes are functions that autograd does not know."""
+    import torch
+
+    layernorm_fwd, layernorm_bwd = (found("quack.rmsnorm", f"layernorm_{way}") for way in ("fwd", "bwd"))
+    if layernorm_fwd is None:
+        return
+    branch, weight, bias = (tensor.detach() for tensor in tensors)
+    stream = None if stream is None else stream.detach()
+
+    def run(**wanted: bool) -> tuple[Any, Any]:
+        z = branch if stream is None else stream + branch
+        return layernorm_fwd(z, weight, bias, 1e-6, **wanted), z
+
+    def forward_pass() -> Any:
+        normed, z = run()
+        return normed if stream is None else (normed.to(branch.dtype), z)
+
+    kept: list[Any] = []
+
+    def backward_pass() -> tuple[Any, ...]:
+        if not kept:
+            (_, rstd, mean), z = run(return_rstd=True, return_mean=True)
+            kept.extend((z, rstd, mean, torch.randn_like(branch), torch.randn_like(z)))
+        z, rstd, mean, dy, dz = kept
+        dx, dweight, dbias = layernorm_bwd(z, weight, dy.to(z.dtype), rstd, mean)
+        if stream is None:
+            return dx, dweight, dbias
+        total = dx + dz
+        return total, total.to(branch.dtype), dweight, dbias
+
+    forward["quack"], backward["quack"] = forward_pass, backward_pass
+
+
+def _linear_cases(rows: int, width: int) -> Iterator[Any]:
+    """The MLP forward and backward, then a linear layer with what its product can carry."""
+    import torch
+    import torch.nn.functional as F
+
+    import kernels
+    from benchmarks.kernel_cases import DEVICE, DTYPE, Case
+
+    def floats(*shape: int) -> Any:
+        return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
+
+    x, (w1, w2) = floats(rows, width), (floats(4 * width, width) / 30, floats(width, 4 * width) / 30)
+    b1, b2 = floats(4 * width), floats(width)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, w1, b1, w2, b2)]
 
     def plain_mlp() -> Any:
+        x, w1, b1, w2, b2 = leaves
         return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
 
-    mlps = {
-        "ours": lambda: kernels.mlp(x, *layers),
-        "plain": plain_mlp,
-        "compiled": torch.compile(plain_mlp, dynamic=False),
-    }
-    flops = 4 * rows * width * 4 * width
-    for name, calls, wanted, moved, work in (
-        ("layer_norm", norms, leaves, (8 + 2 * element, 12 + element), (0, 0)),
-        ("mlp", mlps, (x, *layers), (0, 0), (flops, 2 * flops)),
+    mlps = {"ours": lambda: kernels.mlp(*leaves), "plain": plain_mlp}
+    mlps["compiled"] = torch.compile(plain_mlp, dynamic=False)
+    flops = 2 * rows * width * 4 * width
+    yield Case("mlp forward", mlps, flops=2 * flops)
+    yield Case("mlp backward", {key: backward_of(call, leaves) for key, call in mlps.items()}, flops=4 * flops)
+
+    hidden, residual = floats(rows, 4 * width), floats(rows, width)
+    gemm, gemm_add = (found("quack.gemm_interface", name) for name in ("gemm", "gemm_add"))
+    for name, ours, plain, quack in (
+        (
+            "linear bias",
+            lambda: kernels.linear(x, w1, b1),
+            lambda: F.linear(x, w1, b1),
+            lambda: gemm(x, w1.t(), bias=b1),
+        ),
+        (
+            "linear residual",
+            lambda: kernels.linear(hidden, w2, b2, residual=residual),
+            lambda: F.linear(hidden, w2, b2) + residual,
+            lambda: gemm_add(hidden, w2.t(), residual, bias=b2),
+        ),
+        (
+            "linear gelu",
+            lambda: kernels.linear(x, w1, b1, activation="gelu"),
+            lambda: F.gelu(F.linear(x, w1, b1)),
+            None,
+        ),
     ):
-        yield Case(f"{name} forward", calls, rows * width * moved[0], work[0])
-        yield Case(
-            f"{name} backward",
-            {key: backward_of(call, wanted) for key, call in calls.items()},
-            rows * width * moved[1],
-            work[1],
-        )
-    linears = {
-        "ours": lambda: kernels.linear(x.detach(), w1.detach(), b1.detach(), activation="gelu"),
-        "plain": lambda: F.gelu(F.linear(x.detach(), w1.detach(), b1.detach())),
-        "compiled": torch.compile(lambda: F.gelu(F.linear(x.detach(), w1.detach(), b1.detach())), dynamic=False),
-    }
-    gemm_act = found("quack.gemm_interface", "gemm_act")
-    if gemm_act is not None:
-        options = {"activation": "gelu_tanh_approx", "store_preact": False}
-        linears["quack"] = lambda: gemm_act(x.detach(), w1.detach().t(), **options)
-    yield Case("linear gelu", linears, flops=flops / 2)
+        calls = {"ours": ours, "plain": plain, "compiled": torch.compile(plain, dynamic=False)}
+        if quack is not None and gemm is not None:
+            calls["quack"] = quack
+        yield Case(name, calls, flops=flops)
 
 
 def backward_of(call: Call, leaves: tuple) -> Call:
@@ -131,23 +211,23 @@ def main(arguments: list[str]) -> str:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("python -m benchmarks.compare: this machine has no GPU; --device cpu compares the CPU backends")
-    from benchmarks.bench_kernels import bound_of, measured_copy_rate, seconds_of
+    from benchmarks.bench_kernels import bound_of, cache_bytes, measured_copy_rate, seconds_of
     from benchmarks.kernel_cases import DEVICE, DTYPE, SIZE, cases
     from umt_fast.engine.precision import measure_matmul_rate
 
-    copy, matmul = measured_copy_rate(), measure_matmul_rate(DEVICE, DTYPE)
+    copy, matmul, cache = measured_copy_rate(), measure_matmul_rate(DEVICE, DTYPE), cache_bytes()
     columns = {key: title for key, title in COLUMNS.items() if DEVICE.type == "cuda" or key != "compiled"}
     lines, failed = [["operation", *columns.values(), "share of bound"], ["---"] * (len(columns) + 2)], []
     for case in (case for make in (own_cases, cases) for case in make()):
         if not case.name.startswith(tuple(options.names) or ("",)):
             continue
         seconds: dict[str, float] = {}
-        for key in columns.keys() & case.providers.keys():
+        for key in (key for key in columns if key in case.providers):
             try:
                 seconds[key] = seconds_of(case.providers[key])
             except Exception as error:
                 failed.append(f"{case.name}, {columns[key]}: {type(error).__name__}: {error}".splitlines()[0][:200])
-        bound = bound_of(case, copy, matmul)
+        bound = bound_of(case, copy, matmul, cache)
         share = f"{bound / seconds['ours']:.0%}" if bound and "ours" in seconds else "-"
         lines.append([case.name, *(f"{1e6 * seconds[key]:.1f}" if key in seconds else "-" for key in columns), share])
         print(case.name, {key: round(1e6 * value, 1) for key, value in seconds.items()}, file=sys.stderr, flush=True)

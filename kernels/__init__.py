@@ -10,6 +10,7 @@ from kernels.attention import AttentionBackend, attention, attention_backend, at
 from kernels.layer_norm import layer_norm
 from kernels.library import frozen_linear, library_linear, library_product
 from kernels.linear import DeferredNorm, defer_norm, linear, mlp, row_statistics, scaled_linear, weight_gradient
+from kernels.modules import LayerNorm, Linear, Mlp
 from kernels.patch_gather import FoldedPixels, fold_pixels, patch_gather
 from kernels.quantize import dequantize_product, norm_quantize, quantize_rows
 from kernels.quantized_linear import (
@@ -29,6 +30,9 @@ __all__ = [
     "AttentionBackend",
     "DeferredNorm",
     "FoldedPixels",
+    "LayerNorm",
+    "Linear",
+    "Mlp",
     "Norm",
     "Quantized",
     "align_features",

@@ -21,9 +21,6 @@ log = logging.getLogger("kernels")
 
 Backend = Literal["auto", "reference", "triton"]
 BACKENDS = ("auto", "reference", "triton")
-# Of operators that take tensors of any strides. Without it a compiler copies what it has not stored yet, to be sure of the
-# strides it traced, and stores it again for its other users.
-ANY_STRIDES = (torch.Tag.flexible_layout,)
 # Of every launch, because the default is the triton release's: on up to 3.8, off since 3.9. Off, a product is rounded before
 # it is added to something, as PyTorch's own operators round it. On, the two are one instruction: for kernels whose arithmetic
 # would take longer than their bytes.
@@ -113,6 +110,33 @@ def check_visible(visible: Tensor, batch: int, tokens: int) -> None:
         low, high = visible.aminmax()
         if low < 0 or high >= tokens:
             raise IndexError(f"visible holds indices in [{low}, {high}]; they must lie in [0, {tokens})")
+
+
+def check_out(
+    out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *inputs: Tensor | None, name: str = "out"
+) -> None:
+    """Refuses a tensor that a result of this shape and dtype, on the first input's device, cannot be written to.
+
+    Nothing that is written to a given tensor has a gradient, so that none of the inputs may want one.
+    """
+    device = inputs[0].device
+    if out.shape != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
+        laid = "" if out.is_contiguous() else f" of strides {out.stride()}"
+        raise ValueError(
+            f"{name} is {out.dtype} {tuple(out.shape)} on {out.device}{laid}; it must be contiguous {dtype} {tuple(shape)} on "
+            f"{device}"
+        )
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (out, *inputs)):
+        raise ValueError(
+            f"{name} takes no gradient, but a tensor here requires one; detach it, or call under torch.no_grad()"
+        )
+
+
+def both(out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The two tensors of an `out` for two results. Raises ValueError where there are not two."""
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise ValueError(f"out is a {type(out).__name__}; it must be a pair of tensors, one for each result")
+    return out[0], out[1]
 
 
 def on_device(tensor: Tensor) -> torch.cuda.device_of:

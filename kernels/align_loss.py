@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import (
-    ANY_STRIDES,
     FUSED_OPTIONS,
     Backend,
     check_visible,
@@ -31,6 +30,7 @@ from kernels._launch import (
     rows_per_program,
     use_triton,
 )
+from kernels._operator import operator, register_autograd, register_fake
 
 Normalize = Literal["l2", "none"]
 Loss = Literal["l2", "mse", "smooth_l1"]
@@ -185,7 +185,7 @@ def _arguments(student: Tensor, target: Tensor, visible: Tensor | None, weight: 
     return *pointers, weight.contiguous(), bias.contiguous()
 
 
-@torch.library.custom_op("umt_kernels::align_loss", mutates_args=(), tags=ANY_STRIDES)
+@operator("align_loss")
 def _align_loss(
     student: Tensor,
     target: Tensor,
@@ -217,12 +217,12 @@ def _align_loss(
     return out
 
 
-@_align_loss.register_fake
+@register_fake(_align_loss)
 def _(student, target, visible, weight, bias, eps, normalize, loss):
     return student.new_empty(student.shape[0], student.shape[1] * student.shape[2], dtype=torch.float32)
 
 
-@torch.library.custom_op("umt_kernels::align_loss_backward", mutates_args=(), tags=ANY_STRIDES)
+@operator("align_loss_backward")
 def _align_loss_backward(
     dout: Tensor,
     student: Tensor,
@@ -264,12 +264,12 @@ def _align_loss_backward(
     return dstudent, partial[0].sum(1).to(weight.dtype), partial[1].sum(1).to(bias.dtype)
 
 
-@_align_loss_backward.register_fake
+@register_fake(_align_loss_backward)
 def _(dout, student, target, visible, weight, bias, eps, normalize, loss):
     return student.new_empty(student.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-_align_loss_backward.register_autograd(no_second_gradient)
+register_autograd(_align_loss_backward, no_second_gradient)
 
 
 def _setup(ctx, inputs, output):
@@ -283,7 +283,7 @@ def _backward(ctx, dout):
     return gradients[0], None, None, gradients[1], gradients[2], None, None, None
 
 
-_align_loss.register_autograd(_backward, setup_context=_setup)
+register_autograd(_align_loss, _backward, setup_context=_setup)
 
 
 def l2_normalize(x: Tensor) -> Tensor:

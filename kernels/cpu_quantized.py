@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kernels._operator import operator, register_fake
 from kernels.quantize import LARGEST, TINY, largest_of_rows
 
 # Of 3,072 numbers in fp32, that is 3 MiB a core; 128 to 512 rows measure alike (AMX, 2 MiB of L2 a core).
@@ -63,7 +64,7 @@ def _in_fp32(block: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None
     return F.layer_norm(block.float(), block.shape[1:], norm_weight.float(), norm_bias.float(), eps)
 
 
-@torch.library.custom_op("umt_kernels::int8_linear_onednn", mutates_args=())
+@operator("int8_linear_onednn", tags=())
 def int8_linear(
     x: Tensor,
     weight: Tensor,
@@ -81,12 +82,12 @@ def int8_linear(
     return out
 
 
-@int8_linear.register_fake
+@register_fake(int8_linear)
 def _(x, weight, scale, bias, norm_weight, norm_bias, eps):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("umt_kernels::int8_mlp_onednn", mutates_args=())
+@operator("int8_mlp_onednn", tags=())
 def int8_mlp(
     x: Tensor,
     norm_weight: Tensor,
@@ -115,6 +116,6 @@ def int8_mlp(
     return out
 
 
-@int8_mlp.register_fake
+@register_fake(int8_mlp)
 def _(x, norm_weight, norm_bias, eps, w1, s1, b1, w2, s2, b2, activation):
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import (
-    ANY_STRIDES,
     COMPILER_OPTIONS,
     Backend,
     no_second_gradient,
@@ -29,6 +28,7 @@ from kernels._launch import (
     use_triton,
     warps_for,
 )
+from kernels._operator import operator, register_autograd, register_fake
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # A program holds its row in registers.
@@ -112,7 +112,7 @@ def _rows_apart(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-@torch.library.custom_op("umt_kernels::layer_norm", mutates_args=(), tags=ANY_STRIDES)
+@operator("layer_norm")
 def _layer_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -143,13 +143,13 @@ def _layer_norm(
     return y, z, mean, rstd
 
 
-@_layer_norm.register_fake
+@register_fake(_layer_norm)
 def _(x, branch, weight, bias, eps, dtype):
     z = x.new_empty((0,) if branch is None else x.shape)
     return x.new_empty(x.shape, dtype=dtype), z, *(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("umt_kernels::layer_norm_backward", mutates_args=(), tags=ANY_STRIDES)
+@operator("layer_norm_backward")
 def _layer_norm_backward(
     dy: Tensor, dz: Tensor | None, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,12 +185,12 @@ def _layer_norm_backward(
     return dx, partial[0].sum(0), partial[1].sum(0)
 
 
-@_layer_norm_backward.register_fake
+@register_fake(_layer_norm_backward)
 def _(dy, dz, z, mean, rstd, weight):
     return z.new_empty(z.shape), *(z.new_empty(z.shape[1], dtype=torch.float32) for _ in range(2))
 
 
-_layer_norm_backward.register_autograd(no_second_gradient)
+register_autograd(_layer_norm_backward, no_second_gradient)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -214,7 +214,7 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, *_: None) -> tuple
     return total, branch, dweight, dbias, None, None
 
 
-_layer_norm.register_autograd(_backward, setup_context=_setup)
+register_autograd(_layer_norm, _backward, setup_context=_setup)
 
 
 def _reference(

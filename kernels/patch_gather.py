@@ -23,15 +23,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import (
-    ANY_STRIDES,
     COMPILER_OPTIONS,
     Backend,
+    check_out,
     check_visible,
     on_device,
     power_of_two,
     use_triton,
     values_can_be_checked,
 )
+from kernels._operator import operator, register_autograd, register_fake
 
 Order = Literal["channels_first", "channels_last"]
 # Bytes of uint8 that a thread loads at once where a row is ordered as the pixels lie.
@@ -114,8 +115,8 @@ def warps(width: int, last: bool) -> int:
     return min(8, max(1, power_of_two(width) // (32 * _VECTOR))) if last else 4
 
 
-@torch.library.custom_op("umt_kernels::patch_gather", mutates_args=(), tags=ANY_STRIDES)
-def _patch_gather(
+def _patch_gather_into(
+    out: Tensor,
     video: Tensor,
     visible: Tensor,
     scale: Sequence[float] | None,
@@ -125,13 +126,10 @@ def _patch_gather(
     columns: int,
     patch: int,
     tubelet: int,
-    dtype: torch.dtype,
     last: bool,
-) -> Tensor:
+) -> None:
     view, visible = _channel_last(video), visible.contiguous()
-    batch, n = visible.shape
-    width = 3 * tubelet * patch * patch
-    out = torch.empty(batch, n, width, dtype=dtype, device=video.device)
+    batch, n, width = out.shape
     if out.numel():
         with on_device(out):
             patch_gather_kernel[(batch * n,)](
@@ -155,10 +153,31 @@ def _patch_gather(
                 num_warps=warps(width, last),
                 **COMPILER_OPTIONS,
             )
+
+
+_patch_gather_out = operator("patch_gather_out", mutates_args=("out",))(_patch_gather_into)
+
+
+@operator("patch_gather")
+def _patch_gather(
+    video: Tensor,
+    visible: Tensor,
+    scale: Sequence[float] | None,
+    shift: Sequence[float] | None,
+    origin: Tensor | None,
+    rows: int,
+    columns: int,
+    patch: int,
+    tubelet: int,
+    dtype: torch.dtype,
+    last: bool,
+) -> Tensor:
+    out = torch.empty(*visible.shape, 3 * tubelet * patch * patch, dtype=dtype, device=video.device)
+    _patch_gather_into(out, video, visible, scale, shift, origin, rows, columns, patch, tubelet, last)
     return out
 
 
-@_patch_gather.register_fake
+@register_fake(_patch_gather)
 def _(video, visible, scale, shift, origin, rows, columns, patch, tubelet, dtype, last):
     return video.new_empty(*visible.shape, 3 * tubelet * patch * patch, dtype=dtype)
 
@@ -167,7 +186,7 @@ def _no_gradient(ctx, *gradients):
     raise RuntimeError("patch_gather has no gradient with respect to the video; pass video.detach()")
 
 
-_patch_gather.register_autograd(_no_gradient)
+register_autograd(_patch_gather, _no_gradient)
 
 
 def _reference(
@@ -214,10 +233,11 @@ def patch_gather(
     tubelet_size: int = 1,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     origin: Tensor | None = None,
     crop_size: tuple[int, int] | None = None,
     order: Order = "channels_first",
+    out: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Rows of the visible patches of a video, or of a window of each clip.
@@ -228,12 +248,13 @@ def patch_gather(
             Any strides.
         visible: int32 or int64 (B, n), flat cells of the (T / tubelet, H / p, W / p) grid.
         mean, std: three numbers each on the [0, 1] scale, or both None (uint8 then stays 0..255).
-        dtype: of the result.
+        dtype: of the result; that of out by default, else float32.
         origin: int32 or int64 (B, 2), the top and left pixel of each clip's window of crop_size; the window is cut on the
             way, so that frames larger than the crop need no copy. None: the whole frame.
         crop_size: (height, width) of the windows; takes the place of (H, W) above.
         order: of a row: "channels_first" is that of a Conv3d weight, (3, tubelet, p, p), "channels_last" that of the pixels in
             memory, (tubelet, p, p, 3).
+        out: written in place and returned: contiguous, of the result's shape and dtype, on the video's device. None: a new one.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -270,9 +291,16 @@ def patch_gather(
         # Numbers, not tensors: making a tensor of them on a GPU would make the host wait for the copy.
         scale = [1 / (255 * s) for s in std]
         shift = [-m / s for m, s in zip(mean, std, strict=True)]
-    run = _patch_gather if use_triton(backend, video) else _reference
-    last = order == "channels_last"
-    return run(video, visible, scale, shift, origin, rows, columns, patch_size, tubelet_size, dtype, last)
+    dtype = dtype or (torch.float32 if out is None else out.dtype)
+    last, taken = order == "channels_last", use_triton(backend, video)
+    where = (video, visible, scale, shift, origin, rows, columns, patch_size, tubelet_size)
+    if out is None:
+        return (_patch_gather if taken else _reference)(*where, dtype, last)
+    check_out(out, (*visible.shape, 3 * tubelet_size * patch_size**2), dtype, video)
+    if not taken:
+        return out.copy_(_reference(*where, dtype, last))
+    _patch_gather_out(out, *where, last)
+    return out
 
 
 def _check_windows(origin: Tensor, batch: int, size: Sequence[int], crop: tuple[int, int]) -> None:

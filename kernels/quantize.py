@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._launch import ANY_STRIDES, COMPILER_OPTIONS, Backend, on_device, power_of_two, use_triton, warps_for
+from kernels._launch import (
+    COMPILER_OPTIONS,
+    Backend,
+    both,
+    check_out,
+    on_device,
+    power_of_two,
+    use_triton,
+    warps_for,
+)
+from kernels._operator import operator, register_fake
 
 Precision = Literal["int8", "fp8"]
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -103,52 +113,71 @@ def dequantize_kernel(out, product, rows, scale, bias, M, N: tl.constexpr, ROWS:
     tl.store(out + i_row * N + o[None, :], value.to(out.dtype.element_ty), mask=below & inside)
 
 
-def _results(x: Tensor, precision: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Values and scales to be written, and what a launch over rows says of them."""
-    rows, width = x.shape
-    dtype = DTYPES[precision]
-    if dtype != torch.int8 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
-        raise ValueError(f"{x.device} has no {dtype}, which needs compute capability 8.9; use backend='reference'")
-    values = torch.empty(rows, width, dtype=dtype, device=x.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    options = {"K": width, "BLOCK": power_of_two(width), "LARGEST": LARGEST[dtype], "TINY": TINY}
+def _options(values: Tensor) -> dict[str, Any]:
+    """What a launch over rows says of the 8-bit values it writes. Raises ValueError on a GPU without such numbers."""
+    if values.dtype != torch.int8 and values.is_cuda and torch.cuda.get_device_capability(values.device) < (8, 9):
+        raise ValueError(
+            f"{values.device} has no {values.dtype}, which needs compute capability 8.9; use backend='reference'"
+        )
+    width = values.shape[1]
+    options = {"K": width, "BLOCK": power_of_two(width), "LARGEST": LARGEST[values.dtype], "TINY": TINY}
     # Fused with the sum behind it, the product would not be rounded by itself.
-    return values, scale, options | {"num_warps": warps_for(width)} | COMPILER_OPTIONS
+    return options | {"num_warps": warps_for(width)} | COMPILER_OPTIONS
 
 
-@torch.library.custom_op("umt_kernels::quantize_rows", mutates_args=(), tags=ANY_STRIDES)
-def _quantize_rows(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def _empty(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """Values and scales of x (M, K), to be written."""
+    values = torch.empty(x.shape, dtype=DTYPES[precision], device=x.device)
+    return values, torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+
+
+def _quantize_rows_into(values: Tensor, scale: Tensor, x: Tensor) -> None:
     # Rows may lie apart; the numbers of a row may not.
-    x = x if x.stride(1) == 1 else x.contiguous()
-    values, scale, options = _results(x, precision)
+    x, options = x if x.stride(1) == 1 else x.contiguous(), _options(values)
     if len(x):
         with on_device(x):
             quantize_rows_kernel[(len(x),)](values, scale, x, x.stride(0), **options)
+
+
+_quantize_rows_out = operator("quantize_rows_out", mutates_args=("values", "scale"))(_quantize_rows_into)
+
+
+@operator("quantize_rows")
+def _quantize_rows(x: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    values, scale = _empty(x, precision)
+    _quantize_rows_into(values, scale, x)
     return values, scale
 
 
-@_quantize_rows.register_fake
+@register_fake(_quantize_rows)
 def _(x, precision):
     return x.new_empty(x.shape, dtype=DTYPES[precision]), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-@torch.library.custom_op("umt_kernels::norm_quantize", mutates_args=(), tags=ANY_STRIDES)
-def _norm_quantize(x: Tensor, weight: Tensor, bias: Tensor, eps: float, precision: str) -> tuple[Tensor, Tensor]:
-    x = x if x.stride(1) == 1 else x.contiguous()
-    values, scale, options = _results(x, precision)
+def _norm_quantize_into(values: Tensor, scale: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    x, options = x if x.stride(1) == 1 else x.contiguous(), _options(values)
     if len(x):
         affine = weight.contiguous(), bias.contiguous()
         with on_device(x):
             norm_quantize_kernel[(len(x),)](values, scale, x, *affine, x.stride(0), eps, **options)
+
+
+_norm_quantize_out = operator("norm_quantize_out", mutates_args=("values", "scale"))(_norm_quantize_into)
+
+
+@operator("norm_quantize")
+def _norm_quantize(x: Tensor, weight: Tensor, bias: Tensor, eps: float, precision: str) -> tuple[Tensor, Tensor]:
+    values, scale = _empty(x, precision)
+    _norm_quantize_into(values, scale, x, weight, bias, eps)
     return values, scale
 
 
-@_norm_quantize.register_fake
+@register_fake(_norm_quantize)
 def _(x, weight, bias, eps, precision):
     return x.new_empty(x.shape, dtype=DTYPES[precision]), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
-@torch.library.custom_op("umt_kernels::dequantize_product", mutates_args=(), tags=ANY_STRIDES)
+@operator("dequantize_product")
 def _dequantize_product(product: Tensor, rows: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     product, rows, scale, bias = (tensor.contiguous() for tensor in (product, rows, scale, bias))
     out = torch.empty(product.shape, dtype=dtype, device=product.device)
@@ -162,7 +191,7 @@ def _dequantize_product(product: Tensor, rows: Tensor, scale: Tensor, bias: Tens
     return out
 
 
-@_dequantize_product.register_fake
+@register_fake(_dequantize_product)
 def _(product, rows, scale, bias, dtype):
     return product.new_empty(product.shape, dtype=dtype)
 
@@ -184,24 +213,15 @@ def _on_triton(x: Tensor, precision: Precision, backend: Backend) -> bool:
     return taken
 
 
-def quantize_rows(x: Tensor, precision: Precision, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """The rows of x in 8 bits, each with a scale of its own: x = values * scales up to rounding.
+def _given(out: tuple[Tensor, Tensor], x: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
+    """The two tensors of an out that fit the values and scales of x."""
+    values, scale = both(out)
+    check_out(values, tuple(x.shape), DTYPES[precision], x, name="out of the values")
+    check_out(scale, (x.shape[0], 1), torch.float32, x, name="out of the scales")
+    return values, scale
 
-    Args:
-        x: (M, K) fp32, bf16 or fp16; K at least 1, on the Triton backend at most 16384.
-        precision: "int8" or "fp8" (float8_e4m3fn).
-        backend: "auto", "reference" or "triton"; for fp8 the latter needs compute capability 8.9.
 
-    Returns:
-        values (M, K) int8 or float8_e4m3fn, rounded to the nearest, halves to even; scales (M, 1) fp32. A row of zeros gives
-        zeros; one with a number that is not finite gets a scale that is not finite, and any values. Detached.
-
-    Raises:
-        ValueError: an x or precision of another kind, more channels than a program holds, a GPU without fp8.
-    """
-    x = x.detach()
-    if _on_triton(x, precision, backend):
-        return _quantize_rows(x, precision)
+def _plain(x: Tensor, precision: Precision) -> tuple[Tensor, Tensor]:
     dtype = DTYPES[precision]
     largest = largest_of_rows(x)
     values = x * (LARGEST[dtype] / largest.clamp_min(TINY))
@@ -210,8 +230,49 @@ def quantize_rows(x: Tensor, precision: Precision, *, backend: Backend = "auto")
     return values.to(dtype), largest / LARGEST[dtype]
 
 
+def _copied(out: tuple[Tensor, Tensor] | None, made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return made if out is None else (out[0].copy_(made[0]), out[1].copy_(made[1]))
+
+
+def quantize_rows(
+    x: Tensor, precision: Precision, *, out: tuple[Tensor, Tensor] | None = None, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The rows of x in 8 bits, each with a scale of its own: x = values * scales up to rounding.
+
+    Args:
+        x: (M, K) fp32, bf16 or fp16; K at least 1, on the Triton backend at most 16384.
+        precision: "int8" or "fp8" (float8_e4m3fn).
+        out: values and scales, written in place and returned: contiguous, of the results' shapes, dtypes and device. None:
+            new ones.
+        backend: "auto", "reference" or "triton"; for fp8 the latter needs compute capability 8.9.
+
+    Returns:
+        values (M, K) int8 or float8_e4m3fn, rounded to the nearest, halves to even; scales (M, 1) fp32. A row of zeros gives
+        zeros; one with a number that is not finite gets a scale that is not finite, and any values. Detached.
+
+    Raises:
+        ValueError: an x, precision or out of another kind, more channels than a program holds, a GPU without fp8.
+    """
+    x = x.detach()
+    taken = _on_triton(x, precision, backend)
+    out = None if out is None else _given(out, x, precision)
+    if not taken:
+        return _copied(out, _plain(x, precision))
+    if out is None:
+        return _quantize_rows(x, precision)
+    _quantize_rows_out(*out, x)
+    return out
+
+
 def norm_quantize(
-    x: Tensor, weight: Tensor, bias: Tensor, precision: Precision, *, eps: float = 1e-5, backend: Backend = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    precision: Precision,
+    *,
+    eps: float = 1e-5,
+    out: tuple[Tensor, Tensor] | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """quantize_rows of LayerNorm(x), in one pass over x, for frozen layers; between the two nothing is rounded.
 
@@ -220,22 +281,28 @@ def norm_quantize(
         weight, bias: (K,) of the LayerNorm, floating. Statistics and affine are fp32 whatever x is.
         precision: "int8" or "fp8" (float8_e4m3fn).
         eps: of the LayerNorm.
+        out: as of quantize_rows.
         backend: "auto", "reference" or "triton"; for fp8 the latter needs compute capability 8.9.
 
     Returns:
         values (M, K) and scales fp32 (M, 1) as of quantize_rows: what scaled_linear takes. Detached.
 
     Raises:
-        ValueError: shapes, dtypes or a precision that do not fit, more channels than a program holds, a GPU without fp8.
+        ValueError: shapes, dtypes, a precision or an out that do not fit, more channels than a program holds, a GPU without
+            fp8.
     """
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     taken = _on_triton(x, precision, backend)
     if weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
         raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({x.shape[1]},)")
-    if taken:
+    out = None if out is None else _given(out, x, precision)
+    if not taken:
+        normed = F.layer_norm(x.float(), x.shape[1:], weight.float(), bias.float(), eps)
+        return _copied(out, _plain(normed, precision))
+    if out is None:
         return _norm_quantize(x, weight, bias, eps, precision)
-    normed = F.layer_norm(x.float(), x.shape[1:], weight.float(), bias.float(), eps)
-    return quantize_rows(normed, precision, backend="reference")
+    _norm_quantize_out(*out, x, weight, bias, eps)
+    return out
 
 
 def dequantize_product(
@@ -251,7 +318,7 @@ def dequantize_product(
         backend: "auto", "reference" or "triton".
 
     Returns:
-        (M, N) of that dtype.
+        (M, N) of that dtype. Detached.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -267,6 +334,7 @@ def dequantize_product(
         raise ValueError(f"dtype is {dtype!r}; it must be torch.float32, torch.bfloat16 or torch.float16")
     if scale.shape != product.shape[1:] or bias.shape != product.shape[1:]:
         raise ValueError(f"scale {tuple(scale.shape)} and bias {tuple(bias.shape)} must be ({product.shape[1]},)")
+    rows, scale, bias = rows.detach(), scale.detach(), bias.detach()
     if use_triton(backend, product):
         return _dequantize_product(product, rows, scale, bias, dtype)
     return torch.addcmul(bias, product * rows, scale).to(dtype)

@@ -100,8 +100,17 @@ def _reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor
     return ((values.double() @ weight.double().t()) * rows * scale + bias).to(x.dtype)
 
 
+def _constants(weight: Tensor, scale: Tensor, bias: Tensor) -> Quantized:
+    # The weight itself: it is known by its identity, and takes no gradient.
+    return Quantized(weight, scale.detach(), bias.detach())
+
+
+def _affine(norm: Norm) -> Norm:
+    return Norm(norm.weight.detach(), norm.bias.detach(), norm.eps)
+
+
 def _onednn(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return int8_linear(x, weight, scale, bias, None, None, 0.0)
+    return int8_linear(x.detach(), *_constants(weight, scale, bias), None, None, 0.0)
 
 
 _BACKENDS = {"onednn": _onednn, "cublas": _cublas, "scaled_mm": _scaled_mm, "reference": _reference}
@@ -183,7 +192,7 @@ def quantized_linear(
         _check_norm(x, norm)
     chosen = _chosen(x, weight, backend, "quantized_linear")
     if norm is not None and chosen == "onednn":
-        out = int8_linear(x.reshape(-1, x.shape[-1]), weight, scale, bias, *norm)
+        out = int8_linear(x.detach().reshape(-1, x.shape[-1]), *_constants(weight, scale, bias), *_affine(norm))
     else:
         x = x if norm is None else _normed(x, norm)
         out = _BACKENDS[chosen](x.reshape(-1, x.shape[-1]), weight, scale, bias)
@@ -223,8 +232,9 @@ def quantized_mlp(
         raise ValueError(f"activation is {activation!r}; choose gelu or quick_gelu")
     chosen = _chosen(x, first.weight, backend, "quantized_mlp")
     if chosen == "onednn":
-        rows = x.reshape(-1, x.shape[-1])
-        return int8_mlp(rows, *norm, *first, *second, activation).view(x.shape)
+        rows = x.detach().reshape(-1, x.shape[-1])
+        layers = (part for layer in (first, second) for part in _constants(*layer))
+        return int8_mlp(rows, *_affine(norm), *layers, activation).view(x.shape)
     hidden = _normed(x, norm)
     if activation == "gelu":
         return x + quantized_linear(F.gelu(quantized_linear(hidden, *first, backend=chosen)), *second, backend=chosen)

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _philox
-from kernels._launch import ANY_STRIDES, COMPILER_OPTIONS, Backend, interpreted, on_device, power_of_two, use_triton
+from kernels._launch import COMPILER_OPTIONS, Backend, both, check_out, interpreted, on_device, power_of_two, use_triton
+from kernels._operator import operator, register_fake
 
 # Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
 _IMPOSSIBLE = tl.constexpr(-1000.0)
@@ -135,14 +136,12 @@ def tiling(tokens: int, width: int, element_bytes: int) -> dict[str, int]:
     return {"BLOCK": block, "BLOCK_D": channels, "STAGES": stages, "num_warps": 8 if block <= 256 else 16}
 
 
-@torch.library.custom_op("umt_kernels::semantic_mask", mutates_args=(), tags=ANY_STRIDES)
-def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_scores: bool) -> tuple[Tensor, Tensor]:
+def _semantic_mask_into(out: Tensor, scores: Tensor, q: Tensor, k: Tensor, seed: Tensor) -> None:
+    """scores: (0,) where they are not wanted."""
     rows, heads, width = q.shape
-    tokens = k.shape[2] - 1
+    tokens, num_visible, with_scores = k.shape[2] - 1, out.shape[1], scores.ndim == 2
     q = q if q.stride(2) == 1 else q.contiguous()
     k = k if k.stride(3) == 1 else k.contiguous()
-    out = torch.empty(rows, num_visible, dtype=torch.int32, device=q.device)
-    scores = torch.empty((rows, tokens) if with_scores else (0,), dtype=torch.float32, device=q.device)
     if out.numel() or scores.numel():
         with on_device(out):
             semantic_mask_kernel[(rows,)](
@@ -166,20 +165,29 @@ def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_sc
                 **tiling(tokens, width, k.element_size()),
                 **COMPILER_OPTIONS,
             )
+
+
+_semantic_mask_out = operator("semantic_mask_out", mutates_args=("out", "scores"))(_semantic_mask_into)
+
+
+@operator("semantic_mask")
+def _semantic_mask(q: Tensor, k: Tensor, num_visible: int, seed: Tensor, with_scores: bool) -> tuple[Tensor, Tensor]:
+    out = torch.empty(q.shape[0], num_visible, dtype=torch.int32, device=q.device)
+    shape = (q.shape[0], k.shape[2] - 1) if with_scores else (0,)
+    scores = torch.empty(shape, dtype=torch.float32, device=q.device)
+    _semantic_mask_into(out, scores, q, k, seed)
     return out, scores
 
 
-@_semantic_mask.register_fake
+@register_fake(_semantic_mask)
 def _(q, k, num_visible, seed, with_scores):
     rows, tokens = q.shape[0], k.shape[2] - 1
     out = q.new_empty(rows, num_visible, dtype=torch.int32)
     return out, q.new_empty((rows, tokens) if with_scores else (0,), dtype=torch.float32)
 
 
-@torch.library.custom_op("umt_kernels::sample_visible", mutates_args=(), tags=ANY_STRIDES)
-def _sample_visible(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
-    rows, tokens = scores.shape
-    out = torch.empty(rows, num_visible, dtype=torch.int32, device=scores.device)
+def _sample_visible_into(out: Tensor, scores: Tensor, seed: Tensor) -> None:
+    (rows, tokens), num_visible = scores.shape, out.shape[1]
     if out.numel():
         with on_device(out):
             sample_visible_kernel[(rows,)](
@@ -192,10 +200,19 @@ def _sample_visible(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
                 num_warps=4,
                 **COMPILER_OPTIONS,
             )
+
+
+_sample_visible_out = operator("sample_visible_out", mutates_args=("out",))(_sample_visible_into)
+
+
+@operator("sample_visible")
+def _sample_visible(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
+    out = torch.empty(scores.shape[0], num_visible, dtype=torch.int32, device=scores.device)
+    _sample_visible_into(out, scores, seed)
     return out
 
 
-@_sample_visible.register_fake
+@register_fake(_sample_visible)
 def _(scores, num_visible, seed):
     return scores.new_empty(scores.shape[0], num_visible, dtype=torch.int32)
 
@@ -234,6 +251,7 @@ def semantic_mask(
     seed: Tensor,
     *,
     return_scores: bool = False,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draws the visible tokens of each frame from the class token's attention.
@@ -243,7 +261,9 @@ def semantic_mask(
         k: (R, H, 1 + L, D) keys, the class token's first; any strides.
         num_visible: n, how many of the L tokens stay visible.
         seed: int64 (1,) on the same device.
-        return_scores: also return the scores (R, L) fp32.
+        return_scores: also return the scores (R, L) fp32, detached; class_attention's have a gradient.
+        out: written in place and returned: contiguous int32 (R, n) on q's device; with return_scores that and contiguous fp32
+            (R, L). None: new ones.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -255,6 +275,9 @@ def semantic_mask(
     if q.ndim != 3 or k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[2] or k.shape[2] < 2:
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (R, H, D) and (R, H, 1 + L, D)")
     _check(num_visible, k.shape[2] - 1, MAX_TOKENS, seed)
+    q, k = q.detach(), k.detach()
+    if out is not None:
+        return _semantic_mask_given(both(out) if return_scores else (out,), q, k, num_visible, seed, backend)
     if use_triton(backend, q):
         visible, scores = _semantic_mask(q, k, num_visible, seed, return_scores)
     else:
@@ -263,12 +286,31 @@ def semantic_mask(
     return (visible, scores) if return_scores else visible
 
 
-def sample_visible(scores: Tensor, num_visible: int, seed: Tensor, backend: Backend = "auto") -> Tensor:
+def _semantic_mask_given(
+    out: tuple[Tensor, ...], q: Tensor, k: Tensor, num_visible: int, seed: Tensor, backend: Backend
+) -> Tensor | tuple[Tensor, ...]:
+    check_out(out[0], (len(q), num_visible), torch.int32, q)
+    for scores in out[1:]:
+        check_out(scores, (len(q), k.shape[2] - 1), torch.float32, q, name="out of the scores")
+    if use_triton(backend, q):
+        _semantic_mask_out(out[0], out[1] if out[1:] else q.new_empty(0, dtype=torch.float32), q, k, seed)
+    else:
+        found = class_attention(q, k)
+        out[0].copy_(_sample_reference(found, num_visible, seed))
+        for scores in out[1:]:
+            scores.copy_(found)
+    return out if out[1:] else out[0]
+
+
+def sample_visible(
+    scores: Tensor, num_visible: int, seed: Tensor, backend: Backend = "auto", *, out: Tensor | None = None
+) -> Tensor:
     """Draws n tokens per row without replacement, with probabilities proportional to the scores.
 
     Args:
         scores: fp32 (R, L), not negative; rows need not sum to one.
         num_visible, seed, backend: as in semantic_mask.
+        out: written in place and returned: contiguous int32 (R, n) on the scores' device. None: a new one.
 
     Returns:
         int32 (R, n), ascending in each row.
@@ -279,6 +321,13 @@ def sample_visible(scores: Tensor, num_visible: int, seed: Tensor, backend: Back
     if scores.ndim != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores are {scores.dtype} {tuple(scores.shape)}; they must be float32 (R, L)")
     _check(num_visible, scores.shape[1], MAX_SCORES, seed)
-    if use_triton(backend, scores):
+    scores = scores.detach()
+    if out is not None:
+        check_out(out, (len(scores), num_visible), torch.int32, scores)
+    if not use_triton(backend, scores):
+        visible = _sample_reference(scores, num_visible, seed)
+        return visible if out is None else out.copy_(visible)
+    if out is None:
         return _sample_visible(scores, num_visible, seed)
-    return _sample_reference(scores, num_visible, seed)
+    _sample_visible_out(out, scores, seed)
+    return out

@@ -21,9 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import (
-    ANY_STRIDES,
     COMPILER_OPTIONS,
     Backend,
+    check_out,
     check_visible,
     no_second_gradient,
     on_device,
@@ -31,6 +31,7 @@ from kernels._launch import (
     use_triton,
     warps_for,
 )
+from kernels._operator import operator, register_autograd, register_fake
 
 
 @triton.jit
@@ -77,12 +78,10 @@ def gather_norm_kernel(
     tl.store(out + i_row * C + o, (standard * b_weight + b_bias).to(out.dtype.element_ty), mask=inside)
 
 
-@torch.library.custom_op("umt_kernels::token_gather", mutates_args=(), tags=ANY_STRIDES)
-def _token_gather(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
+def _token_gather_into(out: Tensor, x: Tensor, visible: Tensor, table: Tensor | None) -> None:
     x, visible = x.contiguous(), visible.contiguous()
     batch, tokens, width = x.shape
     n = visible.shape[1]
-    out = torch.empty(batch, n, width, dtype=x.dtype, device=x.device)
     if out.numel():
         with on_device(out):
             token_gather_fwd_kernel[(batch * n,)](
@@ -98,15 +97,24 @@ def _token_gather(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
                 num_warps=4,
                 **COMPILER_OPTIONS,
             )
+
+
+_token_gather_out = operator("token_gather_out", mutates_args=("out",))(_token_gather_into)
+
+
+@operator("token_gather")
+def _token_gather(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
+    out = torch.empty(*visible.shape, x.shape[2], dtype=x.dtype, device=x.device)
+    _token_gather_into(out, x, visible, table)
     return out
 
 
-@_token_gather.register_fake
+@register_fake(_token_gather)
 def _(x, visible, table):
     return x.new_empty(*visible.shape, x.shape[2])
 
 
-@torch.library.custom_op("umt_kernels::token_gather_backward", mutates_args=(), tags=ANY_STRIDES)
+@operator("token_gather_backward")
 def _token_gather_backward(dout: Tensor, visible: Tensor, tokens: int) -> Tensor:
     dout, visible = dout.contiguous(), visible.contiguous()
     batch, n, width = dout.shape
@@ -119,12 +127,12 @@ def _token_gather_backward(dout: Tensor, visible: Tensor, tokens: int) -> Tensor
     return dx
 
 
-@_token_gather_backward.register_fake
+@register_fake(_token_gather_backward)
 def _(dout, visible, tokens):
     return dout.new_empty(dout.shape[0], tokens, dout.shape[2])
 
 
-_token_gather_backward.register_autograd(no_second_gradient)
+register_autograd(_token_gather_backward, no_second_gradient)
 
 
 def _setup(ctx, inputs, output):
@@ -138,15 +146,13 @@ def _backward(ctx, dout):
     return _token_gather_backward(dout, visible, ctx.tokens), None, None
 
 
-_token_gather.register_autograd(_backward, setup_context=_setup)
+register_autograd(_token_gather, _backward, setup_context=_setup)
 
 
-@torch.library.custom_op("umt_kernels::gather_norm", mutates_args=(), tags=ANY_STRIDES)
-def _gather_norm(x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _gather_norm_into(out: Tensor, x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> None:
     x, visible = x.contiguous(), None if visible is None else visible.contiguous()
     batch, tokens, width = x.shape
-    n = tokens if visible is None else visible.shape[1]
-    out = torch.empty(batch, n, width, dtype=x.dtype, device=x.device)
+    n = out.shape[1]
     if out.numel():
         with on_device(out):
             gather_norm_kernel[(batch * n,)](
@@ -164,12 +170,25 @@ def _gather_norm(x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor
                 num_warps=warps_for(width),
                 **COMPILER_OPTIONS,
             )
+
+
+_gather_norm_out = operator("gather_norm_out", mutates_args=("out",))(_gather_norm_into)
+
+
+def _shape(x: Tensor, visible: Tensor | None) -> tuple[int, ...]:
+    return tuple(x.shape) if visible is None else (*visible.shape, x.shape[2])
+
+
+@operator("gather_norm")
+def _gather_norm(x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    out = torch.empty(_shape(x, visible), dtype=x.dtype, device=x.device)
+    _gather_norm_into(out, x, visible, weight, bias, eps)
     return out
 
 
-@_gather_norm.register_fake
+@register_fake(_gather_norm)
 def _(x, visible, weight, bias, eps):
-    return x.new_empty(x.shape if visible is None else (*visible.shape, x.shape[2]))
+    return x.new_empty(_shape(x, visible))
 
 
 def _reference(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
@@ -178,7 +197,14 @@ def _reference(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
     return out if table is None else out + table.to(x.dtype)[index]
 
 
-def token_gather(x: Tensor, visible: Tensor, table: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+def token_gather(
+    x: Tensor,
+    visible: Tensor,
+    table: Tensor | None = None,
+    backend: Backend = "auto",
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
     """Rows of x at visible, plus the same rows of a position table.
 
     Args:
@@ -186,24 +212,40 @@ def token_gather(x: Tensor, visible: Tensor, table: Tensor | None = None, backen
         visible: int32 or int64 (B, n); the indices of one row are unique where x takes a gradient.
         table: (N, C) added after a cast to x's dtype, or None. Constant: it gets no gradient.
         backend: "auto", "reference" or "triton".
+        out: written in place and returned: contiguous, of the result's shape, dtype and device; x then takes no gradient.
+            None: a new one.
 
     Returns:
         (B, n, C) in x's dtype; differentiable with respect to x.
 
     Raises:
-        ValueError: shapes that do not fit. IndexError: an index out of range (on a GPU within checked() only).
+        ValueError: shapes that do not fit, an out beside an x that requires a gradient. IndexError: an index out of range (on
+            a GPU within checked() only).
     """
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be floating (B, N, C)")
     if table is not None and table.shape != x.shape[1:]:
         raise ValueError(f"table has shape {tuple(table.shape)}; it must be {tuple(x.shape[1:])}, a row for each token")
     check_visible(visible, x.shape[0], x.shape[1])
-    table = None if table is None else table.detach()
-    return _token_gather(x, visible, table) if use_triton(backend, x) else _reference(x, visible, table)
+    table, taken = None if table is None else table.detach(), use_triton(backend, x)
+    if out is None:
+        return (_token_gather if taken else _reference)(x, visible, table)
+    check_out(out, _shape(x, visible), x.dtype, x)
+    if not taken:
+        return out.copy_(_reference(x, visible, table))
+    _token_gather_out(out, x.detach(), visible, table)
+    return out
 
 
 def gather_norm(
-    x: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float = 1e-5, backend: Backend = "auto"
+    x: Tensor,
+    visible: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = 1e-5,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Rows of x at visible, through a LayerNorm; for frozen towers, so nothing gets a gradient.
 
@@ -212,6 +254,7 @@ def gather_norm(
         visible: int32 or int64 (B, n); None for all rows in their order.
         weight, bias: (C,) of the LayerNorm. Statistics and affine are fp32 whatever x is.
         eps: of the LayerNorm.
+        out: written in place and returned: contiguous, of the result's shape, dtype and device. None: a new one.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -227,8 +270,14 @@ def gather_norm(
     if visible is not None:
         check_visible(visible, x.shape[0], x.shape[1])
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    if out is not None:
+        check_out(out, _shape(x, visible), x.dtype, x)
     if use_triton(backend, x):
-        return _gather_norm(x, visible, weight, bias, eps)
+        if out is None:
+            return _gather_norm(x, visible, weight, bias, eps)
+        _gather_norm_out(out, x, visible, weight, bias, eps)
+        return out
     rows = x if visible is None else _reference(x, visible, None)
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return F.layer_norm(rows.to(kind), x.shape[2:], weight.to(kind), bias.to(kind), eps).to(x.dtype)
+    normed = F.layer_norm(rows.to(kind), x.shape[2:], weight.to(kind), bias.to(kind), eps).to(x.dtype)
+    return normed if out is None else out.copy_(normed)

@@ -1,11 +1,15 @@
 """What the benchmarks make of their figures; the figures themselves are nobody's test."""
 
 import json
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import amortized, compare
+from benchmarks import amortized, bench_kernels, compare
 from benchmarks.bench_kernels import figures
 from benchmarks.kernel_cases import DEVICE, Case
 from benchmarks.profile_step import covered, kind_of, shares
@@ -113,6 +117,86 @@ def test_several_masks_of_a_clip_cost_less_than_as_many_runs(tmp_path: Path) -> 
         amortized.main(tmp_path)
 
 
+def other_libraries() -> dict[str, Any]:
+    """Liger and quack by the functions that compare calls: their signatures, of 0.8.5 and 0.6.5, and the plain formulas."""
+
+    def layernorm_fwd(x, weight, bias=None, eps=1e-6, return_rstd=False, return_mean=False):
+        assert x.ndim == 2 and weight.dtype == bias.dtype == torch.float32
+        variance, mean = torch.var_mean(x.float(), 1, correction=0)
+        rstd = (variance + eps).rsqrt()
+        out = ((x - mean[:, None]) * rstd[:, None] * weight + bias).to(x.dtype)
+        more = [part for part, wanted in ((rstd, return_rstd), (mean, return_mean)) if wanted]
+        return (out, *more) if more else out
+
+    def layernorm_bwd(x, weight, dout, rstd, mean, has_bias=True):
+        assert x.dtype == dout.dtype
+        standard, slope = (x - mean[:, None]) * rstd[:, None], dout * weight
+        parts = slope.mean(1, keepdim=True) + standard * (slope * standard).mean(1, keepdim=True)
+        dx = rstd[:, None] * (slope - parts)
+        return dx, (dout * standard).sum(0), dout.sum(0) if has_bias else None
+
+    def gemm(A, B, out=None, bias=None, alpha=1.0):
+        return alpha * A @ B + bias
+
+    def gemm_add(A, B, C, out=None, bias=None, alpha=1.0, beta=1.0):
+        return alpha * A @ B + beta * C + bias
+
+    class LigerLayerNormFunction:
+        @staticmethod
+        def apply(X, W, B, eps):
+            return torch.nn.functional.layer_norm(X, W.shape, W, B, eps)
+
+    return {
+        "quack": {},
+        "quack.rmsnorm": {"layernorm_fwd": layernorm_fwd, "layernorm_bwd": layernorm_bwd},
+        "quack.gemm_interface": {"gemm": gemm, "gemm_add": gemm_add},
+        "liger_kernel": {},
+        "liger_kernel.ops": {},
+        "liger_kernel.ops.layer_norm": {"LigerLayerNormFunction": LigerLayerNormFunction},
+    }
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="compares values of fp32")
+def test_the_columns_of_compare_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, functions in other_libraries().items():
+        module = types.ModuleType(name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    seen = {}
+    for case in compare.own_cases():
+        results = {}
+        for provider, call in case.providers.items():
+            torch.manual_seed(0)  # of the upstream gradients
+            made = call()
+            results[provider] = made if isinstance(made, tuple) else (made,)
+        for provider, parts in results.items():
+            for ours, theirs in zip(results["ours"], parts, strict=True):
+                torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4, msg=f"{case.name}, {provider}")
+        seen[case.name] = set(results) - {"ours", "plain", "compiled"}
+    both = {"liger", "quack"}
+    norms = {f"layer_norm{more} {way}": both for more in ("", " alone") for way in ("forward", "backward")}
+    products = {"mlp forward": set(), "mlp backward": set(), "linear gelu": set()}
+    assert seen == norms | products | {"linear bias": {"quack"}, "linear residual": {"quack"}}
+
+
+def test_a_library_that_does_not_import_is_told_below_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compare.found("no_such_library.part", "function") is None
+    with pytest.raises(ImportError, match="math.no_such.apply is not there: AttributeError"):
+        compare.found("math", "no_such.apply")(1, eps=2)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    with pytest.raises(ImportError, match="ModuleNotFoundError"):  # of another version: a part of it is missing
+        compare.found("liger_kernel.ops.layer_norm", "LigerLayerNormFunction.apply")()
+
+
+def test_bytes_that_fit_the_cache_bound_nothing() -> None:
+    case = Case("copy", {}, bytes_moved=1000.0, flops=30.0)
+    assert bench_kernels.bound_of(case, 100.0, 10.0, 999) == 10.0
+    assert bench_kernels.bound_of(case, 100.0, 10.0, 1000) == 3.0
+    assert bench_kernels.bound_of(Case("copy", {}, bytes_moved=1000.0), 100.0, 10.0, 1000) == 0
+    assert DEVICE.type == "cpu" or bench_kernels.cache_bytes() == 0
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the cases of this process are on its GPU")
 def test_compare_makes_a_table_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "UMT_BENCH"):  # which it sets
@@ -122,9 +206,12 @@ def test_compare_makes_a_table_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None
     text = compare.main(["layer_norm", "mlp forward", "--device", "cpu", "--size", "tiny"])
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
     assert lines[0] == ["operation", "ours", "torch", "Liger", "quack", "share of bound"]
-    assert [line[0] for line in lines[2:]] == ["layer_norm forward", "layer_norm backward", "mlp forward"]
-    for _, ours, plain, liger, quack, share in lines[2:]:
-        assert float(ours) > 0 and float(plain) > 0 and liger == quack == "-" and share.endswith("%")
+    norms = [f"layer_norm{more} {way}" for more in ("", " alone") for way in ("forward", "backward")]
+    assert [line[0] for line in lines[2:]] == [*norms, "mlp forward"]
+    for name, ours, plain, liger, quack, share in lines[2:]:
+        assert float(ours) > 0 and float(plain) > 0 and liger == quack == "-"
+        # So small a LayerNorm moves bytes within the cache alone.
+        assert share == "-" if name in norms else share.endswith("%")
 
 
 def test_compare_names_an_operation_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

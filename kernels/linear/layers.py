@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import (
-    ANY_STRIDES,
     COMPILER_OPTIONS,
     Backend,
     no_second_gradient,
@@ -30,6 +29,7 @@ from kernels._launch import (
     use_triton,
     warps_for,
 )
+from kernels._operator import operator, register_autograd, register_fake
 from kernels.linear.product import ACTIVATIONS, limits, product, rows_apart, tiles_for
 
 Activation = Literal["none", "gelu", "quick_gelu"]
@@ -84,7 +84,7 @@ def row_statistics_kernel(mean, rstd, x, x_row, eps, K: tl.constexpr, BLOCK: tl.
     tl.store(rstd + i_row, 1 / tl.sqrt(tl.sum(centered * centered, 0) / K + eps))
 
 
-@torch.library.custom_op("umt_kernels::row_statistics", mutates_args=(), tags=ANY_STRIDES)
+@operator("row_statistics")
 def _row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = rows_apart(x)
     mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
@@ -97,7 +97,7 @@ def _row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, rstd
 
 
-@_row_statistics.register_fake
+@register_fake(_row_statistics)
 def _(x, eps):
     return tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
 
@@ -116,29 +116,29 @@ def weight_gradient_into(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -
     out.add_(parts.sum(0)) if accumulate else torch.sum(parts, 0, out=out)
 
 
-@torch.library.custom_op("umt_kernels::weight_gradient", mutates_args=(), tags=ANY_STRIDES)
+@operator("weight_gradient")
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     out = torch.empty(dy.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
     weight_gradient_into(out, dy, x, False)
     return out
 
 
-@_weight_gradient.register_fake
+@register_fake(_weight_gradient)
 def _(dy, x):
     return x.new_empty(dy.shape[1], x.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("umt_kernels::add_weight_gradient", mutates_args=("out",), tags=ANY_STRIDES)
+@operator("add_weight_gradient", mutates_args=("out",))
 def _add_weight_gradient(out: Tensor, dy: Tensor, x: Tensor) -> None:
     weight_gradient_into(out, dy, x, True)
 
 
-@_add_weight_gradient.register_fake
+@register_fake(_add_weight_gradient)
 def _(out, dy, x):
     return None
 
 
-@torch.library.custom_op("umt_kernels::linear", mutates_args=(), tags=ANY_STRIDES)
+@operator("linear")
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
     column: Tensor | None, activation: str, keep: bool,
@@ -153,14 +153,14 @@ def _linear(
     return out, pre
 
 
-@_linear.register_fake
+@register_fake(_linear)
 def _(x, weight, bias, residual, mean, rstd, column, activation, keep):
     shape = (x.shape[0], weight.shape[0])
     kind = x.dtype if residual is None else residual.dtype
     return x.new_empty(shape, dtype=kind), x.new_empty(shape if keep else (0,))
 
 
-@torch.library.custom_op("umt_kernels::input_gradient", mutates_args=(), tags=ANY_STRIDES)
+@operator("input_gradient")
 def _input_gradient(
     dy: Tensor, weight: Tensor, pre: Tensor | None, activation: str, hidden: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,14 +179,14 @@ def _input_gradient(
     return out, parts.sum(0), again
 
 
-@_input_gradient.register_fake
+@register_fake(_input_gradient)
 def _(dy, weight, pre, activation, hidden):
     shape = (dy.shape[0], weight.shape[1])
     sums = dy.new_empty(weight.shape[1], dtype=torch.float32)
     return dy.new_empty(shape), sums, dy.new_empty(shape if hidden else (0,))
 
 
-@torch.library.custom_op("umt_kernels::mlp", mutates_args=(), tags=ANY_STRIDES)
+@operator("mlp")
 def _mlp(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None, activation: str,
     save: str,
@@ -196,7 +196,7 @@ def _mlp(
     return out, pre, hidden if save == "both" else x.new_empty(0)
 
 
-@_mlp.register_fake
+@register_fake(_mlp)
 def _(x, w1, b1, w2, b2, residual, activation, save):
     shape, wide = (x.shape[0], w2.shape[0]), (x.shape[0], w1.shape[0])
     kind = x.dtype if residual is None else residual.dtype
@@ -271,10 +271,10 @@ def _backward_mlp(ctx, dout, *_):
     return dx, dw1, db1, dw2, db2, dout if need[5] else None, None, None
 
 
-_linear.register_autograd(_backward_linear, setup_context=_setup_linear)
-_mlp.register_autograd(_backward_mlp, setup_context=_setup_mlp)
-_input_gradient.register_autograd(no_second_gradient)
-_weight_gradient.register_autograd(no_second_gradient)
+register_autograd(_linear, _backward_linear, setup_context=_setup_linear)
+register_autograd(_mlp, _backward_mlp, setup_context=_setup_mlp)
+register_autograd(_input_gradient, no_second_gradient)
+register_autograd(_weight_gradient, no_second_gradient)
 
 
 def activate(value: Tensor, activation: Activation) -> Tensor:

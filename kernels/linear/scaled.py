@@ -13,13 +13,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._launch import ANY_STRIDES, Backend, use_triton
+from kernels._launch import Backend, both, check_out, use_triton
+from kernels._operator import operator, register_fake
 from kernels.linear.layers import FLOATING, Activation, _check_residual, activate
 from kernels.linear.product import ACTIVATIONS, SCALE_BLOCK, product
 from kernels.quantize import DTYPES, quantize_rows
 
 
-@torch.library.custom_op("umt_kernels::scaled_linear", mutates_args=(), tags=ANY_STRIDES)
+def _scaled_linear_into(
+    out: Tensor,
+    out_scale: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> None:
+    """out_scale: of no columns where the result is no 8-bit one."""
+    fp8 = torch.float8_e4m3fn in (weight.dtype, out.dtype)
+    if fp8 and values.is_cuda and torch.cuda.get_device_capability(values.device) < (8, 9):
+        raise ValueError(f"{values.device} has no fp8, which needs compute capability 8.9; use backend='reference'")
+    product(
+        out,
+        values,
+        weight,
+        kind=ACTIVATIONS[activation],
+        a_scale=scales.contiguous(),
+        b_scale=weight_scale.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        residual=residual,
+        out_scale=out_scale if out_scale.shape[1] else None,
+    )
+
+
+_scaled_linear_out = operator("scaled_linear_out", mutates_args=("out", "out_scale"))(_scaled_linear_into)
+
+
+def _shapes(values: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of the result and of its scales."""
+    rows, outputs = values.shape[0], weight.shape[0]
+    return (rows, outputs), (rows, outputs // SCALE_BLOCK if dtype in DTYPES.values() else 0)
+
+
+@operator("scaled_linear")
 def _scaled_linear(
     values: Tensor,
     scales: Tensor,
@@ -30,32 +68,17 @@ def _scaled_linear(
     activation: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    fp8 = torch.float8_e4m3fn in (weight.dtype, dtype)
-    if fp8 and values.is_cuda and torch.cuda.get_device_capability(values.device) < (8, 9):
-        raise ValueError(f"{values.device} has no fp8, which needs compute capability 8.9; use backend='reference'")
-    rows, outputs = values.shape[0], weight.shape[0]
-    blocks = outputs // SCALE_BLOCK if dtype in DTYPES.values() else 0
-    out = torch.empty(rows, outputs, dtype=dtype, device=values.device)
-    out_scale = torch.empty(rows, blocks, dtype=torch.float32, device=values.device)
-    product(
-        out,
-        values,
-        weight,
-        kind=ACTIVATIONS[activation],
-        a_scale=scales.contiguous(),
-        b_scale=weight_scale.contiguous(),
-        bias=None if bias is None else bias.contiguous(),
-        residual=residual,
-        out_scale=out_scale if blocks else None,
-    )
+    shape, scale_shape = _shapes(values, weight, dtype)
+    out = torch.empty(shape, dtype=dtype, device=values.device)
+    out_scale = torch.empty(scale_shape, dtype=torch.float32, device=values.device)
+    _scaled_linear_into(out, out_scale, values, scales, weight, weight_scale, bias, residual, activation)
     return out, out_scale
 
 
-@_scaled_linear.register_fake
+@register_fake(_scaled_linear)
 def _(values, scales, weight, weight_scale, bias, residual, activation, dtype):
-    blocks = weight.shape[0] // SCALE_BLOCK if dtype in DTYPES.values() else 0
-    out = values.new_empty(values.shape[0], weight.shape[0], dtype=dtype)
-    return out, values.new_empty(values.shape[0], blocks, dtype=torch.float32)
+    shape, scale_shape = _shapes(values, weight, dtype)
+    return values.new_empty(shape, dtype=dtype), values.new_empty(scale_shape, dtype=torch.float32)
 
 
 def _reference(
@@ -90,6 +113,7 @@ def scaled_linear(
     activation: Activation = "none",
     residual: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """act((values * scales) @ (weight * weight_scale).T + bias) + residual, for frozen layers.
@@ -101,6 +125,8 @@ def scaled_linear(
         activation: "none", "gelu" or "quick_gelu".
         residual: (M, N), floating, or None.
         dtype: of the result: float32, bfloat16 or float16, or int8 or float8_e4m3fn, for which N is a multiple of 128.
+        out: what is returned, written in place: contiguous, of the result's shape, dtype and device; for 8 bits that and its
+            scales. None: a new one.
         backend: "auto", "reference" or "triton"; fp8 on the latter needs compute capability 8.9.
 
     Returns:
@@ -132,7 +158,19 @@ def scaled_linear(
     if eight and outputs % SCALE_BLOCK:
         raise ValueError(f"{outputs} outputs in {dtype} are not a multiple of {SCALE_BLOCK}, the columns of a scale")
     _check_residual(residual, (rows, outputs))
-    run = _scaled_linear if use_triton(backend, values) else _reference
+    taken = use_triton(backend, values)
     given = (None if tensor is None else tensor.detach() for tensor in (bias, residual))
-    out, out_scale = run(values, scales.detach(), weight, weight_scale.detach(), *given, activation, dtype)
-    return (out, out_scale) if eight else out
+    operands = (values, scales.detach(), weight, weight_scale.detach(), *given, activation)
+    if out is None:
+        made = (_scaled_linear if taken else _reference)(*operands, dtype)
+        return made if eight else made[0]
+    shape, scale_shape = _shapes(values, weight, dtype)
+    result, result_scale = both(out) if eight else (out, values.new_empty(scale_shape, dtype=torch.float32))
+    check_out(result, shape, dtype, values)
+    check_out(result_scale, scale_shape, torch.float32, values, name="out of the scales")
+    if taken:
+        _scaled_linear_out(result, result_scale, *operands)
+    else:
+        for given, part in zip((result, result_scale), _reference(*operands, dtype), strict=True):
+            given.copy_(part)
+    return (result, result_scale) if eight else result

@@ -77,7 +77,7 @@ LOOP = """
 
 def test_a_loop_issues_its_instructions_at_each_trip() -> None:
     assert [issued(LOOP, trips) for trips in (1, 2, 10)] == [6, 9, 33]
-    assert issued(LISTING, 5) == 7
+    assert issued(LISTING, 5) == 8
 
 
 def test_instructions_are_counted_by_width() -> None:
