@@ -150,8 +150,15 @@ def power_of_two(n: int) -> int:
 
 
 def warps_for(width: int) -> int:
-    """Warps for a kernel that reduces over a row: one for each 512 channels, so that sums need few exchanges or none."""
-    return min(8, max(1, power_of_two(width) // 512))
+    """Warps for a kernel that reduces over a row: one for each 1024 channels. A sum over lanes and warps costs each of them as
+    many instructions as some ten channels do."""
+    return min(8, max(1, power_of_two(width) // 1024))
+
+
+def check_grid(clips: int) -> None:
+    """Refuses more clips than a launch over (rows, clips) takes: CUDA's limit on a grid's second axis."""
+    if clips > 65535:
+        raise ValueError(f"there are {clips} clips; a launch takes at most 65535; split the batch")
 
 
 def rows_per_program(rows: int) -> int:

@@ -23,19 +23,19 @@ from torch import Tensor
 from kernels._launch import (
     FUSED_OPTIONS,
     Backend,
+    check_grid,
     check_visible,
     no_second_gradient,
     on_device,
     power_of_two,
     rows_per_program,
     use_triton,
+    warps_for,
 )
 from kernels._operator import operator, register_autograd, register_fake
 
 Normalize = Literal["l2", "none"]
 Loss = Literal["l2", "mse", "smooth_l1"]
-# CUDA's limit on a grid's second and third axes.
-MAX_CLIPS = 65535
 _LOSSES = {"l2": 0, "mse": 1, "smooth_l1": 2}
 
 
@@ -175,11 +175,6 @@ def align_loss_bwd_kernel(
     tl.store(dbias + part, acc_bias, mask=inside)
 
 
-def warps(width: int) -> int:
-    """One for each 1024 channels: with fewer of them a row's sums would cost more instructions than its channels."""
-    return min(8, max(1, power_of_two(width) // 1024))
-
-
 def _arguments(student: Tensor, target: Tensor, visible: Tensor | None, weight: Tensor, bias: Tensor) -> tuple:
     pointers = (student.contiguous(), target.contiguous(), None if visible is None else visible.contiguous())
     return *pointers, weight.contiguous(), bias.contiguous()
@@ -211,7 +206,7 @@ def _align_loss(
                 NORMALIZE=normalize,
                 LOSS=loss,
                 GATHER=visible is not None,
-                num_warps=warps(width),
+                num_warps=warps_for(width),
                 **FUSED_OPTIONS,
             )
     return out
@@ -257,7 +252,7 @@ def _align_loss_backward(
                 LOSS=loss,
                 GATHER=visible is not None,
                 ROWS=per_program,
-                num_warps=warps(width),
+                num_warps=warps_for(width),
                 **FUSED_OPTIONS,
             )
     # Summed apart: an operator's results must not share memory.
@@ -381,9 +376,7 @@ def align_loss(
         if visible.shape[1] != n:
             raise ValueError(f"visible has {visible.shape[1]} indices a clip, student {n} rows")
     run = _align_loss if use_triton(backend, student) else _reference
-    if run is _align_loss and max(batch, layers) > MAX_CLIPS:
-        raise ValueError(
-            f"student has {batch} clips and {layers} layers; a launch takes at most {MAX_CLIPS} of each; split the batch"
-        )
+    if run is _align_loss:
+        check_grid(max(batch, layers))
     rows = run(student, target.detach(), visible, weight, bias, eps, normalize == "l2", _LOSSES[loss])
     return rows.mean(1) if per_layer else rows.mean()

@@ -28,6 +28,8 @@ from kernels.build_cases import cases
 # Peak memory bandwidth in bytes per second. Instructions of warps per second: SMs, 4 schedulers each, clock under load.
 BANDWIDTH = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12}
 ISSUE = {80: {"A100": 108 * 4 * 1.41e9}, 90: dict.fromkeys(("H100", "H200"), 132 * 4 * 1.755e9)}
+# Columns of the table.
+ISSUED = {"issue A100": "A100", "issue H100": "H100"}
 
 
 def source_of(case: Case) -> ASTSource:
@@ -99,17 +101,20 @@ def count_instructions(text: str) -> dict[str, int]:
 
 
 def issued(text: str, trips: int) -> int:
-    """Instructions that a warp issues, of a listing with one loop at most, `trips` times: an upper bound, since all branches
-    are counted. Copies of a loop's body made by the assembler count as often."""
+    """Instructions that a warp issues, of a listing with one loop at most, `trips` times.
+
+    An upper bound: all branches are counted. What lies behind the last EXIT is not: there are the slow ways of divisions.
+    """
     places, inside, number = {}, 0, 0
-    for line in text.splitlines():
+    lines = text.splitlines()
+    ends = [place for place, line in enumerate(lines) if (found := _INSTRUCTION.match(line)) and found[1] == "EXIT"]
+    for line in lines[: ends[-1] + 1] if ends else lines:
         if label := re.match(r"^(\.L_x_\d+):", line):
             places[label[1]] = number
         elif found := _INSTRUCTION.match(line):
             number += found[1] != "NOP"
             back = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            # The code ends with a branch to itself.
-            if back and number - places.get(back[1], number) > 1:
+            if back and back[1] in places:
                 inside += number - places[back[1]]
     return number + inside * (trips - 1)
 
@@ -171,14 +176,16 @@ def build(architecture: int, only: str = "") -> Iterator[dict[str, Any]]:
 def table(architectures: list[int]) -> str:
     """The resources of all kernels and the times their bytes alone would take, as a Markdown table."""
     found = [{row["kernel"]: row for row in build(number)} for number in architectures]
-    head = ["kernel", "MB moved", *(f"µs {name}" for name in BANDWIDTH), "warps"]
+    head = ["kernel", "MB moved", *(f"µs {name}" for name in BANDWIDTH), *ISSUED, "warps"]
     head += [f"{what} sm_{number}" for number in architectures for what in ("registers", "shared")]
     lines = [head, ["---"] * len(head)]
     for case in cases():
         rows = [built.get(case.name, {}) for built in found]
         first = next(filter(None, rows), None)
         if first:
-            line = [case.name, f"{first['bytes'] / 1e6:.1f}", *map(str, first["bound_us"].values()), first["warps"]]
+            issue = {name: us for row in rows for name, us in row.get("issue_us", {}).items()}
+            line = [case.name, f"{first['bytes'] / 1e6:.1f}", *map(str, first["bound_us"].values())]
+            line += [*(issue.get(name, "-") for name in ISSUED.values()), first["warps"]]
             lines.append(line + [row.get(what, "-") for row in rows for what in ("registers", "shared_bytes")])
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 

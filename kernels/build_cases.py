@@ -8,12 +8,12 @@ import triton
 
 from kernels._launch import FUSED_OPTIONS, power_of_two, rows_per_program, warps_for
 from kernels.align_loss import align_loss_bwd_kernel, align_loss_fwd_kernel
-from kernels.align_loss import warps as align_warps
 from kernels.build_case import BATCH, FRAMES, KEPT, SIZES, Case, Promise
 from kernels.layer_norm import layer_norm_bwd_kernel, layer_norm_fwd_kernel
+from kernels.layer_norm import warps as norm_warps
 from kernels.linear.build_cases import linear_cases
 from kernels.patch_gather import patch_gather_kernel
-from kernels.patch_gather import warps as patch_warps
+from kernels.patch_gather import tile as patch_tile
 from kernels.quantize import (
     DTYPES,
     LARGEST,
@@ -67,14 +67,14 @@ def patch_cases(size: str) -> Iterator[Case]:
     tokens = SIZES[size][2]
     rows = BATCH * FRAMES * KEPT
     for label, last, count in (("", False, rows), ("channels_last ", True, BATCH * FRAMES * tokens)):
+        tiles = patch_tile(16, 1, last)
+        warps = tiles.pop("num_warps")
         yield Case(
             f"patch_gather {label}{size}",
             patch_gather_kernel,
             {"out": "*bf16", "video": "*u8", "visible": "*i32", "origin": "*i32"},
             {
                 "n": count // BATCH,
-                "rows": 14,
-                "columns": 14,
                 "stride_b": FRAMES * 224 * 224 * 3,
                 "stride_t": 224 * 224 * 3,
                 "stride_y": 224 * 3,
@@ -83,22 +83,24 @@ def patch_cases(size: str) -> Iterator[Case]:
                 **{f"{part}_{channel}": 0.5 for part in ("scale", "shift") for channel in "rgb"},
             },
             {
+                "GRID_ROWS": 14,
+                "GRID_COLUMNS": 14,
                 "TUBELET": 1,
                 "PATCH": 16,
-                "BLOCK": 1024,
                 "SCALED": True,
                 "WINDOW": False,
                 "LAST": last,
                 "PACKED": True,
-            },
-            warps=patch_warps(768, last),
+            }
+            | tiles,
+            warps=warps,
             programs=count,
             bytes_moved=count * (768 * 3 + 4),
             promise=Promise(narrow_loads=1)
             if last
             else Promise(
                 loads=32,
-                narrow_loads=8,
+                narrow_loads=16,
                 why="side by side in such a row are pixels of one channel, in memory 3 bytes apart: a byte is loaded at a time",
             ),
         )
@@ -149,7 +151,7 @@ def norm_cases(size: str) -> Iterator[Case]:
         {"y": half, "z": full, "mean": full, "rstd": full, "x": full, "branch": half} | affine,
         {"x_row": width, "branch_row": width, "eps": 1e-6},
         options,
-        warps=warps_for(width),
+        warps=norm_warps(width),
         programs=rows,
         bytes_moved=rows * (12 * width + 8) + 8 * width,
         promise=Promise(narrow_stores=2),
@@ -162,7 +164,7 @@ def norm_cases(size: str) -> Iterator[Case]:
         | {"weight": full},
         {"rows": rows, "dy_row": width, "dz_row": width, "z_row": width},
         options | {"ROWS": per_program},
-        warps=warps_for(width),
+        warps=norm_warps(width),
         programs=-(-rows // per_program),
         trips=per_program,
         bytes_moved=rows * (14 * width + 8) + 8 * width * -(-rows // per_program),
@@ -233,7 +235,7 @@ def cases(architecture: int = 80) -> Iterator[Case]:
             {"out": p32} | pointers,
             numbers,
             options,
-            warps=align_warps(out),
+            warps=warps_for(out),
             options=FUSED_OPTIONS,
             programs=6 * rows,
             bytes_moved=6 * rows * (out * 4 + 8),
@@ -246,7 +248,7 @@ def cases(architecture: int = 80) -> Iterator[Case]:
             {"dstudent": p16, "dweight": p32, "dbias": p32, "dout": p32} | pointers,
             numbers | {"rows_per_layer": rows},
             options | {"ROWS": per_program},
-            warps=align_warps(out),
+            warps=warps_for(out),
             options=FUSED_OPTIONS,
             programs=6 * -(-rows // per_program),
             trips=per_program,

@@ -107,6 +107,11 @@ def layer_norm_bwd_kernel(
     tl.store(dbias + part, acc_bias, mask=inside)
 
 
+def warps(width: int) -> int:
+    """One for each 512 channels: the backward pass holds five numbers of each."""
+    return warps_for(2 * width)
+
+
 def _rows_apart(matrix: Tensor) -> Tensor:
     """Rows may lie apart; the numbers of a row may not."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
@@ -137,7 +142,7 @@ def _layer_norm(
                 eps,
                 K=width,
                 BLOCK=power_of_two(width),
-                num_warps=warps_for(width),
+                num_warps=warps(width),
                 **COMPILER_OPTIONS,
             )
     return y, z, mean, rstd
@@ -178,7 +183,7 @@ def _layer_norm_backward(
                 K=width,
                 BLOCK=power_of_two(width),
                 ROWS=per_program,
-                num_warps=warps_for(width),
+                num_warps=warps(width),
                 **COMPILER_OPTIONS,
             )
     # Summed apart: an operator's results must not share memory.

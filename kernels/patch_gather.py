@@ -25,6 +25,7 @@ from torch import Tensor
 from kernels._launch import (
     COMPILER_OPTIONS,
     Backend,
+    check_grid,
     check_out,
     check_visible,
     on_device,
@@ -40,14 +41,26 @@ _VECTOR = 16
 
 
 @triton.jit
+def _of_channel(within, r, g, b):
+    """r, g or b of each place in a line of pixels, for channel within % 3.
+
+    A thread holds 16 places side by side. So the remainder by 3 is known to the compiler within 16, and between them it is one
+    choice for all 16: a handful of instructions, where the plain choice would take some for every place.
+    """
+    turn, place = within // 16 % 3, within % 16 % 3
+    first = tl.where(turn == 0, r, tl.where(turn == 1, g, b))
+    second = tl.where(turn == 0, g, tl.where(turn == 1, b, r))
+    third = tl.where(turn == 0, b, tl.where(turn == 1, r, g))
+    return tl.where(place == 0, first, tl.where(place == 1, second, third))
+
+
+@triton.jit
 def patch_gather_kernel(
     out,
     video,
     visible,
     origin,
     n,
-    rows,
-    columns,
     stride_b,
     stride_t,
     stride_y,
@@ -59,50 +72,60 @@ def patch_gather_kernel(
     shift_r,
     shift_g,
     shift_b,
+    GRID_ROWS: tl.constexpr,
+    GRID_COLUMNS: tl.constexpr,
     TUBELET: tl.constexpr,
     PATCH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LINES: tl.constexpr,
+    WIDTH: tl.constexpr,
     SCALED: tl.constexpr,
     WINDOW: tl.constexpr,
     LAST: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """One program per visible token; offsets in int64 because a batch of videos exceeds 2^31 bytes.
+    """One program per visible token, on the grid (n, B); offsets in int64 because a batch of videos exceeds 2^31 bytes.
 
-    LAST: rows are (dt, dy, dx, c). PACKED: the channels of a pixel and the pixels of a line lie side by side.
+    A row is a tile of lines. LAST: a line is (dx, c) of one dy, and rows are (dt, dy, dx, c); else it is dx of one dy and c.
+    PACKED: the channels of a pixel and the pixels of a line lie side by side.
     """
-    i_row = tl.program_id(0)
-    i_batch = (i_row // n).to(tl.int64)
+    i_token, i_batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i_row = i_batch * n + i_token
+    # Divided by constants: the grid is one for a whole run, and a division by a number costs as much as a line of pixels.
     cell = tl.load(visible + i_row).to(tl.int32)
-    frame = (cell // (rows * columns) * TUBELET).to(tl.int64)
-    top = (cell // columns % rows * PATCH).to(tl.int64)
-    left = (cell % columns * PATCH).to(tl.int64)
+    frame = (cell // (GRID_ROWS * GRID_COLUMNS) * TUBELET).to(tl.int64)
+    top = (cell // GRID_COLUMNS % GRID_ROWS * PATCH).to(tl.int64)
+    left = (cell % GRID_COLUMNS * PATCH).to(tl.int64)
     if WINDOW:
         top += tl.load(origin + i_batch * 2)
         left += tl.load(origin + i_batch * 2 + 1)
-    o = tl.arange(0, BLOCK)
-    inside = o < 3 * TUBELET * PATCH * PATCH
+    pixels = video + i_batch * stride_b + frame * stride_t + top * stride_y + left * stride_x
+    line, within = tl.arange(0, LINES)[:, None], tl.arange(0, WIDTH)[None, :]
     if LAST:
-        line, within = o // (3 * PATCH), o % (3 * PATCH)
-        channel = within % 3
-        dy, dt = line % PATCH, line // PATCH
+        count: tl.constexpr = TUBELET * PATCH
+        length: tl.constexpr = 3 * PATCH
+        channel = 0
+        step = within if PACKED else (within // 3).to(tl.int64) * stride_x + (within % 3).to(tl.int64) * stride_c
     else:
-        dx = o % PATCH
-        dy = o // PATCH % PATCH
-        dt = o // (PATCH * PATCH) % TUBELET
-        channel = o // (PATCH * PATCH * TUBELET)
-    source = i_batch * stride_b + (frame + dt) * stride_t + (top + dy) * stride_y
-    if LAST and PACKED:
-        source += left * 3 + within
-    elif LAST:
-        source += (left + within // 3) * stride_x + channel * stride_c
-    else:
-        source += (left + dx) * stride_x + channel * stride_c
-    value = tl.load(video + source, mask=inside, other=0).to(tl.float32)
+        count: tl.constexpr = 3 * TUBELET * PATCH
+        length: tl.constexpr = PATCH
+        channel = line // (TUBELET * PATCH)
+        step = within.to(tl.int64) * stride_x
+    dt, dy = line // PATCH % TUBELET, line % PATCH
+    lines = dt.to(tl.int64) * stride_t + dy.to(tl.int64) * stride_y + channel * stride_c
+    inside = (line < count) & (within < length)
+    value = tl.load(pixels + lines + step, mask=inside, other=0).to(tl.float32)
     if SCALED:
-        scale = tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
-        value = value * scale + tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
-    tl.store(out + i_row.to(tl.int64) * (3 * TUBELET * PATCH * PATCH) + o, value.to(out.dtype.element_ty), mask=inside)
+        if LAST:
+            scale, shift = (
+                _of_channel(within, scale_r, scale_g, scale_b),
+                _of_channel(within, shift_r, shift_g, shift_b),
+            )
+        else:
+            scale = tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
+            shift = tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
+        value = value * scale + shift
+    row = out + i_row * (count * length) + line * length + within
+    tl.store(row, value.to(out.dtype.element_ty), mask=inside)
 
 
 def _channel_last(video: Tensor) -> Tensor:
@@ -110,9 +133,11 @@ def _channel_last(video: Tensor) -> Tensor:
     return video if video.dtype == torch.uint8 else video.permute(0, 2, 3, 4, 1)
 
 
-def warps(width: int, last: bool) -> int:
-    """Of a program that makes a row of this many numbers."""
-    return min(8, max(1, power_of_two(width) // (32 * _VECTOR))) if last else 4
+def tile(patch: int, tubelet: int, last: bool) -> dict[str, int]:
+    """Lines of a row, numbers of a line, and warps of a program, whose threads have 16 numbers each."""
+    lines, width = (tubelet * patch, 3 * patch) if last else (3 * tubelet * patch, patch)
+    lines, width = power_of_two(lines), power_of_two(width)
+    return {"LINES": lines, "WIDTH": width, "num_warps": min(8, max(1, lines * width // (32 * _VECTOR)))}
 
 
 def _patch_gather_into(
@@ -129,28 +154,27 @@ def _patch_gather_into(
     last: bool,
 ) -> None:
     view, visible = _channel_last(video), visible.contiguous()
-    batch, n, width = out.shape
+    batch, n, _ = out.shape
     if out.numel():
         with on_device(out):
-            patch_gather_kernel[(batch * n,)](
+            patch_gather_kernel[(n, batch)](
                 out,
                 view,
                 visible,
                 None if origin is None else origin.contiguous(),
                 n,
-                rows,
-                columns,
                 *view.stride(),
                 *(scale or (1.0,) * 3),
                 *(shift or (0.0,) * 3),
+                GRID_ROWS=rows,
+                GRID_COLUMNS=columns,
                 TUBELET=tubelet,
                 PATCH=patch,
-                BLOCK=power_of_two(width),
                 SCALED=scale is not None,
                 WINDOW=origin is not None,
                 LAST=last,
                 PACKED=view.stride()[3:] == (3, 1),
-                num_warps=warps(width, last),
+                **tile(patch, tubelet, last),
                 **COMPILER_OPTIONS,
             )
 
@@ -293,6 +317,8 @@ def patch_gather(
         shift = [-m / s for m, s in zip(mean, std, strict=True)]
     dtype = dtype or (torch.float32 if out is None else out.dtype)
     last, taken = order == "channels_last", use_triton(backend, video)
+    if taken:
+        check_grid(batch)
     where = (video, visible, scale, shift, origin, rows, columns, patch_size, tubelet_size)
     if out is None:
         return (_patch_gather if taken else _reference)(*where, dtype, last)

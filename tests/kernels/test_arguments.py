@@ -8,7 +8,6 @@ import torch
 
 import kernels
 from kernels._launch import power_of_two, rows_per_program, warps_for
-from kernels.align_loss import warps as align_warps
 from kernels.semantic_mask import tiling
 
 SEEN, SEED = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([3])
@@ -109,8 +108,7 @@ def test_patch_gather_says_that_it_has_no_gradient() -> None:
 
 def test_block_sizes_and_warps() -> None:
     assert [power_of_two(n) for n in (1, 2, 3, 64, 65, 768)] == [1, 2, 4, 64, 128, 1024]
-    assert [warps_for(n) for n in (16, 512, 768, 1024, 1408, 8192)] == [1, 1, 2, 2, 4, 8]
-    assert [align_warps(n) for n in (16, 768, 1024, 1408, 8192, 16384)] == [1, 1, 1, 2, 8, 8]
+    assert [warps_for(n) for n in (16, 768, 1024, 1408, 8192, 16384)] == [1, 1, 1, 2, 8, 8]
     # 6 layers of 64 clips with 320 tokens each: about 4000 programs.
     assert [rows_per_program(n) for n in (1, 6 * 64 * 320, 10**7)] == [4, 32, 64]
     assert tiling(196, 64, 2) == {"BLOCK": 256, "BLOCK_D": 64, "STAGES": 3, "num_warps": 8}

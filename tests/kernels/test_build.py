@@ -43,10 +43,16 @@ def test_kernels_build_without_spills(architecture: str) -> None:
         assert row["shared_bytes"] <= ((227 if architecture != "80" else 163) if row in products else 99) << 10
     broken = {row["kernel"]: row["broken_promises"] for row in rows if row["broken_promises"]}
     assert not broken, broken
-    # What waits for instructions cannot wait for memory alone. A mask's sort takes microseconds, whatever its bytes.
-    times = [(row["kernel"], row["issue_us"], row["bound_us"]) for row in rows if "sample_visible" not in row["kernel"]]
-    late = [(kernel, us, moved[gpu]) for kernel, issue, moved in times for gpu, us in issue.items() if us > moved[gpu]]
+    # What waits for instructions cannot wait for memory alone. A mask's sort takes microseconds, whatever its bytes; an H200
+    # has a third more bandwidth for as many instructions.
+    late = {
+        (row["kernel"], gpu): (us, row["bound_us"][gpu])
+        for row in rows
+        for gpu, us in row["issue_us"].items()
+        if us > row["bound_us"][gpu] * (1.3 if gpu == "H200" else 0.9) and "sample_visible" not in row["kernel"]
+    }
     assert not late, late
+    assert sum(bool(row["issue_us"]) for row in rows) == {"80": 28, "90": 34, "100": 0}[architecture]
 
 
 LISTING = """
@@ -76,7 +82,7 @@ LOOP = """
 
 
 def test_a_loop_issues_its_instructions_at_each_trip() -> None:
-    assert [issued(LOOP, trips) for trips in (1, 2, 10)] == [6, 9, 33]
+    assert [issued(LOOP, trips) for trips in (1, 2, 10)] == [5, 8, 32]
     assert issued(LISTING, 5) == 8
 
 
