@@ -24,6 +24,10 @@ BACKENDS = ("auto", "reference", "triton")
 # Of every launch, because the default is the triton release's: on up to 3.8, off since 3.9. Off, a product is rounded before
 # it is added to something, as PyTorch's own operators round it; these kernels wait for memory, not for arithmetic.
 COMPILER_OPTIONS = {"enable_fp_fusion": False}
+# What the kernels compute with: fp32, and what is widened to it.
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+# Of a kernel whose program holds a row in registers.
+MAX_CHANNELS = 16384
 
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("kernels_backend", default="auto")
 _checked: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels_checked", default=False)
@@ -109,6 +113,24 @@ def check_visible(visible: Tensor, batch: int, tokens: int) -> None:
         low, high = visible.aminmax()
         if low < 0 or high >= tokens:
             raise IndexError(f"visible holds indices in [{low}, {high}]; they must lie in [0, {tokens})")
+
+
+def one_device(**tensors: Tensor | None) -> None:
+    """Refuses tensors, given by their names, that are not on the device of the first."""
+    (first, anchor), *others = tensors.items()
+    for name, tensor in others:
+        if tensor is not None and tensor.device != anchor.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and {first} on {anchor.device}; all tensors must be on one device"
+            )
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which a reference computes in the dtypes it is given, as the kernels do under autocast."""
+    kind = tensor.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def check_out(

@@ -21,10 +21,13 @@ from torch import Tensor
 
 from kernels._launch import (
     COMPILER_OPTIONS,
+    FLOATING,
+    MAX_CHANNELS,
     Backend,
     check_visible,
     no_second_gradient,
     on_device,
+    one_device,
     power_of_two,
     rows_per_program,
     use_triton,
@@ -308,6 +311,16 @@ def _backward(ctx, dout):
 register_autograd(_align_loss, _backward, setup_context=_setup)
 
 
+def _check_kinds(on_triton: bool, channels: int, *dtypes: torch.dtype) -> None:
+    allowed = FLOATING if on_triton else (*FLOATING, torch.float64)
+    if not set(dtypes) <= set(allowed) or on_triton and channels > MAX_CHANNELS:
+        instead = "; use backend='reference'" if on_triton else ""
+        raise ValueError(
+            f"{channels} channels of {', '.join(map(str, dtypes))}; student, target, weight and bias must be "
+            f"{', '.join(map(str, allowed))}, on the Triton backend with at most {MAX_CHANNELS} channels{instead}"
+        )
+
+
 def l2_normalize(x: Tensor) -> Tensor:
     """x / |x| over the last axis; a row of zeros stays zero and has a zero gradient."""
     square = x.square().sum(-1, keepdim=True)
@@ -402,6 +415,9 @@ def align_loss(
         check_visible(visible, batch, target.shape[2])
         if visible.shape[1] != n:
             raise ValueError(f"visible has {visible.shape[1]} indices a clip, student {n} rows")
-    run = _align_loss if use_triton(backend, student) else _reference
+    one_device(student=student, target=target, weight=weight, bias=bias, visible=visible)
+    taken = use_triton(backend, student)
+    _check_kinds(taken, width, student.dtype, target.dtype, weight.dtype, bias.dtype)
+    run = _align_loss if taken else _reference
     rows = run(student, target.detach(), visible, weight, bias, eps, normalize == "l2", _LOSSES[loss])
     return rows.mean(1) if per_layer else rows.mean()

@@ -20,19 +20,18 @@ from torch import Tensor
 
 from kernels._launch import (
     COMPILER_OPTIONS,
+    FLOATING,
+    MAX_CHANNELS,
     Backend,
     no_second_gradient,
     on_device,
+    one_device,
     power_of_two,
     rows_per_program,
     use_triton,
     warps_for,
 )
 from kernels._operator import operator, register_autograd, register_fake
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-# A program holds its row in registers.
-MAX_CHANNELS = 16384
 
 
 @triton.jit
@@ -249,7 +248,7 @@ def layer_norm(
         (..., K) in dtype; with a branch also x + branch (..., K) in x's dtype. Differentiable in x, branch, weight and bias.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, more channels than a program holds.
+        ValueError: shapes, dtypes or devices that do not fit, more channels than a program holds.
     """
     width = x.shape[-1] if x.ndim else 0
     if not width or not x.is_floating_point():
@@ -258,6 +257,7 @@ def layer_norm(
         raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({width},)")
     if branch is not None and (branch.shape != x.shape or not branch.is_floating_point()):
         raise ValueError(f"branch is {branch.dtype} {tuple(branch.shape)}; it must be floating {tuple(x.shape)}")
+    one_device(x=x, weight=weight, bias=bias, branch=branch)
     dtype = dtype or x.dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; it must be a floating one")
