@@ -409,15 +409,14 @@ def align_loss(
             f"target {tuple(target.shape)} does not match student {tuple(student.shape)}, "
             f"or bias {tuple(bias.shape)} not weight {tuple(weight.shape)}"
         )
+    one_device(student=student, target=target, weight=weight, bias=bias, visible=visible)
+    _check_kinds(use_triton(backend, student), width, student.dtype, target.dtype, weight.dtype, bias.dtype)
     if loss not in _LOSSES or normalize not in ("l2", "none"):
         raise ValueError(f"loss is {loss!r} and normalize {normalize!r}; choose l2, mse or smooth_l1, and l2 or none")
     if visible is not None:
         check_visible(visible, batch, target.shape[2])
         if visible.shape[1] != n:
             raise ValueError(f"visible has {visible.shape[1]} indices a clip, student {n} rows")
-    one_device(student=student, target=target, weight=weight, bias=bias, visible=visible)
-    taken = use_triton(backend, student)
-    _check_kinds(taken, width, student.dtype, target.dtype, weight.dtype, bias.dtype)
-    run = _align_loss if taken else _reference
+    run = _align_loss if use_triton(backend, student) else _reference
     rows = run(student, target.detach(), visible, weight, bias, eps, normalize == "l2", _LOSSES[loss])
     return rows.mean(1) if per_layer else rows.mean()
