@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 log = logging.getLogger("kernels")
 
@@ -189,3 +190,14 @@ def no_second_gradient(ctx: object, *gradients: Tensor) -> None:
         "this operation has no second derivative on the Triton backend; call it with backend='reference' where gradients of "
         "gradients are needed"
     )
+
+
+def no_forward_mode(*tensors: Tensor | None) -> None:
+    """Refuses tensors with a tangent of forward-mode differentiation, which an operator would drop: zero, and no word of it."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "this operation has no forward-mode derivative on the Triton backend; call it with backend='reference' under "
+            "torch.func.jvp, jacfwd or forward_ad"
+        )

@@ -25,6 +25,7 @@ from kernels._launch import (
     MAX_CHANNELS,
     Backend,
     check_visible,
+    no_forward_mode,
     no_second_gradient,
     on_device,
     one_device,
@@ -411,6 +412,8 @@ def align_loss(
         )
     one_device(student=student, target=target, weight=weight, bias=bias, visible=visible)
     _check_kinds(use_triton(backend, student), width, student.dtype, target.dtype, weight.dtype, bias.dtype)
+    if use_triton(backend, student):
+        no_forward_mode(student, weight, bias)
     if loss not in _LOSSES or normalize not in ("l2", "none"):
         raise ValueError(f"loss is {loss!r} and normalize {normalize!r}; choose l2, mse or smooth_l1, and l2 or none")
     if visible is not None:

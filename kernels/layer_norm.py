@@ -23,6 +23,7 @@ from kernels._launch import (
     FLOATING,
     MAX_CHANNELS,
     Backend,
+    no_forward_mode,
     no_second_gradient,
     on_device,
     one_device,
@@ -269,6 +270,7 @@ def layer_norm(
                 f"{width} channels of {', '.join(sorted(map(str, kinds)))}; the kernel takes at most {MAX_CHANNELS}, of "
                 "float32, bfloat16 and float16; use backend='reference'"
             )
+        no_forward_mode(x, weight, bias, branch)
         y, z, _, _ = _layer_norm(rows, flat, weight, bias, eps, dtype)
     else:
         y, z = _reference(rows, flat, weight, bias, eps, dtype)

@@ -27,6 +27,7 @@ from kernels._launch import (
     Backend,
     check_out,
     check_visible,
+    no_forward_mode,
     no_second_gradient,
     on_device,
     one_device,
@@ -243,6 +244,8 @@ def token_gather(
         raise ValueError(f"table has shape {tuple(table.shape)}; it must be {tuple(x.shape[1:])}, a row for each token")
     check_visible(visible, x.shape[0], x.shape[1])
     table = None if table is None else table.detach()
+    if taken:
+        no_forward_mode(x)
     if out is None:
         return (_token_gather if taken else _reference)(x, visible, table)
     check_out(out, _shape(x, visible), x.dtype, x)

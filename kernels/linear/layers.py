@@ -23,6 +23,7 @@ from kernels._launch import (
     FLOATING,
     Backend,
     check_out,
+    no_forward_mode,
     no_second_gradient,
     one_device,
     use_triton,
@@ -328,6 +329,8 @@ def linear(
     if norm is not None:
         if wants:
             raise ValueError("a deferred LayerNorm has no gradient; pass norm=None and the LayerNorm's output as x")
+        if not isinstance(norm, DeferredNorm):
+            raise ValueError(f"norm is a {type(norm).__name__}; it must be the one that defer_norm gave")
         if norm.column.shape != weight.shape[:1]:
             raise ValueError(f"norm is for {norm.column.shape[0]} outputs; the weight has {weight.shape[0]}")
         column = norm.column
@@ -340,6 +343,7 @@ def linear(
     if not on_triton:
         result = _reference(*operands).view(shape)
         return result if out is None else out.copy_(result)
+    no_forward_mode(x, weight, bias, residual)
     if out is None:
         return _linear(*operands, wants and activation != "none")[0].view(shape)
     _linear_out(out.view(len(rows), weight.shape[0]), *operands)
@@ -378,6 +382,7 @@ def mlp(
     tensors = (x, w1, b1, w2, b2, residual)
     wants = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if use_triton(backend, x):
+        no_forward_mode(*tensors)
         out = _mlp(rows, w1, b1, w2, b2, flat, activation, save if wants else "")[0]
     else:
         hidden = _reference(rows, w1, b1, None, None, None, None, activation)

@@ -147,6 +147,7 @@ OF_NONE: dict[str, Callable[..., object]] = {
     "norm is a tuple; it must be a kernels.Norm": lambda: kernels.quantized_linear(
         FLAT, *EIGHT, torch.zeros(16), norm=(ONE, ZERO, 1e-5)
     ),
+    "norm is a tuple; it must be the one that defer_norm gave": lambda: kernels.linear(FLAT, WEIGHT, norm=(ONE, 1e-5)),
     r"and x \(\); they must be": lambda: kernels.quantized_linear(torch.tensor(1.0), *EIGHT, torch.zeros(16)),
 }
 
@@ -188,6 +189,31 @@ def test_autocast_does_not_round_what_is_fp32(backend: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             found = call()
         assert found.dtype == torch.float32 and torch.equal(found, expected), name
+
+
+@pytest.mark.parametrize("through", range(2))
+def test_forward_mode_is_refused_where_it_would_give_zero(through: int) -> None:
+    """Also through a weight; the reference has it."""
+    calls: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+        "layer_norm": (lambda x, w, b: kernels.layer_norm(x, w, ZERO, backend=b), (FLAT, ONE)),
+        "linear": (lambda x, w, b: kernels.linear(x, w, activation="gelu", backend=b), (FLAT, WEIGHT)),
+        "mlp": (lambda x, w, b: kernels.mlp(x, w, None, WEIGHT.T.contiguous(), None, backend=b), (FLAT, WEIGHT)),
+        "align_loss": (lambda x, w, b: kernels.align_loss(x, STUDENT.flip(2), w, HEADS, backend=b), (STUDENT, HEADS)),
+        "token_gather": (lambda x, w, b: kernels.token_gather(x, SEEN, backend=b), (X, X)),
+    }
+    for name, (call, tensors) in calls.items():
+
+        def of_one(tensor: Tensor, backend: str, call=call, tensors=tensors) -> Tensor:
+            given = [tensor if i == through else other for i, other in enumerate(tensors)]
+            return call(*given, backend)
+
+        one = tensors[through]
+        tangent = torch.func.jvp(lambda t: of_one(t, "reference"), (one,), (torch.ones_like(one) + one,))[1]
+        if name == "token_gather" and through == 1:
+            continue  # there the second is not read
+        assert tangent.any(), name
+        with pytest.raises(RuntimeError, match="no forward-mode derivative .* backend='reference'"):
+            torch.func.jvp(lambda t: of_one(t, "triton"), (one,), (one,))
 
 
 @pytest.mark.compile
