@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 log = logging.getLogger("kernels")
 
@@ -25,6 +26,10 @@ BACKENDS = ("auto", "reference", "triton")
 # it is added to something, as PyTorch's own operators round it. On, the two are one instruction: for kernels whose arithmetic
 # would take longer than their bytes.
 COMPILER_OPTIONS, FUSED_OPTIONS = {"enable_fp_fusion": False}, {"enable_fp_fusion": True}
+# What the kernels compute with: fp32, and what is widened to it.
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+# Of a kernel whose program holds a row in registers.
+MAX_CHANNELS = 16384
 
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("kernels_backend", default="auto")
 _checked: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels_checked", default=False)
@@ -112,6 +117,24 @@ def check_visible(visible: Tensor, batch: int, tokens: int) -> None:
             raise IndexError(f"visible holds indices in [{low}, {high}]; they must lie in [0, {tokens})")
 
 
+def one_device(**tensors: Tensor | None) -> None:
+    """Refuses tensors, given by their names, that are not on the device of the first."""
+    (first, anchor), *others = tensors.items()
+    for name, tensor in others:
+        if tensor is not None and tensor.device != anchor.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and {first} on {anchor.device}; all tensors must be on one device"
+            )
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which a reference computes in the dtypes it is given, as the kernels do under autocast."""
+    kind = tensor.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
 def check_out(
     out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *inputs: Tensor | None, name: str = "out"
 ) -> None:
@@ -175,3 +198,14 @@ def no_second_gradient(ctx: object, *gradients: Tensor) -> None:
         "this operation has no second derivative on the Triton backend; call it with backend='reference' where gradients of "
         "gradients are needed"
     )
+
+
+def no_forward_mode(*tensors: Tensor | None) -> None:
+    """Refuses tensors with a tangent of forward-mode differentiation, which an operator would drop: zero, and no word of it."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "this operation has no forward-mode derivative on the Triton backend; call it with backend='reference' under "
+            "torch.func.jvp, jacfwd or forward_ad"
+        )

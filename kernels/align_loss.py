@@ -21,12 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import (
+    FLOATING,
     FUSED_OPTIONS,
+    MAX_CHANNELS,
     Backend,
     check_grid,
     check_visible,
+    no_forward_mode,
     no_second_gradient,
     on_device,
+    one_device,
     power_of_two,
     rows_per_program,
     use_triton,
@@ -281,6 +285,16 @@ def _backward(ctx, dout):
 register_autograd(_align_loss, _backward, setup_context=_setup)
 
 
+def _check_kinds(on_triton: bool, channels: int, *dtypes: torch.dtype) -> None:
+    allowed = FLOATING if on_triton else (*FLOATING, torch.float64)
+    if not set(dtypes) <= set(allowed) or on_triton and channels > MAX_CHANNELS:
+        instead = "; use backend='reference'" if on_triton else ""
+        raise ValueError(
+            f"{channels} channels of {', '.join(map(str, dtypes))}; student, target, weight and bias must be "
+            f"{', '.join(map(str, allowed))}, on the Triton backend with at most {MAX_CHANNELS} channels{instead}"
+        )
+
+
 def l2_normalize(x: Tensor) -> Tensor:
     """x / |x| over the last axis; a row of zeros stays zero and has a zero gradient."""
     square = x.square().sum(-1, keepdim=True)
@@ -369,6 +383,10 @@ def align_loss(
             f"target {tuple(target.shape)} does not match student {tuple(student.shape)}, "
             f"or bias {tuple(bias.shape)} not weight {tuple(weight.shape)}"
         )
+    one_device(student=student, target=target, weight=weight, bias=bias, visible=visible)
+    _check_kinds(use_triton(backend, student), width, student.dtype, target.dtype, weight.dtype, bias.dtype)
+    if use_triton(backend, student):
+        no_forward_mode(student, weight, bias)
     if loss not in _LOSSES or normalize not in ("l2", "none"):
         raise ValueError(f"loss is {loss!r} and normalize {normalize!r}; choose l2, mse or smooth_l1, and l2 or none")
     if visible is not None:

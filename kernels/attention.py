@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from kernels import cpu_attention
+from kernels._launch import one_device
 
 log = logging.getLogger("kernels")
 
@@ -204,6 +205,15 @@ def _fused(
     return out.transpose(1, 2)
 
 
+def _check_kinds(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> None:
+    one_device(q=q, k=k, v=v, **others)
+    kind = q.device.type
+    # Autocast gives them one dtype.
+    alike = q.dtype == k.dtype == v.dtype or torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not alike or not all(x.is_floating_point() for x in (q, k, v)):
+        raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; all must be of one floating dtype")
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -230,12 +240,13 @@ def attention(
         (B, Nq, H, D) in q's dtype; differentiable with respect to q, k and v.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown or impossible backend.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown or impossible backend.
     """
     if q.ndim != 4 or k.shape != v.shape or k.shape[0::2] != q.shape[0::2] or k.shape[3] != q.shape[3]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be (B, Nq, H, D), (B, Nk, H, D) twice"
         )
+    _check_kinds(q, k, v, key_mask=key_mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     special = _special(key_mask, dropout, q.shape[1])
     plain = key_mask is None and dropout == 0
@@ -249,7 +260,7 @@ def attention(
     kind = "attention" + (f" with {' and '.join(special)}" if special else "")
     if backend in ("flash_attn", "xformers", "batched", "math"):
         _say_once(q, backend, kind)
-    if backend == "batched":
+    if backend == "batched" and q.numel() and k.numel():
         return cpu_attention.BatchedAttention.apply(q, k, v, scale)
     if backend == "flash_attn":
         from flash_attn import flash_attn_func
@@ -260,7 +271,7 @@ def attention(
 
         return memory_efficient_attention(q, k, v, scale=scale)
     allowed = None if key_mask is None else key_mask[:, None, None, :]
-    if backend == "math":
+    if backend in ("math", "batched"):  # the latter with nothing to compute
         return _math(q, k, v, scale, allowed)
     return _fused(q, k, v, scale, allowed, dropout, backend, kind)
 
@@ -356,6 +367,12 @@ def attention_varlen(
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} must be (total_q, H, D), (total_k, H, D) twice, "
             f"with as many sequences in cu_seqlens_q {tuple(cu_seqlens_q.shape)} as in {tuple(cu_seqlens_k.shape)}"
+        )
+    _check_kinds(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if {cu_seqlens_q.dtype, cu_seqlens_k.dtype} - {torch.int32, torch.int64} or len(cu_seqlens_q) < 2:
+        raise ValueError(
+            f"cu_seqlens are {cu_seqlens_q.dtype} {tuple(cu_seqlens_q.shape)} and {cu_seqlens_k.dtype}; both must be int32 "
+            "(S + 1,), of at least one sequence"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "auto":

@@ -28,6 +28,7 @@ def fits(device: torch.device, dtype: torch.dtype) -> bool:
         device.type == "cpu"
         and dtype == torch.bfloat16
         and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
         and torch.cpu._is_avx512_bf16_supported()
         and not torch.cpu._is_amx_tile_supported()
     )

@@ -20,19 +20,19 @@ from torch import Tensor
 
 from kernels._launch import (
     COMPILER_OPTIONS,
+    FLOATING,
+    MAX_CHANNELS,
     Backend,
+    no_forward_mode,
     no_second_gradient,
     on_device,
+    one_device,
     power_of_two,
     rows_per_program,
     use_triton,
     warps_for,
 )
 from kernels._operator import operator, register_autograd, register_fake
-
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-# A program holds its row in registers.
-MAX_CHANNELS = 16384
 
 
 @triton.jit
@@ -254,7 +254,7 @@ def layer_norm(
         (..., K) in dtype; with a branch also x + branch (..., K) in x's dtype. Differentiable in x, branch, weight and bias.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, more channels than a program holds.
+        ValueError: shapes, dtypes or devices that do not fit, more channels than a program holds.
     """
     width = x.shape[-1] if x.ndim else 0
     if not width or not x.is_floating_point():
@@ -263,6 +263,7 @@ def layer_norm(
         raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({width},)")
     if branch is not None and (branch.shape != x.shape or not branch.is_floating_point()):
         raise ValueError(f"branch is {branch.dtype} {tuple(branch.shape)}; it must be floating {tuple(x.shape)}")
+    one_device(x=x, weight=weight, bias=bias, branch=branch)
     dtype = dtype or x.dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; it must be a floating one")
@@ -274,6 +275,7 @@ def layer_norm(
                 f"{width} channels of {', '.join(sorted(map(str, kinds)))}; the kernel takes at most {MAX_CHANNELS}, of "
                 "float32, bfloat16 and float16; use backend='reference'"
             )
+        no_forward_mode(x, weight, bias, branch)
         y, z, _, _ = _layer_norm(rows, flat, weight, bias, eps, dtype)
     else:
         y, z = _reference(rows, flat, weight, bias, eps, dtype)

@@ -48,7 +48,8 @@ def mkl_is_slow() -> bool:
 
 def _eager(*tensors: Tensor) -> bool:
     """Whether all are CPU tensors with values, in code that nobody traces."""
-    return not torch.compiler.is_compiling() and all(
+    # Under torch.func's transforms a tensor's values lie in another one.
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()) and all(
         tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter) for tensor in tensors
     )
 
@@ -57,6 +58,8 @@ def _by_onednn(a: Tensor, b: Tensor) -> bool:
     return (
         a.dtype == b.dtype == torch.float32
         and a.numel() > 0
+        and b.ndim == 2
+        and a.shape[-1] == b.shape[1]
         and _eager(a, b)
         and mkl_is_slow()
         and not torch.is_autocast_enabled("cpu")
@@ -86,11 +89,16 @@ class _Linear(torch.autograd.Function):
 def library_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias) for x (..., K), weight (N, K) and bias (N,) or None, differentiable once where oneDNN
     computes it."""
-    return _Linear.apply(x, weight, bias) if _by_onednn(x, weight) else F.linear(x, weight, bias)
+    # What does not fit is left to F.linear, which says so.
+    by_onednn = _by_onednn(x, weight) and (bias is None or bias.shape == weight.shape[:1] and bias.dtype == x.dtype)
+    return _Linear.apply(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
 
 
 def library_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T for a (M, K) and b (N, K) of any strides; no gradient where oneDNN computes it."""
+    """a @ b.T for a (M, K) and b (N, K) of any strides; no gradient where oneDNN computes it. Raises ValueError for other
+    shapes."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)} must be (M, K) and (N, K)")
     return _onednn(a.detach(), b.detach()) if _by_onednn(a, b) else a @ b.t()
 
 
@@ -129,12 +137,23 @@ def frozen_linear(
         (..., N) in x's dtype. No gradient.
 
     Raises:
-        ValueError: an unknown activation, or an x that requires a gradient.
+        ValueError: an unknown activation, shapes that do not fit, or an x that requires a gradient.
     """
     if activation not in _ATTRIBUTES:
         raise ValueError(f"activation is {activation!r}; choose one of {', '.join(_ATTRIBUTES)}")
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("frozen_linear has no gradient, but x requires one; call it on detached x or under no_grad")
+    if (
+        weight.ndim != 2
+        or not x.ndim
+        or x.shape[-1] != weight.shape[1]
+        or bias is not None
+        and len(bias) != len(weight)
+    ):
+        raise ValueError(
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {None if bias is None else tuple(bias.shape)} must be "
+            "(..., K), (N, K) and (N,) or None"
+        )
     if packs(x, weight):
         rows = x.reshape(-1, x.shape[-1])
         name, algorithm = _ATTRIBUTES[activation]

@@ -29,6 +29,7 @@ from kernels._launch import (
     check_out,
     check_visible,
     on_device,
+    one_device,
     power_of_two,
     use_triton,
     values_can_be_checked,
@@ -38,6 +39,8 @@ from kernels._operator import operator, register_autograd, register_fake
 Order = Literal["channels_first", "channels_last"]
 # Bytes of uint8 that a thread loads at once where a row is ordered as the pixels lie.
 _VECTOR = 16
+# Numbers of a row that one program can hold.
+MAX_NUMBERS = 32768
 
 
 @triton.jit
@@ -294,18 +297,24 @@ def patch_gather(
             f"video is {video.dtype} {tuple(video.shape)}; it must be uint8 (B, T, H, W, 3) or floating (B, 3, T, H, W)"
         )
     batch, frames, *size, _ = view.shape
+    if patch_size < 1 or tubelet_size < 1:
+        raise ValueError(f"patch_size is {patch_size} and tubelet_size {tubelet_size}; both must be at least 1")
     if (origin is None) != (crop_size is None):
         raise ValueError("give origin and crop_size together, or neither")
+    if crop_size is not None:
+        _check_windows(origin, batch, size, crop_size)
     height, width = crop_size or size
     if height % patch_size or width % patch_size or frames % tubelet_size:
         raise ValueError(
             f"a video of {frames} x {height} x {width} is not divisible into tubelets of "
             f"{tubelet_size} x {patch_size} x {patch_size}"
         )
-    if origin is not None:
-        _check_windows(origin, batch, size, (height, width))
     if (mean is None) != (std is None) or (mean is not None and video.dtype != torch.uint8):
         raise ValueError("give mean and std together, and only for uint8 video: floating video is taken as it is")
+    if mean is not None and (len(mean) != 3 or len(std) != 3 or 0 in std):
+        raise ValueError(
+            f"mean is {tuple(mean)} and std {tuple(std)}; they must be three numbers each, and none of std 0"
+        )
     if order not in ("channels_first", "channels_last"):
         raise ValueError(f"order is {order!r}; choose channels_first or channels_last")
     rows, columns = height // patch_size, width // patch_size
@@ -316,9 +325,16 @@ def patch_gather(
         scale = [1 / (255 * s) for s in std]
         shift = [-m / s for m, s in zip(mean, std, strict=True)]
     dtype = dtype or (torch.float32 if out is None else out.dtype)
+    if not dtype.is_floating_point and dtype != torch.uint8:
+        raise ValueError(f"dtype is {dtype}; it must be a floating one, or uint8")
+    one_device(video=video, visible=visible, origin=origin)
     last, taken = order == "channels_last", use_triton(backend, video)
     if taken:
         check_grid(batch)
+    if taken and 3 * tubelet_size * patch_size**2 > MAX_NUMBERS:
+        raise ValueError(
+            f"a row of {3 * tubelet_size * patch_size**2} numbers exceeds the limit of {MAX_NUMBERS}; use backend='reference'"
+        )
     where = (video, visible, scale, shift, origin, rows, columns, patch_size, tubelet_size)
     if out is None:
         return (_patch_gather if taken else _reference)(*where, dtype, last)
@@ -330,6 +346,8 @@ def patch_gather(
 
 
 def _check_windows(origin: Tensor, batch: int, size: Sequence[int], crop: tuple[int, int]) -> None:
+    if len(crop) != 2 or min(crop) <= 0:
+        raise ValueError(f"crop_size is {crop}; it must be a height and a width above 0")
     if origin.shape != (batch, 2) or origin.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"origin is {origin.dtype} {tuple(origin.shape)}; it must be int32 or int64 ({batch}, 2)")
     if values_can_be_checked(origin):
@@ -370,13 +388,15 @@ def fold_pixels(
         Weight in dtype, bias, and the options of patch_gather for uint8 video. Detached.
 
     Raises:
-        ValueError: a weight of another shape.
+        ValueError: a weight or bias of another shape, a std of 0.
     """
-    if weight.ndim != 5 or weight.shape[1] != 3 or len(mean) != 3 or len(std) != 3:
+    if weight.ndim != 5 or weight.shape[1] != 3 or len(mean) != 3 or len(std) != 3 or 0 in std:
         raise ValueError(
             f"weight is {tuple(weight.shape)}, mean {tuple(mean)} and std {tuple(std)}; they must be (N, 3, tubelet, p, p) and "
-            "three numbers each"
+            "three numbers each, none of std 0"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias is {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
     whole = [round(255 * m) for m in mean]
     left = weight.new_tensor([255 * m - w for m, w in zip(mean, whole, strict=True)], dtype=torch.float64)
     rows = (weight.detach().permute(0, 2, 3, 4, 1) / (255 * weight.new_tensor(std, dtype=torch.float64))).to(dtype)

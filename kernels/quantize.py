@@ -20,10 +20,13 @@ from torch import Tensor
 
 from kernels._launch import (
     COMPILER_OPTIONS,
+    FLOATING,
+    MAX_CHANNELS,
     Backend,
     both,
     check_out,
     on_device,
+    one_device,
     power_of_two,
     use_triton,
     warps_for,
@@ -35,8 +38,6 @@ DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 # Keeps a row of zeros from dividing by zero; any smaller row is as good as zero.
 TINY = 1e-30
-# A program holds its row in registers.
-MAX_CHANNELS = 16384
 
 
 def tile(columns: int) -> dict[str, int]:
@@ -204,7 +205,7 @@ def largest_of_rows(x: Tensor) -> Tensor:
 
 
 def _on_triton(x: Tensor, precision: Precision, backend: Backend) -> bool:
-    if x.ndim != 2 or not x.shape[1] or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.ndim != 2 or not x.shape[1] or x.dtype not in FLOATING:
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be float32, bfloat16 or float16 (M, K)")
     if precision not in DTYPES:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(DTYPES)}")
@@ -296,6 +297,7 @@ def norm_quantize(
     taken = _on_triton(x, precision, backend)
     if weight.shape != x.shape[1:] or bias.shape != x.shape[1:]:
         raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({x.shape[1]},)")
+    one_device(x=x, weight=weight, bias=bias)
     out = None if out is None else _given(out, x, precision)
     if not taken:
         normed = F.layer_norm(x.float(), x.shape[1:], weight.float(), bias.float(), eps)
@@ -331,10 +333,11 @@ def dequantize_product(
         )
     if {rows.dtype, scale.dtype, bias.dtype} != {torch.float32}:
         raise ValueError(f"rows are {rows.dtype}, scale {scale.dtype} and bias {bias.dtype}; all must be float32")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in FLOATING:
         raise ValueError(f"dtype is {dtype!r}; it must be torch.float32, torch.bfloat16 or torch.float16")
     if scale.shape != product.shape[1:] or bias.shape != product.shape[1:]:
         raise ValueError(f"scale {tuple(scale.shape)} and bias {tuple(bias.shape)} must be ({product.shape[1]},)")
+    one_device(product=product, rows=rows, scale=scale, bias=bias)
     rows, scale, bias = rows.detach(), scale.detach(), bias.detach()
     if use_triton(backend, product):
         return _dequantize_product(product, rows, scale, bias, dtype)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._launch import Backend
+from kernels._launch import Backend, one_device
 from kernels.cpu_quantized import int8_linear, int8_mlp
 from kernels.quantize import LARGEST, Precision, dequantize_product, quantize_rows
 from kernels.token_gather import gather_norm
@@ -97,7 +97,7 @@ def _scaled_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor
 
 def _reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     values, rows = quantize_rows(x, "int8" if weight.dtype == torch.int8 else "fp8", backend="reference")
-    return ((values.double() @ weight.double().t()) * rows * scale + bias).to(x.dtype)
+    return ((values.double() @ weight.double().t()) * rows * scale.detach() + bias.detach()).to(x.dtype)
 
 
 def _constants(weight: Tensor, scale: Tensor, bias: Tensor) -> Quantized:
@@ -117,7 +117,7 @@ _BACKENDS = {"onednn": _onednn, "cublas": _cublas, "scaled_mm": _scaled_mm, "ref
 
 
 def _check_layer(x: Tensor, inputs: int, weight: Tensor, scale: Tensor, bias: Tensor) -> None:
-    if weight.dtype not in LARGEST or weight.ndim != 2 or weight.shape[1] != inputs:
+    if not x.ndim or weight.dtype not in LARGEST or weight.ndim != 2 or weight.shape[1] != inputs:
         raise ValueError(
             f"weight is {weight.dtype} {tuple(weight.shape)} and x {tuple(x.shape)}; they must be int8 or float8_e4m3fn "
             "(N, K) and (..., K)"
@@ -128,9 +128,12 @@ def _check_layer(x: Tensor, inputs: int, weight: Tensor, scale: Tensor, bias: Te
         raise ValueError(f"scale is {scale.dtype} and bias {bias.dtype}; both must be float32")
     if scale.shape != weight.shape[:1] or bias.shape != weight.shape[:1]:
         raise ValueError(f"scale {tuple(scale.shape)} and bias {tuple(bias.shape)} must be ({weight.shape[0]},)")
+    one_device(x=x, weight=weight, scale=scale, bias=bias)
 
 
 def _check_norm(x: Tensor, norm: Norm) -> None:
+    if not isinstance(norm, Norm):
+        raise ValueError(f"norm is a {type(norm).__name__}; it must be a kernels.Norm of weight, bias and eps")
     if norm.weight.shape != x.shape[-1:] or norm.bias.shape != x.shape[-1:]:
         raise ValueError(
             f"norm's weight {tuple(norm.weight.shape)} and bias {tuple(norm.bias.shape)} must be ({x.shape[-1]},)"
@@ -187,7 +190,7 @@ def quantized_linear(
     Raises:
         ValueError: shapes or dtypes that do not fit, an x that requires a gradient, or a device without such products.
     """
-    _check_layer(x, x.shape[-1], weight, scale, bias)
+    _check_layer(x, x.shape[-1] if x.ndim else 0, weight, scale, bias)
     if norm is not None:
         _check_norm(x, norm)
     chosen = _chosen(x, weight, backend, "quantized_linear")
@@ -223,8 +226,8 @@ def quantized_mlp(
     Raises:
         ValueError: as quantized_linear; an unknown activation.
     """
+    _check_layer(x, x.shape[-1] if x.ndim else 0, *first)
     _check_norm(x, norm)
-    _check_layer(x, x.shape[-1], *first)
     _check_layer(x, first.weight.shape[0], *second)
     if second.weight.shape[0] != x.shape[-1]:
         raise ValueError(f"second's weight is {tuple(second.weight.shape)}; it must be ({x.shape[-1]}, H) as x has")

@@ -20,7 +20,19 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import _philox
-from kernels._launch import COMPILER_OPTIONS, Backend, both, check_out, interpreted, on_device, power_of_two, use_triton
+from kernels._launch import (
+    COMPILER_OPTIONS,
+    FLOATING,
+    Backend,
+    both,
+    check_out,
+    interpreted,
+    on_device,
+    one_device,
+    power_of_two,
+    use_triton,
+    without_autocast,
+)
 from kernels._operator import operator, register_fake
 
 # Below any log of a positive fp32 number plus its noise, so that impossible tokens come last.
@@ -226,12 +238,24 @@ def _sample_reference(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
     return kept.sort(1).values.to(torch.int32)
 
 
+def _check_attention(q: Tensor, k: Tensor) -> None:
+    if q.ndim != 3 or k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[2] or k.shape[2] < 2:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (R, H, D) and (R, H, 1 + L, D)")
+    if q.dtype not in (*FLOATING, torch.float64) or k.dtype != q.dtype or not q.shape[1] * q.shape[2]:
+        raise ValueError(
+            f"q is {q.dtype} {tuple(q.shape)} and k {k.dtype}; both must be of one floating dtype, with a head and a channel"
+        )
+    one_device(q=q, k=k)
+
+
 def class_attention(q: Tensor, k: Tensor) -> Tensor:
     """The scores alone, (R, L) fp32: class-token attention averaged over heads, class column dropped.
 
     q: (R, H, D), k: (R, H, 1 + L, D). Plain PyTorch; softmax in fp32.
     """
-    logits = torch.einsum("rhd,rhjd->rhj", q * q.shape[-1] ** -0.5, k)
+    _check_attention(q, k)
+    with without_autocast(q):
+        logits = torch.einsum("rhd,rhjd->rhj", q * q.shape[-1] ** -0.5, k)
     return logits.float().softmax(-1)[..., 1:].mean(1)
 
 
@@ -240,6 +264,8 @@ def _check(num_visible: int, tokens: int, most: int, seed: Tensor) -> None:
         raise ValueError(f"num_visible is {num_visible}; it must lie in [0, {tokens}], the number of tokens")
     if tokens > most:
         raise ValueError(f"{tokens} tokens in a row exceed the limit of {most}; draw over fewer of them at a time")
+    if not isinstance(seed, Tensor):
+        raise ValueError(f"seed is {seed!r}; it must be an int64 tensor with one element, on the device of the others")
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"seed is {seed.dtype} with {seed.numel()} elements; it must be int64 with one")
 
@@ -270,11 +296,13 @@ def semantic_mask(
         int32 (R, n), ascending in each row.
 
     Raises:
-        ValueError: shapes that do not fit, n outside [0, L], L over 1024.
+        ValueError: shapes, dtypes or devices that do not fit, n outside [0, L], L over 1024.
     """
-    if q.ndim != 3 or k.ndim != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[2] or k.shape[2] < 2:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must be (R, H, D) and (R, H, 1 + L, D)")
+    _check_attention(q, k)
     _check(num_visible, k.shape[2] - 1, MAX_TOKENS, seed)
+    one_device(q=q, seed=seed)
+    if q.dtype == torch.float64 and use_triton(backend, q):
+        raise ValueError("q is torch.float64; the kernel computes in float32; use backend='reference'")
     q, k = q.detach(), k.detach()
     if out is not None:
         return _semantic_mask_given(both(out) if return_scores else (out,), q, k, num_visible, seed, backend)
@@ -321,6 +349,7 @@ def sample_visible(
     if scores.ndim != 2 or scores.dtype != torch.float32:
         raise ValueError(f"scores are {scores.dtype} {tuple(scores.shape)}; they must be float32 (R, L)")
     _check(num_visible, scores.shape[1], MAX_SCORES, seed)
+    one_device(scores=scores, seed=seed)
     scores = scores.detach()
     if out is not None:
         check_out(out, (len(scores), num_visible), torch.int32, scores)

@@ -22,11 +22,15 @@ from torch import Tensor
 
 from kernels._launch import (
     COMPILER_OPTIONS,
+    FLOATING,
+    MAX_CHANNELS,
     Backend,
     check_out,
     check_visible,
+    no_forward_mode,
     no_second_gradient,
     on_device,
+    one_device,
     power_of_two,
     use_triton,
     warps_for,
@@ -76,7 +80,7 @@ def gather_norm_kernel(
     standard = centered * (1 / tl.sqrt(tl.sum(centered * centered, 0) / C + eps))
     b_weight = tl.load(weight + o, mask=inside, other=0).to(tl.float32)
     b_bias = tl.load(bias + o, mask=inside, other=0).to(tl.float32)
-    tl.store(out + i_row * C + o, (standard * b_weight + b_bias).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + i_row * C + o, tl.fma(standard, b_weight, b_bias).to(out.dtype.element_ty), mask=inside)
 
 
 def _token_gather_into(out: Tensor, x: Tensor, visible: Tensor, table: Tensor | None) -> None:
@@ -198,6 +202,17 @@ def _reference(x: Tensor, visible: Tensor, table: Tensor | None) -> Tensor:
     return out if table is None else out + table.to(x.dtype)[index]
 
 
+def _check_rows(x: Tensor, taken: bool, arithmetic: bool) -> None:
+    """arithmetic: whether the kernel computes with the numbers, or copies them."""
+    if x.ndim != 3 or x.dtype not in (*FLOATING, torch.float64):
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be float64, float32, bfloat16 or float16 (B, N, C)")
+    if taken and (x.shape[2] > MAX_CHANNELS or arithmetic and x.dtype == torch.float64):
+        raise ValueError(
+            f"x has {x.shape[2]} channels of {x.dtype}; the kernel takes at most {MAX_CHANNELS} and computes in float32; use "
+            "backend='reference'"
+        )
+
+
 def token_gather(
     x: Tensor,
     visible: Tensor,
@@ -209,7 +224,7 @@ def token_gather(
     """Rows of x at visible, plus the same rows of a position table.
 
     Args:
-        x: (B, N, C), floating.
+        x: (B, N, C) fp64, fp32, bf16 or fp16; on the Triton backend C is at most 16384, and fp64 takes no table.
         visible: int32 or int64 (B, n); the indices of one row are unique where x takes a gradient.
         table: (N, C) added after a cast to x's dtype, or None. Constant: it gets no gradient.
         backend: "auto", "reference" or "triton".
@@ -220,15 +235,18 @@ def token_gather(
         (B, n, C) in x's dtype; differentiable with respect to x.
 
     Raises:
-        ValueError: shapes that do not fit, an out beside an x that requires a gradient. IndexError: an index out of range (on
-            a GPU within checked() only).
+        ValueError: shapes, dtypes or devices that do not fit, an out beside an x that requires a gradient. IndexError: an
+            index out of range (on a GPU within checked() only).
     """
-    if x.ndim != 3 or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be floating (B, N, C)")
+    taken = use_triton(backend, x)
+    _check_rows(x, taken, table is not None)
+    one_device(x=x, visible=visible, table=table)
     if table is not None and table.shape != x.shape[1:]:
         raise ValueError(f"table has shape {tuple(table.shape)}; it must be {tuple(x.shape[1:])}, a row for each token")
     check_visible(visible, x.shape[0], x.shape[1])
-    table, taken = None if table is None else table.detach(), use_triton(backend, x)
+    table = None if table is None else table.detach()
+    if taken:
+        no_forward_mode(x)
     if out is None:
         return (_token_gather if taken else _reference)(x, visible, table)
     check_out(out, _shape(x, visible), x.dtype, x)
@@ -251,7 +269,7 @@ def gather_norm(
     """Rows of x at visible, through a LayerNorm; for frozen towers, so nothing gets a gradient.
 
     Args:
-        x: (B, N, C), floating.
+        x: (B, N, C) fp32, bf16 or fp16, on the reference also fp64; on the Triton backend C is at most 16384.
         visible: int32 or int64 (B, n); None for all rows in their order.
         weight, bias: (C,) of the LayerNorm. Statistics and affine are fp32 whatever x is.
         eps: of the LayerNorm.
@@ -262,9 +280,12 @@ def gather_norm(
         (B, n, C) in x's dtype, or (B, N, C), detached.
 
     Raises:
-        ValueError: shapes that do not fit. IndexError: an index out of range (see token_gather).
+        ValueError: shapes, dtypes or devices that do not fit. IndexError: an index out of range (see token_gather).
     """
-    if x.ndim != 3 or weight.shape != x.shape[2:] or bias.shape != x.shape[2:]:
+    taken = use_triton(backend, x)
+    _check_rows(x, taken, True)
+    one_device(x=x, visible=visible, weight=weight, bias=bias)
+    if weight.shape != x.shape[2:] or bias.shape != x.shape[2:]:
         raise ValueError(
             f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be (B, N, C), (C,), (C,)"
         )
@@ -273,7 +294,7 @@ def gather_norm(
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     if out is not None:
         check_out(out, _shape(x, visible), x.dtype, x)
-    if use_triton(backend, x):
+    if taken:
         if out is None:
             return _gather_norm(x, visible, weight, bias, eps)
         _gather_norm_out(out, x, visible, weight, bias, eps)

@@ -7,7 +7,7 @@ from typing import Any
 
 from kernels._launch import power_of_two, warps_for
 from kernels.build_case import BATCH, FRAMES, KEPT, SIZES, Case, Promise
-from kernels.linear.layers import row_statistics_kernel
+from kernels.linear.norm import row_statistics_kernel
 from kernels.linear.product import GROUP, SCALE_BLOCK, product_kernel
 from kernels.linear.product import tiling as product_tiling
 from kernels.quantize import TINY

@@ -12,94 +12,29 @@ they move three times the hidden tensor more. Nothing here uses atomics: the sam
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from kernels._launch import (
-    COMPILER_OPTIONS,
+    FLOATING,
     Backend,
+    check_out,
+    no_forward_mode,
     no_second_gradient,
-    on_device,
-    power_of_two,
+    one_device,
     use_triton,
-    warps_for,
+    without_autocast,
 )
 from kernels._operator import operator, register_autograd, register_fake
-from kernels.linear.product import ACTIVATIONS, limits, product, rows_apart, tiles_for
+from kernels.linear.norm import DeferredNorm, row_statistics
+from kernels.linear.product import ACTIVATIONS, limits, product, tiles_for
 
 Activation = Literal["none", "gelu", "quick_gelu"]
 Save = Literal["pre", "both"]
-# A program of row_statistics holds its row in registers.
-MAX_CHANNELS = 16384
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class DeferredNorm(NamedTuple):
-    """A LayerNorm that follows its product, from defer_norm."""
-
-    column: Tensor
-    """fp32 (N,): the sums of the rows of gW as it is stored, so that a row's mean cancels."""
-    eps: float
-
-
-def defer_norm(
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor,
-    beta: Tensor,
-    eps: float = 1e-5,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, DeferredNorm]:
-    """Weight, bias and norm for linear(x, weight, bias, norm=norm) = F.linear(LayerNorm(x), weight, bias). Once, for frozen
-    weights.
-
-    Args:
-        weight: (N, K); bias: (N,) or None. gamma, beta: (K,) of the LayerNorm.
-        eps: of the LayerNorm.
-        dtype: of the products; the weight's own by default.
-
-    Returns:
-        (N, K) of that dtype; fp32 (N,); the norm. Detached.
-    """
-    weight, gamma, beta = (tensor.detach().float() for tensor in (weight, gamma, beta))
-    scaled = (weight * gamma).to(dtype or weight.dtype)
-    shift = weight @ beta if bias is None else weight @ beta + bias.detach().float()
-    return scaled, shift, DeferredNorm(scaled.double().sum(1).float(), eps)
-
-
-@triton.jit
-def row_statistics_kernel(mean, rstd, x, x_row, eps, K: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per row; the two-pass formula, which does not cancel."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o = tl.arange(0, BLOCK)
-    value = tl.load(x + i_row * x_row + o, mask=o < K, other=0).to(tl.float32)
-    center = tl.sum(value, 0) / K
-    centered = tl.where(o < K, value - center, 0.0)
-    tl.store(mean + i_row, center)
-    tl.store(rstd + i_row, 1 / tl.sqrt(tl.sum(centered * centered, 0) / K + eps))
-
-
-@operator("row_statistics")
-def _row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x = rows_apart(x)
-    mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
-    if x.shape[0]:
-        with on_device(x):
-            row_statistics_kernel[(x.shape[0],)](
-                mean, rstd, x, x.stride(0), eps, K=x.shape[1], BLOCK=power_of_two(x.shape[1]),
-                num_warps=warps_for(x.shape[1]), **COMPILER_OPTIONS,
-            )  # fmt: skip
-    return mean, rstd
-
-
-@register_fake(_row_statistics)
-def _(x, eps):
-    return tuple(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
 
 
 def weight_gradient_into(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:
@@ -138,6 +73,39 @@ def _(out, dy, x):
     return None
 
 
+def _multiply(
+    out: Tensor,
+    pre: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    column: Tensor | None,
+    activation: str,
+) -> None:
+    product(
+        out, x, weight.to(x.dtype), kind=ACTIVATIONS[activation], pre=pre, bias=bias, residual=residual, mean=mean,
+        rstd=rstd, column=column,
+    )  # fmt: skip
+
+
+@operator("linear_out", mutates_args=("out",))
+def _linear_out(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    column: Tensor | None,
+    activation: str,
+) -> None:
+    _multiply(out, None, x, weight, bias, residual, mean, rstd, column, activation)
+
+
 @operator("linear")
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
@@ -146,10 +114,7 @@ def _linear(
     kind = x.dtype if residual is None else residual.dtype
     out = torch.empty(x.shape[0], weight.shape[0], dtype=kind, device=x.device)
     pre = torch.empty(out.shape if keep else (0,), dtype=x.dtype, device=x.device)
-    product(
-        out, x, weight.to(x.dtype), kind=ACTIVATIONS[activation], pre=pre if keep else None, bias=bias,
-        residual=residual, mean=mean, rstd=rstd, column=column,
-    )  # fmt: skip
+    _multiply(out, pre if keep else None, x, weight, bias, residual, mean, rstd, column, activation)
     return out, pre
 
 
@@ -288,11 +253,16 @@ def _reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
     column: Tensor | None, activation: Activation,
 ) -> Tensor:  # fmt: skip
-    value = F.linear(x, weight.to(x.dtype)).float()
-    if column is not None:
-        value = rstd[:, None] * (value - mean[:, None] * column)
-    value = activate(value if bias is None else value + bias.float(), activation)
+    with without_autocast(x):
+        value = F.linear(x, weight.to(x.dtype)).float()
+        if column is not None:
+            value = rstd[:, None] * (value - mean[:, None] * column)
+        value = activate(value if bias is None else value + bias.float(), activation)
     return value.to(x.dtype) if residual is None else (value + residual.float()).to(residual.dtype)
+
+
+def _width(x: Tensor) -> int:
+    return x.shape[-1] if x.ndim else 0
 
 
 def _check(x: Tensor, name: str, weight: Tensor, bias: Tensor | None, inputs: int) -> None:
@@ -311,13 +281,15 @@ def _check(x: Tensor, name: str, weight: Tensor, bias: Tensor | None, inputs: in
 
 def _check_residual(residual: Tensor | None, shape: tuple[int, ...]) -> None:
     if residual is not None and (residual.shape != shape or residual.dtype not in FLOATING):
-        raise ValueError(f"residual is {residual.dtype} {tuple(residual.shape)}; it must be floating {shape}")
+        raise ValueError(
+            f"residual is {residual.dtype} {tuple(residual.shape)}; it must be float32, bfloat16 or float16 {shape}"
+        )
 
 
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = "none",
     residual: Tensor | None = None, norm: DeferredNorm | None = None, statistics: tuple[Tensor, Tensor] | None = None,
-    backend: Backend = "auto",
+    out: Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """act(x @ weight.T + bias) + residual in one pass; of LayerNorm(x) with norm.
 
@@ -329,19 +301,24 @@ def linear(
         residual: (..., N) or None, fp32 or half. The result takes its dtype: an fp32 stream stays fp32.
         norm: from defer_norm, with its weight and bias. Not differentiable.
         statistics: mean and rstd, fp32 (rows,), where they are known; else with a norm one more kernel finds them.
+        out: written in place and returned: contiguous, of the result's shape, dtype and device; then nothing takes a gradient.
+            None: a new one.
         backend: "auto", "reference" or "triton".
 
     Returns:
         (..., N) in the residual's dtype, else x's. Differentiable in x, weight, bias and residual.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit.
+        ValueError: shapes, dtypes, devices or options that do not fit.
     """
-    _check(x, "weight", weight, bias, x.shape[-1])
+    _check(x, "weight", weight, bias, _width(x))
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
     shape = (*x.shape[:-1], weight.shape[0])
     _check_residual(residual, shape)
+    one_device(x=x, weight=weight, bias=bias, residual=residual)
+    if out is not None:
+        check_out(out, shape, x.dtype if residual is None else residual.dtype, x, weight, bias, residual)
     rows = x.reshape(-1, x.shape[-1])
     flat = None if residual is None else residual.reshape(-1, weight.shape[0])
     wants = torch.is_grad_enabled() and any(
@@ -352,6 +329,8 @@ def linear(
     if norm is not None:
         if wants:
             raise ValueError("a deferred LayerNorm has no gradient; pass norm=None and the LayerNorm's output as x")
+        if not isinstance(norm, DeferredNorm):
+            raise ValueError(f"norm is a {type(norm).__name__}; it must be the one that defer_norm gave")
         if norm.column.shape != weight.shape[:1]:
             raise ValueError(f"norm is for {norm.column.shape[0]} outputs; the weight has {weight.shape[0]}")
         column = norm.column
@@ -360,22 +339,15 @@ def linear(
             raise ValueError(f"statistics are {tuple(mean.shape)} and {tuple(rstd.shape)}; both must be ({len(rows)},)")
     elif statistics is not None:
         raise ValueError("statistics are those of a norm; pass norm too")
-    if on_triton:
-        out, _ = _linear(rows, weight, bias, flat, mean, rstd, column, activation, wants and activation != "none")
-    else:
-        out = _reference(rows, weight, bias, flat, mean, rstd, column, activation)
-    return out.view(shape)
-
-
-def row_statistics(x: Tensor, eps: float, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of the rows of x (M, K), both fp32 (M,), detached. K is at most 16384 on Triton."""
-    x = x.detach()
-    if use_triton(backend, x):
-        if x.shape[1] > MAX_CHANNELS:
-            raise ValueError(f"{x.shape[1]} channels in a row exceed the limit of {MAX_CHANNELS}; use the reference")
-        return _row_statistics(x, eps)
-    variance, mean = torch.var_mean(x.float(), 1, correction=0)
-    return mean, (variance + eps).rsqrt()
+    operands = (rows, weight, bias, flat, mean, rstd, column, activation)
+    if not on_triton:
+        result = _reference(*operands).view(shape)
+        return result if out is None else out.copy_(result)
+    no_forward_mode(x, weight, bias, residual)
+    if out is None:
+        return _linear(*operands, wants and activation != "none")[0].view(shape)
+    _linear_out(out.view(len(rows), weight.shape[0]), *operands)
+    return out
 
 
 def mlp(
@@ -396,9 +368,9 @@ def mlp(
         (..., N). Differentiable in all tensors.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit.
+        ValueError: shapes, dtypes, devices or options that do not fit.
     """
-    _check(x, "w1", w1, b1, x.shape[-1])
+    _check(x, "w1", w1, b1, _width(x))
     _check(x, "w2", w2, b2, w1.shape[0])
     if activation not in ("gelu", "quick_gelu") or save not in ("pre", "both"):
         raise ValueError(f"activation is {activation!r} and save {save!r}; choose gelu or quick_gelu, and pre or both")
@@ -406,9 +378,11 @@ def mlp(
     _check_residual(residual, shape)
     rows = x.reshape(-1, x.shape[-1])
     flat = None if residual is None else residual.reshape(-1, w2.shape[0])
+    one_device(x=x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual)
     tensors = (x, w1, b1, w2, b2, residual)
     wants = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if use_triton(backend, x):
+        no_forward_mode(*tensors)
         out = _mlp(rows, w1, b1, w2, b2, flat, activation, save if wants else "")[0]
     else:
         hidden = _reference(rows, w1, b1, None, None, None, None, activation)
@@ -427,13 +401,15 @@ def weight_gradient(dy: Tensor, x: Tensor, *, out: Tensor | None = None, backend
             "floating dtype"
         )
     shape = (dy.shape[1], x.shape[1])
-    if out is not None and (out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous()):
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}; it must be contiguous float32 {shape}")
+    one_device(x=x, dy=dy)
     dy, x = dy.detach(), x.detach()
+    if out is not None:
+        check_out(out, shape, torch.float32, x)
     if use_triton(backend, x):
         if out is None:
             return _weight_gradient(dy, x)
         _add_weight_gradient(out, dy, x)
         return out
-    result = dy.float().t() @ x.float()
+    with without_autocast(x):
+        result = dy.float().t() @ x.float()
     return result if out is None else out.add_(result)

@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._launch import Backend, both, check_out, use_triton
+from kernels._launch import FLOATING, Backend, both, check_out, one_device, use_triton
 from kernels._operator import operator, register_fake
-from kernels.linear.layers import FLOATING, Activation, _check_residual, activate
+from kernels.linear.layers import Activation, _check_residual, activate
 from kernels.linear.product import ACTIVATIONS, SCALE_BLOCK, product
 from kernels.quantize import DTYPES, quantize_rows
 
@@ -158,6 +158,7 @@ def scaled_linear(
     if eight and outputs % SCALE_BLOCK:
         raise ValueError(f"{outputs} outputs in {dtype} are not a multiple of {SCALE_BLOCK}, the columns of a scale")
     _check_residual(residual, (rows, outputs))
+    one_device(values=values, scales=scales, weight=weight, weight_scale=weight_scale, bias=bias, residual=residual)
     taken = use_triton(backend, values)
     given = (None if tensor is None else tensor.detach() for tensor in (bias, residual))
     operands = (values, scales.detach(), weight, weight_scale.detach(), *given, activation)

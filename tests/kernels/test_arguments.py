@@ -44,7 +44,7 @@ REFUSED = {
     r"table has shape \(3, 8\)": lambda: kernels.token_gather(X, SEEN, torch.zeros(3, 8)),
     r"weight \(8,\) and bias \(7,\)": lambda: kernels.gather_norm(X, SEEN, ONE[0], NONE[0, :7]),
     r"weight \(7,\) and bias \(8,\)": lambda: kernels.gather_norm(X, SEEN, ONE[0, :7], NONE[0]),
-    r"x \(4, 8\), weight": lambda: kernels.gather_norm(X[0], None, ONE[0], NONE[0]),
+    r"x is torch.float32 \(4, 8\)": lambda: kernels.gather_norm(X[0], None, ONE[0], NONE[0]),
     r"q \(1, 2, 8\) and k \(1, 3, 5, 8\)": lambda: kernels.semantic_mask(
         torch.zeros(1, 2, 8), torch.zeros(1, 3, 5, 8), 1, SEED
     ),

@@ -14,7 +14,7 @@ import kernels
 PARTS = (
     "align_loss",
     "layer_norm",
-    "linear.layers",
+    "linear.norm",
     "linear.product",
     "patch_gather",
     "quantize",

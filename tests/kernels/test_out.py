@@ -23,6 +23,8 @@ X, ROWS, AFFINE = seeded(2, 6, 8), seeded(5, 12).T[::2].T, seeded(2, 6)
 VIDEO = (seeded(2, 1, 16, 24, 3) * 60 + 128).to(torch.uint8)
 NORMAL = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 Q, K, SCORES = seeded(3, 2, 16), seeded(3, 2, 8, 16), seeded(3, 7).abs()
+WEIGHT = seeded(3, 8), seeded(3)
+FOLDED = kernels.defer_norm(*WEIGHT, *seeded(2, 8))
 EIGHT = [kernels.quantize_rows(seeded(n, 128), "int8", backend="reference") for n in (4, 256)]
 SCALED = (*EIGHT[0], EIGHT[1][0], EIGHT[1][1].flatten(), seeded(256))
 
@@ -40,6 +42,8 @@ CASES: dict[str, Callable[..., Any]] = {
     "sample_visible": lambda **o: kernels.sample_visible(SCORES, 3, SEED, **o),
     "quantize_rows": lambda **o: kernels.quantize_rows(ROWS, "int8", **o),
     "norm_quantize": lambda **o: kernels.norm_quantize(ROWS, AFFINE[0], AFFINE[1], "int8", **o),
+    "linear": lambda **o: kernels.linear(X, *WEIGHT, activation="gelu", residual=X[..., :3], **o),
+    "linear norm": lambda **o: kernels.linear(X[0], FOLDED[0], FOLDED[1], norm=FOLDED[2], **o),
     "scaled_linear": lambda **o: kernels.scaled_linear(*SCALED, activation="gelu", dtype=torch.float32, **o),
     "scaled_linear int8": lambda **o: kernels.scaled_linear(*SCALED, dtype=torch.int8, **o),
 }
@@ -107,6 +111,8 @@ def test_nothing_given_takes_a_gradient(backend: str) -> None:
         kernels.patch_gather(video, SEEN % 2, patch_size=8, out=out.new_empty(2, 2, 192), backend=backend)
     with pytest.raises(ValueError, match="takes no gradient"):
         kernels.gather_norm(X, SEEN, X[0, 0], X[0, 1], out=out.clone().requires_grad_(), backend=backend)
+    with pytest.raises(ValueError, match="takes no gradient"):
+        kernels.linear(X, WEIGHT[0].clone().requires_grad_(), out=out.new_empty(2, 6, 3), backend=backend)
     with torch.no_grad():
         assert torch.equal(kernels.token_gather(x, SEEN, out=out, backend=backend), kernels.token_gather(X, SEEN))
     with torch.inference_mode():
@@ -163,6 +169,7 @@ def test_they_are_sound_operators() -> None:
         (ops.sample_visible_out, (visible, SCORES, SEED)),
         (ops.quantize_rows_out, (values, scale, ROWS)),
         (ops.norm_quantize_out, (values, scale, ROWS, AFFINE[0], AFFINE[1], 1e-5)),
+        (ops.linear_out, (torch.empty(6, 3, device=DEVICE), X[0], *WEIGHT, None, None, None, None, "gelu")),
         (ops.scaled_linear_out, (out8, torch.empty(4, 2, device=DEVICE), *SCALED, None, "gelu")),
     ]
     for op, arguments in cases:
