@@ -12,6 +12,7 @@ from kernels.library import frozen_linear, library_linear, library_product
 from kernels.linear import DeferredNorm, defer_norm, linear, mlp, row_statistics, scaled_linear, weight_gradient
 from kernels.modules import LayerNorm, Linear, Mlp
 from kernels.patch_gather import FoldedPixels, fold_pixels, patch_gather
+from kernels.qkv_attention import attention_qkv
 from kernels.quantize import dequantize_product, norm_quantize, quantize_rows
 from kernels.quantized_linear import (
     Norm,
@@ -39,6 +40,7 @@ __all__ = [
     "align_loss",
     "attention",
     "attention_backend",
+    "attention_qkv",
     "attention_varlen",
     "checked",
     "class_attention",

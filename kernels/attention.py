@@ -117,7 +117,7 @@ def _why_not_kernel(backend: str, device: torch.device, dtype: torch.dtype, head
 _said: set[tuple[str, torch.dtype, str, str]] = set()
 
 
-def _say_once(q: Tensor, backend: str, kind: str, kernel: Callable[[], int] | None = None) -> None:
+def say_once(q: Tensor, backend: str, kind: str, kernel: Callable[[], int] | None = None) -> None:
     """One line for each device, dtype, kind of call and backend. kernel: which SDPBackend PyTorch chooses."""
     line = (q.device.type, q.dtype, kind, backend)
     # Fake tensors, of another type, are on no device.
@@ -177,6 +177,12 @@ def _choose(backend: str, q: Tensor, packed: bool = False) -> str:
     return backend
 
 
+def taken_backend(q: Tensor, backend: str, prefer: str) -> str:
+    """The backend of a call without mask and dropout; raises ValueError where it is impossible."""
+    special = _special(None, 0.0, q.shape[1])
+    return _choose(_preferred(prefer, special, q.device) if backend == "auto" else backend, q)
+
+
 def _math(q: Tensor, k: Tensor, v: Tensor, scale: float, allowed: Tensor | None = None) -> Tensor:
     logits = torch.einsum("bqhd,bkhd->bhqk", q * scale, k)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -200,7 +206,7 @@ def _fused(
     # On the CPU torch has the one order, and cuDNN is not in it.
     explicit = q.device.type == "cuda" or backend != "sdpa"
     with sdpa_kernel(_ORDER[backend], set_priority=True) if explicit else contextlib.nullcontext():
-        _say_once(q, backend, kind, lambda: torch._fused_sdp_choice(q, k, v, allowed, dropout, False, scale=scale))
+        say_once(q, backend, kind, lambda: torch._fused_sdp_choice(q, k, v, allowed, dropout, False, scale=scale))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2)
 
@@ -259,7 +265,7 @@ def attention(
         raise ValueError(f"backend={backend!r} takes no {never} here; use backend='sdpa' or 'auto'")
     kind = "attention" + (f" with {' and '.join(special)}" if special else "")
     if backend in ("flash_attn", "xformers", "batched", "math"):
-        _say_once(q, backend, kind)
+        say_once(q, backend, kind)
     if backend == "batched" and q.numel() and k.numel():
         return cpu_attention.BatchedAttention.apply(q, k, v, scale)
     if backend == "flash_attn":
@@ -383,7 +389,7 @@ def attention_varlen(
             backend = "sdpa"
     backend = _choose(backend, q, packed=True)
     if backend != "sdpa":
-        _say_once(q, backend, "packed attention")
+        say_once(q, backend, "packed attention")
     places = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func

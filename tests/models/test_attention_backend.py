@@ -29,7 +29,7 @@ def test_every_attention_is_told(kind: str, calls: int, monkeypatch: pytest.Monk
         compute = getattr(kernels, name)
         return lambda *args, **options: (preferred.append(options.get("prefer")), compute(*args, **options))[1]
 
-    for name in ("attention", "attention_varlen"):
+    for name in ("attention", "attention_qkv", "attention_varlen"):
         monkeypatch.setattr(kernels, name, spy(name))
     if kind == "stage1":
         config, make = tiny.tiny(), UnmaskedAlignment

@@ -141,10 +141,11 @@ class Attention(Attends):
 
     def heads(self, qkv: Tensor, packing: Packing | None = None) -> Tensor:
         """(..., 3C) -> (..., C), the heads' outputs side by side."""
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         if packing is None:
-            out = kernels.attention(q, k, v, prefer=self.attention_backend)
+            out = kernels.attention_qkv(qkv, prefer=self.attention_backend)
         else:
+            q, k, v = qkv.unbind(-3)
             totals, longest = packing.totals, packing.longest
             places = (totals, totals, longest, longest)
             out = kernels.attention_varlen(q, k, v, *places, prefer=self.attention_backend)
