@@ -127,6 +127,21 @@ def one_device(**tensors: Tensor | None) -> None:
             )
 
 
+def row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
+    """The factors of the rows of x (..., K), given as fp32 that broadcasts to (..., 1), side by side: (rows,)."""
+    if scale is None:
+        return None
+    one_device(x=x, branch_scale=scale)
+    shape = (*x.shape[:-1], 1)
+    broadcasts = scale.ndim <= x.ndim and all(a in (1, b) for a, b in zip(scale.shape[::-1], shape[::-1], strict=False))
+    if scale.dtype != torch.float32 or scale.requires_grad or not broadcasts:
+        raise ValueError(
+            f"branch_scale is {scale.dtype} {tuple(scale.shape)}{' with a gradient' * scale.requires_grad}; it must be "
+            f"float32 that broadcasts to {shape}, without a gradient"
+        )
+    return scale.expand(shape).reshape(-1).contiguous()  # one number for all rows would stay one
+
+
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which a reference computes in the dtypes it is given, as the kernels do under autocast."""
     kind = tensor.device.type

@@ -148,27 +148,27 @@ def norm_cases(size: str) -> Iterator[Case]:
     yield Case(
         f"layer_norm forward {size}",
         layer_norm_fwd_kernel,
-        {"y": half, "z": full, "mean": full, "rstd": full, "x": full, "branch": half} | affine,
+        {"y": half, "z": full, "mean": full, "rstd": full, "x": full, "branch": half, "scale": full} | affine,
         {"x_row": width, "branch_row": width, "eps": 1e-6},
         options,
         warps=norm_warps(width),
         programs=rows,
-        bytes_moved=rows * (12 * width + 8) + 8 * width,
-        promise=Promise(narrow_stores=2),
+        bytes_moved=rows * (12 * width + 12) + 8 * width,
+        promise=Promise(narrow_loads=1, narrow_stores=2),
     )
     per_program = rows_per_program(rows)
     yield Case(
         f"layer_norm backward {size}",
         layer_norm_bwd_kernel,
-        {"dx": full, "dweight": full, "dbias": full, "dy": half, "dz": full, "z": full, "mean": full, "rstd": full}
-        | {"weight": full},
+        {"dx": full, "dbranch": half, "dweight": full, "dbias": full, "dy": half, "dz": full, "z": full}
+        | dict.fromkeys(("mean", "rstd", "scale", "weight"), full),
         {"rows": rows, "dy_row": width, "dz_row": width, "z_row": width},
         options | {"ROWS": per_program},
         warps=norm_warps(width),
         programs=-(-rows // per_program),
         trips=per_program,
-        bytes_moved=rows * (14 * width + 8) + 8 * width * -(-rows // per_program),
-        promise=Promise(narrow_loads=2),
+        bytes_moved=rows * (16 * width + 12) + 8 * width * -(-rows // per_program),
+        promise=Promise(narrow_loads=3),
     )
 
 

@@ -1,11 +1,12 @@
 """layer_norm: a LayerNorm and its gradients, behind the sum of a residual stream and a branch where there is one.
 
-    z = x + branch,  y = (z - mean(z)) / sqrt(variance(z) + eps) * weight + bias
+    z = x + branch * scale,  y = (z - mean(z)) / sqrt(variance(z) + eps) * weight + bias
 
-Bytes moved for each number of an fp32 stream with a bf16 branch and result: forward 12, where sum, norm and cast apart move 24.
-Backward reads dy, z and the stream's own gradient and writes their sum: 14, where norm, cast and sum apart move 30. Besides,
-8 bytes a row of statistics are kept. The gradients of weight and bias are summed in fp32 in a fixed order. About 20 FLOPs a
-number.
+The scale is a number for each row, or none. Bytes moved for each number of an fp32 stream with a bf16 branch and result:
+forward 12, where sum, norm and cast apart move 24. Backward reads dy, z and the stream's own gradient, and writes their sum and
+the branch's gradient: 16, where norm, sum and casts apart move 36. Multiplied apart, the branch and its gradient are read and
+written once more. 8 bytes a row of statistics are kept. The gradients of weight and bias are summed in fp32 in a fixed order.
+About 20 FLOPs a number.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from kernels._launch import (
     on_device,
     one_device,
     power_of_two,
+    row_scale,
     rows_per_program,
     use_triton,
     warps_for,
@@ -37,7 +39,7 @@ from kernels._operator import operator, register_autograd, register_fake
 
 @triton.jit
 def layer_norm_fwd_kernel(
-    y, z, mean, rstd, x, branch, weight, bias, x_row, branch_row, eps, K: tl.constexpr, BLOCK: tl.constexpr
+    y, z, mean, rstd, x, branch, scale, weight, bias, x_row, branch_row, eps, K: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program per row; the two-pass formula, which does not cancel."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -45,7 +47,8 @@ def layer_norm_fwd_kernel(
     inside = o < K
     value = tl.load(x + i_row * x_row + o, mask=inside, other=0).to(tl.float32)
     if branch is not None:
-        value += tl.load(branch + i_row * branch_row + o, mask=inside, other=0).to(tl.float32)
+        added = tl.load(branch + i_row * branch_row + o, mask=inside, other=0).to(tl.float32)
+        value += added if scale is None else added * tl.load(scale + i_row)
         # The statistics are of the sum as it is stored: backward reads that.
         stored = value.to(z.dtype.element_ty)
         tl.store(z + i_row * K + o, stored, mask=inside)
@@ -63,6 +66,7 @@ def layer_norm_fwd_kernel(
 @triton.jit
 def layer_norm_bwd_kernel(
     dx,
+    dbranch,
     dweight,
     dbias,
     dy,
@@ -70,6 +74,7 @@ def layer_norm_bwd_kernel(
     z,
     mean,
     rstd,
+    scale,
     weight,
     rows,
     dy_row,
@@ -101,7 +106,12 @@ def layer_norm_bwd_kernel(
         slope *= inverse
         if dz is not None:
             slope += tl.load(dz + i_row * dz_row + o, mask=inside, other=0).to(tl.float32)
-        tl.store(dx + i_row * K + o, slope.to(dx.dtype.element_ty), mask=tl.where(here, inside, False))
+        stored = tl.where(here, inside, False)
+        tl.store(dx + i_row * K + o, slope.to(dx.dtype.element_ty), mask=stored)
+        if dbranch is not None:
+            if scale is not None:
+                slope *= tl.load(scale + i_row)
+            tl.store(dbranch + i_row * K + o, slope.to(dbranch.dtype.element_ty), mask=stored)
     part = tl.program_id(0).to(tl.int64) * K + o
     tl.store(dweight + part, acc_weight, mask=inside)
     tl.store(dbias + part, acc_bias, mask=inside)
@@ -119,7 +129,13 @@ def _rows_apart(matrix: Tensor) -> Tensor:
 
 @operator("layer_norm")
 def _layer_norm(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, width = x.shape
     x, branch = _rows_apart(x), None if branch is None else _rows_apart(branch)
@@ -135,6 +151,7 @@ def _layer_norm(
                 rstd,
                 x,
                 branch,
+                scale,
                 weight.contiguous(),
                 bias.contiguous(),
                 x.stride(0),
@@ -149,25 +166,35 @@ def _layer_norm(
 
 
 @register_fake(_layer_norm)
-def _(x, branch, weight, bias, eps, dtype):
+def _(x, branch, scale, weight, bias, eps, dtype):
     z = x.new_empty((0,) if branch is None else x.shape)
     return x.new_empty(x.shape, dtype=dtype), z, *(x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
 
 
 @operator("layer_norm_backward")
 def _layer_norm_backward(
-    dy: Tensor, dz: Tensor | None, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor,
+    dz: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    branch: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias, and that of the branch where it is asked for in a dtype."""
     rows, width = z.shape
     dy, z, dz = _rows_apart(dy), _rows_apart(z), None if dz is None else _rows_apart(dz)
     per_program = rows_per_program(rows)
     parts = -(-rows // per_program)
     dx = torch.empty(rows, width, dtype=z.dtype, device=z.device)
+    dbranch = torch.empty((0,) if branch is None else dx.shape, dtype=branch or z.dtype, device=z.device)
     partial = torch.empty(2, parts, width, dtype=torch.float32, device=z.device)
     if rows:
         with on_device(z):
             layer_norm_bwd_kernel[(parts,)](
                 dx,
+                None if branch is None else dbranch,
                 partial[0],
                 partial[1],
                 dy,
@@ -175,6 +202,7 @@ def _layer_norm_backward(
                 z,
                 mean,
                 rstd,
+                scale,
                 weight.contiguous(),
                 rows,
                 dy.stride(0),
@@ -187,21 +215,22 @@ def _layer_norm_backward(
                 **COMPILER_OPTIONS,
             )
     # Summed apart: an operator's results must not share memory.
-    return dx, partial[0].sum(0), partial[1].sum(0)
+    return dx, partial[0].sum(0), partial[1].sum(0), dbranch
 
 
 @register_fake(_layer_norm_backward)
-def _(dy, dz, z, mean, rstd, weight):
-    return z.new_empty(z.shape), *(z.new_empty(z.shape[1], dtype=torch.float32) for _ in range(2))
+def _(dy, dz, z, mean, rstd, scale, weight, branch):
+    affine = (z.new_empty(z.shape[1], dtype=torch.float32) for _ in range(2))
+    return z.new_empty(z.shape), *affine, z.new_empty((0,) if branch is None else z.shape, dtype=branch or z.dtype)
 
 
 register_autograd(_layer_norm_backward, no_second_gradient)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, branch, weight, bias, _, _ = inputs
+    x, branch, scale, weight, bias, _, _ = inputs
     _, z, mean, rstd = output
-    ctx.save_for_backward(x if branch is None else z, mean, rstd, weight)
+    ctx.save_for_backward(x if branch is None else z, mean, rstd, scale, weight)
     ctx.mark_non_differentiable(mean, rstd, *([z] if branch is None else []))
     ctx.set_materialize_grads(False)
     ctx.branch_dtype = None if branch is None else branch.dtype
@@ -209,24 +238,38 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    z, mean, rstd, weight = ctx.saved_tensors
+    z, mean, rstd, scale, weight = ctx.saved_tensors
     dweight = dbias = None
-    total = dz
+    total, kind = dz, ctx.branch_dtype
+    # The branch's gradient is the stream's own where nothing tells them apart.
+    apart = kind is not None and (kind != z.dtype or scale is not None)
     if dy is not None:
-        total, dweight, dbias = _layer_norm_backward(dy, dz, z, mean, rstd, weight)
+        total, dweight, dbias, branch = _layer_norm_backward(
+            dy, dz, z, mean, rstd, scale, weight, kind if apart else None
+        )
         dweight, dbias = dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)
-    branch = None if total is None or ctx.branch_dtype is None else total.to(ctx.branch_dtype)
-    return total, branch, dweight, dbias, None, None
+    elif apart and dz is not None:
+        branch = (dz if scale is None else dz * scale[:, None]).to(kind)
+    branch = None if total is None or kind is None else branch if apart else total
+    return total, branch, None, dweight, dbias, None, None
 
 
 register_autograd(_layer_norm, _backward, setup_context=_setup)
 
 
 def _reference(
-    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    z = x if branch is None else (x.to(kind) + branch.to(kind)).to(x.dtype)
+    if branch is not None:
+        branch = branch.to(kind) if scale is None else branch.to(kind) * scale[:, None]
+    z = x if branch is None else (x.to(kind) + branch).to(x.dtype)
     return F.layer_norm(z.to(kind), x.shape[1:], weight.to(kind), bias.to(kind), eps).to(dtype), z
 
 
@@ -237,21 +280,24 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     branch: Tensor | None = None,
+    branch_scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """LayerNorm(x + branch) over the last axis, and that sum; without a branch LayerNorm(x) alone.
+    """LayerNorm(x + branch * branch_scale) over the last axis, and that sum; without a branch LayerNorm(x) alone.
 
     Args:
         x: (..., K) fp32, bf16 or fp16, a residual stream; on the Triton backend K is at most 16384.
         weight, bias: (K,), floating. Statistics and affine are fp32 whatever x is.
         eps: of the LayerNorm.
         branch: (..., K), floating, added to x; or None.
+        branch_scale: fp32 that broadcasts to (..., 1), a factor for each row of the branch, as stochastic depth has them; or
+            None. It has no gradient.
         dtype: of the norm; x's by default. An fp32 stream can give bf16 to the product behind it, and gets fp32 gradients.
         backend: "auto", "reference" or "triton".
 
     Returns:
-        (..., K) in dtype; with a branch also x + branch (..., K) in x's dtype. Differentiable in x, branch, weight and bias.
+        (..., K) in dtype; with a branch also the sum (..., K) in x's dtype. Differentiable in x, branch, weight and bias.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, more channels than a program holds.
@@ -263,7 +309,10 @@ def layer_norm(
         raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({width},)")
     if branch is not None and (branch.shape != x.shape or not branch.is_floating_point()):
         raise ValueError(f"branch is {branch.dtype} {tuple(branch.shape)}; it must be floating {tuple(x.shape)}")
+    if branch is None and branch_scale is not None:
+        raise ValueError("branch_scale is that of a branch; pass branch too")
     one_device(x=x, weight=weight, bias=bias, branch=branch)
+    scale = row_scale(branch_scale, x)
     dtype = dtype or x.dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; it must be a floating one")
@@ -276,7 +325,7 @@ def layer_norm(
                 "float32, bfloat16 and float16; use backend='reference'"
             )
         no_forward_mode(x, weight, bias, branch)
-        y, z, _, _ = _layer_norm(rows, flat, weight, bias, eps, dtype)
+        y, z, _, _ = _layer_norm(rows, flat, scale, weight, bias, eps, dtype)
     else:
-        y, z = _reference(rows, flat, weight, bias, eps, dtype)
+        y, z = _reference(rows, flat, scale, weight, bias, eps, dtype)
     return y.view(x.shape) if branch is None else (y.view(x.shape), z.view(x.shape))

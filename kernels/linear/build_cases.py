@@ -96,6 +96,7 @@ def product_case(
         "rstd",
         "column",
         "bias",
+        "row_scale",
         "residual",
     )
     numbers = {
@@ -153,8 +154,8 @@ def linear_cases(size: str, architecture: int) -> Iterator[Case]:
         "bf16",
         (rows, width, hidden),
         full,
-        {"bias": full, "residual": full},
-        rows * (2 * hidden + 8 * width) + 2 * weight + 4 * width,
+        {"bias": full, "row_scale": full, "residual": full},
+        rows * (2 * hidden + 8 * width + 4) + 2 * weight + 4 * width,
     )
     yield case(
         "norm quick_gelu",

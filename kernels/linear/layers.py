@@ -2,7 +2,7 @@
 
     linear:  out = act(x @ W.T + bias) + residual
     norm:    x @ W.T of a LayerNorm's output from its input: rstd * (x @ (gW).T - mean * (gW 1)) + (W b + bias)
-    mlp:     out = act(x @ W1.T + b1) @ W2.T + b2 + residual
+    mlp:     out = (act(x @ W1.T + b1) @ W2.T + b2) * scale + residual, with a scale for each row or none
 
 GELU is the exact one, QuickGELU x * sigmoid(1.702 x). Sums are fp32, the epilogue too; a result is rounded once. 2*M*N*K
 FLOPs a product. Bytes, each tensor once: operands and result; residual + its size; statistics another M*K read; backward of
@@ -26,6 +26,7 @@ from kernels._launch import (
     no_forward_mode,
     no_second_gradient,
     one_device,
+    row_scale,
     use_triton,
     without_autocast,
 )
@@ -84,10 +85,11 @@ def _multiply(
     rstd: Tensor | None,
     column: Tensor | None,
     activation: str,
+    row_scale: Tensor | None = None,
 ) -> None:
     product(
         out, x, weight.to(x.dtype), kind=ACTIVATIONS[activation], pre=pre, bias=bias, residual=residual, mean=mean,
-        rstd=rstd, column=column,
+        rstd=rstd, column=column, row_scale=row_scale,
     )  # fmt: skip
 
 
@@ -153,16 +155,18 @@ def _(dy, weight, pre, activation, hidden):
 
 @operator("mlp")
 def _mlp(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None, activation: str,
-    save: str,
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
+    scale: Tensor | None, activation: str, save: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     hidden, pre = _linear(x, w1, b1, None, None, None, None, activation, save != "")
-    out, _ = _linear(hidden, w2, b2, residual, None, None, None, "none", False)
+    kind = x.dtype if residual is None else residual.dtype
+    out = torch.empty(x.shape[0], w2.shape[0], dtype=kind, device=x.device)
+    _multiply(out, None, hidden, w2, b2, residual, None, None, None, "none", scale)
     return out, pre, hidden if save == "both" else x.new_empty(0)
 
 
 @register_fake(_mlp)
-def _(x, w1, b1, w2, b2, residual, activation, save):
+def _(x, w1, b1, w2, b2, residual, scale, activation, save):
     shape, wide = (x.shape[0], w2.shape[0]), (x.shape[0], w1.shape[0])
     kind = x.dtype if residual is None else residual.dtype
     pre, hidden = (x.new_empty(wide if keep else (0,)) for keep in (save != "", save == "both"))
@@ -209,9 +213,18 @@ def _backward_linear(ctx, dout, _):
     return dx, dw, db, dout if need[3] else None, None, None, None, None, None
 
 
+def _scaled(dout: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """dout times its rows' factors in a dtype, in one pass."""
+    if scale is None:
+        return dout.to(dtype)
+    if torch.compiler.is_compiling():
+        return (dout * scale[:, None]).to(dtype)
+    return torch.mul(dout, scale[:, None], out=torch.empty(dout.shape, dtype=dtype, device=dout.device))
+
+
 def _setup_mlp(ctx, inputs, output):
-    x, w1, b1, w2, b2, residual, activation, save = inputs
-    ctx.save_for_backward(x, w1, w2, output[1], output[2] if save == "both" else None)
+    x, w1, b1, w2, b2, residual, scale, activation, save = inputs
+    ctx.save_for_backward(x, w1, w2, scale, output[1], output[2] if save == "both" else None)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.activation = activation
@@ -220,11 +233,11 @@ def _setup_mlp(ctx, inputs, output):
 
 def _backward_mlp(ctx, dout, *_):
     if dout is None:
-        return (None,) * 8
-    x, w1, w2, pre, hidden = ctx.saved_tensors
+        return (None,) * 9
+    x, w1, w2, scale, pre, hidden = ctx.saved_tensors
     need = ctx.needs_input_grad
     _refuse_second_gradient()
-    dy = dout.to(x.dtype)
+    dy = _scaled(dout, scale, x.dtype)
     again = hidden is None and need[3]
     if any(need[:3]) or again:
         dpre, sums, made = _input_gradient(dy, w2, pre, ctx.activation, again)
@@ -232,8 +245,11 @@ def _backward_mlp(ctx, dout, *_):
     dw1 = _weight_gradient(dpre, x).to(w1.dtype) if need[1] else None
     db1 = sums.to(ctx.bias_dtypes[0]) if need[2] else None
     dw2 = _weight_gradient(dy, made if again else hidden).to(w2.dtype) if need[3] else None
-    db2 = dout.sum(0, dtype=torch.float32).to(ctx.bias_dtypes[1]) if need[4] else None
-    return dx, dw1, db1, dw2, db2, dout if need[5] else None, None, None
+    db2 = None
+    if need[4]:
+        db2 = dout.sum(0, dtype=torch.float32) if scale is None else scale @ dout.float()
+        db2 = db2.to(ctx.bias_dtypes[1])
+    return dx, dw1, db1, dw2, db2, dout if need[5] else None, None, None, None
 
 
 register_autograd(_linear, _backward_linear, setup_context=_setup_linear)
@@ -251,13 +267,14 @@ def activate(value: Tensor, activation: Activation) -> Tensor:
 
 def _reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
-    column: Tensor | None, activation: Activation,
+    column: Tensor | None, activation: Activation, scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     with without_autocast(x):
         value = F.linear(x, weight.to(x.dtype)).float()
         if column is not None:
             value = rstd[:, None] * (value - mean[:, None] * column)
         value = activate(value if bias is None else value + bias.float(), activation)
+        value = value if scale is None else value * scale[:, None]
     return value.to(x.dtype) if residual is None else (value + residual.float()).to(residual.dtype)
 
 
@@ -352,14 +369,16 @@ def linear(
 
 def mlp(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: Activation = "gelu",
-    residual: Tensor | None = None, save: Save = "pre", backend: Backend = "auto",
+    residual: Tensor | None = None, branch_scale: Tensor | None = None, save: Save = "pre", backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
-    """act(x @ w1.T + b1) @ w2.T + b2 + residual, whose backward multiplies by act' inside the product before it.
+    """(act(x @ w1.T + b1) @ w2.T + b2) * branch_scale + residual. Its backward multiplies by act' in the product before it.
 
     Args:
         x: (..., K). w1: (H, K), w2: (N, H), each in x's dtype or fp32; b1: (H,), b2: (N,), or None.
         activation: "gelu" (exact) or "quick_gelu".
         residual: (..., N) or None; the result takes its dtype.
+        branch_scale: fp32 that broadcasts to (..., 1), a factor for each row, as stochastic depth has them; or None. It has no
+            gradient.
         save: for backward, "pre" keeps the pre-activation alone, and that product writes the activation again; "both" keeps
             both.
         backend: "auto", "reference" or "triton".
@@ -379,14 +398,15 @@ def mlp(
     rows = x.reshape(-1, x.shape[-1])
     flat = None if residual is None else residual.reshape(-1, w2.shape[0])
     one_device(x=x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual)
+    scale = row_scale(branch_scale, x)
     tensors = (x, w1, b1, w2, b2, residual)
     wants = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if use_triton(backend, x):
         no_forward_mode(*tensors)
-        out = _mlp(rows, w1, b1, w2, b2, flat, activation, save if wants else "")[0]
+        out = _mlp(rows, w1, b1, w2, b2, flat, scale, activation, save if wants else "")[0]
     else:
         hidden = _reference(rows, w1, b1, None, None, None, None, activation)
-        out = _reference(hidden, w2, b2, flat, None, None, None, "none")
+        out = _reference(hidden, w2, b2, flat, None, None, None, "none", scale)
     return out.view(shape)
 
 

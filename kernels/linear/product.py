@@ -119,7 +119,8 @@ def _store_quantized(
 @triton.jit
 def _epilogue(
     acc, row, col, i_m, split,
-    out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+    out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, row_scale, residual,
+    M, N, residual_row,
     KIND: tl.constexpr, BACKWARD: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_SCALES: tl.constexpr,
     LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -148,6 +149,8 @@ def _epilogue(
         if pre is not None:
             tl.store(pre + place, value.to(pre.dtype.element_ty), mask=inside)
         value = _activation(value, KIND)
+    if row_scale is not None:
+        value *= tl.load(row_scale + m, mask=m < M, other=0)[:, None]
     if residual is not None:
         value += tl.load(residual + m.to(tl.int64)[:, None] * residual_row + n[None, :], mask=inside, other=0).to(
             tl.float32
@@ -171,7 +174,8 @@ def _halves(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _epilogue_in_parts(
     acc, row, col, i_m, split,
-    out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+    out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, row_scale, residual,
+    M, N, residual_row,
     KIND: tl.constexpr, BACKWARD: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_SCALES: tl.constexpr,
     LARGEST: tl.constexpr, TINY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -179,26 +183,29 @@ def _epilogue_in_parts(
     if PARTS == 1:
         _epilogue(
             acc, row, col, i_m, split,
-            out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+            out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, row_scale, residual,
+            M, N, residual_row,
             KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         left, right = _halves(acc, BLOCK_M, BLOCK_N)
         _epilogue(
             left, row, col, i_m, split,
-            out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+            out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, row_scale, residual,
+            M, N, residual_row,
             KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         _epilogue(
             right, row, col + BLOCK_N // 2, i_m, split,
-            out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+            out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, row_scale, residual,
+            M, N, residual_row,
             KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
 
 
 @triton.jit
 def product_kernel(
-    out, out_scale, pre, hidden, sums, a, b, a_scale, b_scale, mean, rstd, column, bias, residual,
+    out, out_scale, pre, hidden, sums, a, b, a_scale, b_scale, mean, rstd, column, bias, row_scale, residual,
     M, N, K, a_row, b_row, residual_row,
     A_T: tl.constexpr, B_T: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, KIND: tl.constexpr,
     BACKWARD: tl.constexpr, SPLITS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -209,7 +216,8 @@ def product_kernel(
     """out = epilogue(A @ B.T); operands that are None are left out of it.
 
     Forward: * a_scale[m] * b_scale[n]; rstd[m] * (value - mean[m] * column[n]); + bias[n]; pre = value; activation;
-    + residual. BACKWARD: * activation'(pre), which is read; hidden = activation(pre); sums = its sums over a tile's rows.
+    * row_scale[m]; + residual. BACKWARD: * activation'(pre), which is read; hidden = activation(pre); sums = its sums over a
+    tile's rows.
     SPLITS > 1: each split of K writes its own (M, N) of out.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -250,18 +258,21 @@ def product_kernel(
             left, right = _halves(acc, BLOCK_M, BLOCK_N)
             _epilogue_in_parts(
                 left, row, col, i_m, split,
-                out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+                out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, row_scale, residual,
+                M, N, residual_row,
                 KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N // 2, 2,
             )  # fmt: skip
             _epilogue_in_parts(
                 right, row, col + BLOCK_N // 2, i_m, split,
-                out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+                out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, row_scale, residual,
+                M, N, residual_row,
                 KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N // 2, 2,
             )  # fmt: skip
         else:
             _epilogue_in_parts(
                 acc, row, col, i_m, split,
-                out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, residual, M, N, residual_row,
+                out, out_scale, pre, hidden, sums, a_scale, b_scale, mean, rstd, column, bias, row_scale, residual,
+                M, N, residual_row,
                 KIND, BACKWARD, ACCUMULATE, BLOCK_SCALES, LARGEST, TINY, BLOCK_M, BLOCK_N, PARTS,
             )  # fmt: skip
 
@@ -366,7 +377,7 @@ def product(
             operands.get("sums"),
             left,
             right,
-            *(operands.get(name) for name in ("a_scale", "b_scale", "mean", "rstd", "column", "bias")),
+            *(operands.get(name) for name in ("a_scale", "b_scale", "mean", "rstd", "column", "bias", "row_scale")),
             residual,
             M,
             N,

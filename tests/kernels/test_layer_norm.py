@@ -28,18 +28,23 @@ def inputs(*shape: int) -> list[Tensor]:
     return [x, branch, *torch.randn(shape[-1], 2, device=DEVICE).T]
 
 
-def exact(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def exact(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """In float64, by its formula."""
-    z = x if branch is None else x + branch
+    z = x if branch is None else x + branch * (1 if scale is None else scale.double())
     centered = z - z.mean(-1, keepdim=True)
     return centered / (centered.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight + bias, z
 
 
-@pytest.mark.parametrize("with_branch", [False, True])
+@pytest.mark.parametrize("with_branch", [False, True, "scaled"])
 @pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 20), (70, 48), (9, 768), (0, 16), (2, 0, 8), (17,)])
-def test_value_and_gradients(shape: tuple[int, ...], kinds: tuple[torch.dtype, ...], with_branch: bool) -> None:
+def test_value_and_gradients(shape: tuple[int, ...], kinds: tuple[torch.dtype, ...], with_branch: bool | str) -> None:
     x, branch, weight, bias = inputs(*shape)
+    # A factor for each of the first axis, and one of them zero: what stochastic depth drops.
+    scale = torch.arange(shape[0], device=DEVICE).float().view(-1, *(1,) * (len(shape) - 1)) if len(shape) > 1 else None
+    scale = scale if with_branch == "scaled" else None
     x, branch = x.to(kinds[0]), branch.to(kinds[1])
     upstream = [torch.randn(*shape, device=DEVICE).to(kind) for kind in (kinds[2], kinds[0])]
     results = []
@@ -48,9 +53,10 @@ def test_value_and_gradients(shape: tuple[int, ...], kinds: tuple[torch.dtype, .
         leaves = [leaf.requires_grad_() for leaf in leaves]
         used = (leaves[0], leaves[1] if with_branch else None, *leaves[2:])
         if backend is None:
-            y, z = exact(*used)
+            y, z = exact(*used, scale)
         else:
-            out = kernels.layer_norm(used[0], *used[2:], 0.1, branch=used[1], dtype=kinds[2], backend=backend)
+            options = {"branch": used[1], "branch_scale": scale, "dtype": kinds[2], "backend": backend}
+            out = kernels.layer_norm(used[0], *used[2:], 0.1, **options)
             y, z = out if with_branch else (out, None)
             assert y.dtype == kinds[2] and (z is None or z.dtype == kinds[0])
         outputs = [y, z] if with_branch else [y]
@@ -68,6 +74,8 @@ def test_value_and_gradients(shape: tuple[int, ...], kinds: tuple[torch.dtype, .
 def test_a_result_that_nobody_uses_costs_no_gradient(backend: str) -> None:
     """The stream's own gradient alone, or the norm's alone."""
     x, branch, weight, bias = (t.detach().requires_grad_() for t in inputs(4, 20))
+    _, z = kernels.layer_norm(x, weight, bias, branch=branch, branch_scale=torch.full((1,), 0.5), backend=backend)
+    assert (torch.autograd.grad(z.sum(), branch)[0] == 0.5).all()
     y, z = kernels.layer_norm(x, weight, bias, branch=branch, backend=backend)
     gradients = torch.autograd.grad(z.sum(), (x, branch, weight, bias), retain_graph=True, allow_unused=True)
     assert (gradients[0] == 1).all() and (gradients[1] == 1).all()
@@ -93,11 +101,13 @@ def test_it_is_one_graph_and_a_sound_operator() -> None:
         torch.autograd.grad(compiled(x, branch, weight, bias), (x, branch, weight, bias)), expected, strict=True
     ):
         torch.testing.assert_close(ours, theirs)
-    for given in (None, branch):
-        torch.library.opcheck(torch.ops.umt_kernels.layer_norm.default, (x, given, weight, bias, 1e-5, torch.float32))
+    for given, scale in ((None, None), (branch, None), (branch, torch.rand(6, device=DEVICE))):
+        arguments = (x, given, scale, weight, bias, 1e-5, torch.float32)
+        torch.library.opcheck(torch.ops.umt_kernels.layer_norm.default, arguments)
     statistics = torch.zeros(6, device=DEVICE), torch.ones(6, device=DEVICE)
-    arguments = (torch.randn(6, 20, device=DEVICE), None, x.detach(), *statistics, weight.detach())
-    torch.library.opcheck(torch.ops.umt_kernels.layer_norm_backward.default, arguments)
+    for kind, scale in ((None, None), (torch.bfloat16, torch.rand(6, device=DEVICE))):
+        arguments = (torch.randn(6, 20, device=DEVICE), None, x.detach(), *statistics, scale, weight.detach(), kind)
+        torch.library.opcheck(torch.ops.umt_kernels.layer_norm_backward.default, arguments)
 
 
 def test_second_gradients_are_refused() -> None:
@@ -116,6 +126,12 @@ def test_what_does_not_fit_is_named() -> None:
         kernels.layer_norm(x, one[:7], one)
     with pytest.raises(ValueError, match=r"branch is torch.float32 \(1, 8\)"):
         kernels.layer_norm(x, one, one, branch=x[:1])
+    with pytest.raises(ValueError, match="branch_scale is that of a branch"):
+        kernels.layer_norm(x, one, one, branch_scale=one[:1])
+    with pytest.raises(
+        ValueError, match=r"branch_scale is torch.float32 \(8,\); it must be float32 that broadcasts to \(2, 1\)"
+    ):
+        kernels.layer_norm(x, one, one, branch=x, branch_scale=one)
     with pytest.raises(ValueError, match="dtype is torch.int8"):
         kernels.layer_norm(x, one, one, dtype=torch.int8)
     with pytest.raises(ValueError, match="8 channels of torch.float64.*backend='reference'"):

@@ -102,6 +102,30 @@ def test_mlp_value_and_gradients(rows, inputs, hidden, activation, save, dtype) 
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(6, 1, 1), (1, 1, 1), (6, 5, 1), (5, 1)])
+def test_the_rows_of_an_mlp_are_scaled(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A factor for each clip, some of them dropped; for all; for each row; and for each place in a clip."""
+    scale = torch.rand(shape, device=DEVICE) + 0.5
+    if shape[0] > 1:
+        scale[0] = 0
+    tensors = {
+        "x": numbers(6, 5, 24, dtype=dtype),
+        "w1": numbers(40, 24, dtype=dtype) * 0.2,
+        "b1": numbers(40),
+        "w2": numbers(24, 40, dtype=dtype) * 0.2,
+        "b2": numbers(24),
+        "residual": numbers(6, 5, 24),
+    }
+    assert_values_and_gradients(
+        lambda backend, **given: kernels.mlp(**given, branch_scale=scale, backend=backend),
+        lambda x, w1, b1, w2, b2, residual: (act(x @ w1.T + b1, "gelu") @ w2.T + b2) * scale.double() + residual,
+        tensors,
+        numbers(6, 5, 24),
+        dtype,
+    )
+
+
 @triton.jit
 def tile_kernel(out, source, row, column, rows, columns, stride, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
     tile = products._tile(source, row, column, rows, columns, stride, 16, 32, False, EVEN_ROWS, EVEN_COLUMNS)
@@ -280,8 +304,9 @@ def test_launches_move_the_bytes_that_are_claimed(monkeypatch: pytest.MonkeyPatc
     M, K, H = 64, 32, 128
     x, w1, w2 = (numbers(*shape, dtype=torch.bfloat16).requires_grad_() for shape in ((M, K), (H, K), (K, H)))
     b1, b2, residual = (numbers(*shape).requires_grad_() for shape in ((H,), (K,), (M, K)))
-    out = kernels.mlp(x, w1, b1, w2, b2, residual=residual, backend="triton")
-    forward = [2 * (M * K + H * K + 2 * M * H) + 4 * H, 2 * (M * H + H * K) + 4 * (K + 2 * M * K)]
+    scale = torch.rand(M, 1, device=DEVICE)
+    out = kernels.mlp(x, w1, b1, w2, b2, residual=residual, branch_scale=scale, backend="triton")
+    forward = [2 * (M * K + H * K + 2 * M * H) + 4 * H, 2 * (M * H + H * K) + 4 * (K + 2 * M * K + M)]
     assert moved == forward
     moved.clear()
     out.sum().backward()
@@ -305,7 +330,8 @@ def test_operators_are_registered_soundly_and_compile() -> None:
     cases = [
         (ops.linear, (x, w1, bias, residual, *none, "gelu", True)),
         (ops.linear, (x.detach(), w1.detach(), None, None, numbers(5), numbers(5), numbers(12), "none", False)),
-        (ops.mlp, (x, w1, bias, w2, None, None, "gelu", "pre")),
+        (ops.mlp, (x, w1, bias, w2, None, None, None, "gelu", "pre")),
+        (ops.mlp, (x, w1, bias, w2, None, numbers(5, 8).requires_grad_(), numbers(5), "gelu", "both")),
         (ops.input_gradient, (dy, w1.detach(), None, "none", False)),
         (ops.input_gradient, (numbers(5, 8), w2.detach(), dy, "gelu", True)),
         (ops.weight_gradient, (dy, x.detach())),
@@ -317,9 +343,11 @@ def test_operators_are_registered_soundly_and_compile() -> None:
         report = torch.library.opcheck(op.default, arguments)
         assert set(report.values()) == {"SUCCESS"}, (op, report)
 
+    factors = numbers(5, 1)
+
     def everything(x: Tensor, w1: Tensor, bias: Tensor, w2: Tensor) -> Tensor:
         hidden = kernels.linear(x * 2, w1, bias, activation="quick_gelu", backend="triton")
-        out = kernels.mlp(x, w1, bias, w2, None, residual=x.float(), backend="triton")
+        out = kernels.mlp(x, w1, bias, w2, None, residual=x.float(), branch_scale=factors, backend="triton")
         return out.sum() + hidden.sum()
 
     leaves = (x, w1, bias, w2)
@@ -374,6 +402,13 @@ REFUSED = {
     ),
     r"w2 \(8, 4\)": lambda: kernels.mlp(X, W, None, torch.zeros(8, 4), None),
     "activation is 'none' and save 'pre'": lambda: kernels.mlp(X, W, None, W.T, None, activation="none"),
+    r"branch_scale is torch.float32 \(4, 1\)": lambda: kernels.mlp(
+        X, W, None, W.T, None, branch_scale=torch.ones(4, 1)
+    ),
+    "branch_scale is torch.float64": lambda: kernels.mlp(X, W, None, W.T, None, branch_scale=torch.ones(1, 1).double()),
+    "with a gradient; it must": lambda: kernels.mlp(
+        X, W, None, W.T, None, branch_scale=torch.ones(1, 1, requires_grad=True)
+    ),
     "save 'nothing'": lambda: kernels.mlp(X, W, None, W.T, None, save="nothing"),
     r"out is torch.float16 \(8, 8\)": lambda: kernels.weight_gradient(X, X, out=torch.zeros(8, 8).half()),
     r"x torch.float32 \(2, 8\)": lambda: kernels.weight_gradient(X, X[:2]),

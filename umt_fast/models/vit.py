@@ -225,20 +225,20 @@ class Block(Multiplies):
         return x + (branch if factors is None else branch * factors[1].to(branch.dtype))
 
     def _fused(self, x: Tensor, packing: Packing | None, factors: tuple[Tensor, Tensor] | None) -> Tensor:
-        """forward by products that carry bias, GELU and the last residual; the other sum goes with the norm behind it."""
+        """forward by products that carry bias, GELU and the last sum; the first sum goes with the norm behind it."""
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         attn, mlp, first, second = self.attn, self.mlp, self.norm1, self.norm2
         options = {"dtype": dtype, "backend": "triton"}
+        attn_scale, mlp_scale = factors or (None, None)
         normed = kernels.layer_norm(x, first.weight, first.bias, first.eps, **options)
         heads = attn.heads(kernels.linear(normed, attn.qkv.weight, attn.qkv_bias, backend="triton"), packing)
         branch = kernels.linear(heads, attn.proj.weight, attn.proj.bias, backend="triton")
-        branch = branch if factors is None else branch * factors[0].to(branch.dtype)
-        normed, x = kernels.layer_norm(x, second.weight, second.bias, second.eps, branch=branch, **options)
+        normed, x = kernels.layer_norm(
+            x, second.weight, second.bias, second.eps, branch=branch, branch_scale=attn_scale, **options
+        )
         weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
-        residual = x if factors is None else None
-        out = kernels.mlp(normed, *weights, residual=residual, backend="triton")
-        return out if factors is None else x + out * factors[1].to(out.dtype)
+        return kernels.mlp(normed, *weights, residual=x, branch_scale=mlp_scale, backend="triton")
 
 
 def draw_linear(module: nn.Module) -> None:
