@@ -5,7 +5,8 @@ FLOPs at the rate of a large product. On a CPU bytes that fit its cache count fo
 NAME keeps the operations whose name begins so; --size is that of bench_kernels.py. A library that is not installed has a dash,
 one that does not run its error below the table. A column is there only where the mathematics is the same: Liger (0.8.5) has the
 LayerNorm; quack (0.6.5) that and the plain product with bias and residual, but of GELU the tanh form alone. `--device cpu`
-compares the CPU backends, compiled code left out; without it a GPU is needed.
+compares the CPU backends; there --compile adds torch.compile's column, but for backward passes of kernel_cases.py. Without
+--device a GPU is needed.
 """
 
 from __future__ import annotations
@@ -201,6 +202,9 @@ def main(arguments: list[str]) -> str:
     parser.add_argument("names", nargs="*", help="operations whose name begins so; all by default")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=("tiny", "b16", "l16"), help="default: b16 on a GPU, tiny on a CPU")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile's column on a CPU too: seconds for each case"
+    )
     options = parser.parse_args(arguments)
     # Read when the cases are made.
     if options.device == "cpu":
@@ -216,11 +220,14 @@ def main(arguments: list[str]) -> str:
     from umt_fast.engine.precision import measure_matmul_rate
 
     copy, matmul, cache = measured_copy_rate(), measure_matmul_rate(DEVICE, DTYPE), cache_bytes()
-    columns = {key: title for key, title in COLUMNS.items() if DEVICE.type == "cuda" or key != "compiled"}
+    compiled = options.compile or DEVICE.type == "cuda"
+    columns = {key: title for key, title in COLUMNS.items() if compiled or key != "compiled"}
     lines, failed = [["operation", *columns.values(), "share of bound"], ["---"] * (len(columns) + 2)], []
     for case in (case for make in (own_cases, cases) for case in make()):
         if not case.name.startswith(tuple(options.names) or ("",)):
             continue
+        if compiled and not case.name.endswith("backward") and "plain" in case.providers:
+            case.providers.setdefault("compiled", torch.compile(case.providers["plain"], dynamic=False))
         seconds: dict[str, float] = {}
         for key in (key for key in columns if key in case.providers):
             try:

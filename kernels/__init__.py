@@ -4,6 +4,7 @@ Tensors in, tensors out: this package needs torch and triton alone. The device o
 function's docstring for shapes, formula and bytes moved.
 """
 
+from kernels import flops  # noqa: F401  what torch.utils.flop_counter asks
 from kernels._launch import checked, force_backend
 from kernels.align_loss import align_features, align_loss
 from kernels.attention import AttentionBackend, attention, attention_backend, attention_varlen, require_attention

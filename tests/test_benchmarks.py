@@ -214,6 +214,22 @@ def test_compare_makes_a_table_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None
         assert share == "-" if name in norms else share.endswith("%")
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the cases of this process are on its GPU")
+def test_compare_shows_compiled_code_on_a_cpu_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "UMT_BENCH"):  # which it sets
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    names = ["layer_norm alone", "gather_norm", "token_gather"]
+    text = compare.main([*names, "--device", "cpu", "--size", "tiny", "--compile"])
+    rows = {
+        cells[0]: cells[3] for cells in (line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line)
+    }
+    assert rows.pop("operation") == "torch.compile" and rows.pop("token_gather backward") == "-"
+    rows.pop("---")
+    assert len(rows) == 4 and all(float(figure) > 0 for figure in rows.values())
+
+
 def test_compare_names_an_operation_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "UMT_BENCH"):  # which it sets
         monkeypatch.setenv(name, "")

@@ -108,8 +108,7 @@ def _linear_out(
     _multiply(out, None, x, weight, bias, residual, mean, rstd, column, activation)
 
 
-@operator("linear")
-def _linear(
+def _linear_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
     column: Tensor | None, activation: str, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -118,6 +117,9 @@ def _linear(
     pre = torch.empty(out.shape if keep else (0,), dtype=x.dtype, device=x.device)
     _multiply(out, pre if keep else None, x, weight, bias, residual, mean, rstd, column, activation)
     return out, pre
+
+
+_linear = operator("linear")(_linear_rows)
 
 
 @register_fake(_linear)
@@ -158,7 +160,8 @@ def _mlp(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None,
     scale: Tensor | None, activation: str, save: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    hidden, pre = _linear(x, w1, b1, None, None, None, None, activation, save != "")
+    # Not the operator: its way through torch costs the host microseconds.
+    hidden, pre = _linear_rows(x, w1, b1, None, None, None, None, activation, save != "")
     kind = x.dtype if residual is None else residual.dtype
     out = torch.empty(x.shape[0], w2.shape[0], dtype=kind, device=x.device)
     _multiply(out, None, hidden, w2, b2, residual, None, None, None, "none", scale)
