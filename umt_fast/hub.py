@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from umt_fast.config import ConfigError, require
+from umt_fast.config import ConfigError, Vocabulary, require
 from umt_fast.engine.precision import device_of, usable_dtype
 from umt_fast.models.description import MODELS, STAGE1_MODELS, TOKENIZERS, complete, found_in
 from umt_fast.models.sizes import TEACHERS, teacher_size
 from umt_fast.models.teachers import Teacher, build_teacher
-from umt_fast.models.weights import WeightsError, WeightsFile, is_saved_folder, kind_of, tokenizer_in
+from umt_fast.models.weights import WeightsError, WeightsFile, is_saved_folder, kind_of, vocabulary_in
 from umt_fast.pretrained import DTYPES, Dtype, PretrainedModel, build
 from umt_fast.tasks.evaluate import read_checkpoint
 from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
@@ -55,7 +55,7 @@ def load_model(
         dtype: `bf16` or `fp32`, or torch's. None: as `eval` computes, a classifier as it was trained, others in fp32.
         num_frames, image_size: of a clip, with `name`; None: as the file's position table, the released file or the model says.
         num_classes: of an untrained classifier or detector.
-        tokenizer: of a stage-2 model, by name or folder; None: the one it was trained with, where that is known.
+        tokenizer: of a model that reads texts, by name or folder; None: the one it was trained with, where that is known.
 
     Raises:
         ConfigError: an unknown name (with the nearest), no weights, an option that would not be read.
@@ -68,9 +68,10 @@ def load_model(
         weights is not None or released is not None,
         f"load_model({name or ''!r}) has no weights; give weights=PATH, or weights='untrained' for random ones",
     )
+    given = str(tokenizer or "")
     if weights == _UNTRAINED:
         described = _untrained(released.model if released else name, released, num_frames, image_size, num_classes)
-        return build(described, None, _UNTRAINED, device=device, dtype=dtype, words=str(tokenizer or ""))
+        return build(described, None, _UNTRAINED, device=device, dtype=dtype, words=Vocabulary(given))
     require(num_classes is None, f"num_classes is {num_classes}; it is read from the weights, leave it out")
     path, fetched = weights_path(weights if weights is not None else str(name))
     released = released or fetched
@@ -78,22 +79,21 @@ def load_model(
         require(name is None, f"{path} says which model it is of; leave {name!r} out")
         _refuse_sizes(path, num_frames, image_size)
         model = PretrainedModel.from_pretrained(path, device=device, dtype=dtype)
-        model.words = str(tokenizer) if tokenizer is not None else model.words
+        model.words = model.words.given(given)
         return model
     file = read_checkpoint(path)
     own = found_in(file.rest, path)
     if own is not None:
         require(name is None, f"{path} says which model it is of (task {own['task']}); leave {name!r} out")
         _refuse_sizes(path, num_frames, image_size)
-        words, described = tokenizer_in(file.rest), own
+        words, described = vocabulary_in(file.rest), own
     else:
         architecture = _architecture(released, name, file, path)
         described = _described(architecture, released, num_frames, image_size)
         _require_kind(architecture, described["task"], file, path)
         described = complete(described, file.state, path)
-        words = TOKENIZERS.get(architecture, "")
-    words = str(tokenizer) if tokenizer is not None else words
-    return build(described, file.state, str(path), device=device, dtype=dtype, words=words)
+        words = Vocabulary(TOKENIZERS.get(architecture, ""))
+    return build(described, file.state, str(path), device=device, dtype=dtype, words=words.given(given))
 
 
 def from_pretrained(

@@ -31,6 +31,7 @@ from umt_fast.config.question import QuestionConfig
 from umt_fast.config.retrieval import RetrievalConfig, RetrievalLosses
 from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, LinearBackend, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
+from umt_fast.config.vocabulary import Vocabulary
 
 __all__ = [
     "CLIP_TEXT_LENGTH",
@@ -63,6 +64,7 @@ __all__ = [
     "TeacherPrecision",
     "TextConfig",
     "VitConfig",
+    "Vocabulary",
     "check_number",
     "check_numbers",
     "from_dict",

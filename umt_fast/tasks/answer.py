@@ -18,7 +18,7 @@ from umt_fast.engine.precision import usable_dtype
 from umt_fast.files import write_json
 from umt_fast.models.description import text_config, vit_config
 from umt_fast.models.downstream import QuestionModel
-from umt_fast.models.weights import WeightsFile, tokenizer_in
+from umt_fast.models.weights import WeightsFile, vocabulary_in
 from umt_fast.models.weights.downstream import fit_question
 from umt_fast.tasks.answering import answer_list, chooser, listing, right_rows, shares_of, writer
 from umt_fast.tasks.base import EvalOptions, register_evaluation
@@ -76,7 +76,7 @@ class Answer:
         questions whose answer is in the list; `cut`, questions longer than max_length. With scores every prediction."""
         options.check()
         lengths = {name: self._length(name, options, described) for name in ("max_length", "max_answer")}
-        words = tokenizer_of(options.tokenizer, tokenizer_in(file.rest), described["text"]["vocab_size"], source)
+        words = tokenizer_of(options.tokenizer, vocabulary_in(file.rest), described["text"]["vocab_size"], source)
         questions = read_questions([f"{list_path}={data.root}" if data.root else str(list_path)], train=False)
         answers = [] if options.answers is None else read_answers(options.answers)
         model = QuestionModel(vit_config(described), text_config(described))

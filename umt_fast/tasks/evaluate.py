@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from umt_fast.config import ConfigError
+from umt_fast.config import ConfigError, Vocabulary
 from umt_fast.engine.checkpoint import CheckpointError
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
 from umt_fast.models.description import MODELS, complete, found_in
-from umt_fast.models.weights import UnreadableError, WeightsError, WeightsFile, is_saved_folder, kind_of, read_weights
+from umt_fast.models.weights import (
+    UnreadableError,
+    WeightsError,
+    WeightsFile,
+    is_saved_folder,
+    kind_of,
+    read_weights,
+    recorded,
+)
 from umt_fast.models.weights.finetune import deepspeed_file, is_deepspeed
 from umt_fast.tasks.base import EvalOptions, evaluation_named, evaluations_of
 
@@ -96,5 +104,5 @@ def evaluate_checkpoint(
         )
     if tokenizer:
         # Where a checkpoint's own record would have it.
-        file = file._replace(rest=file.rest | {"config": {"tokenizer": tokenizer}})
+        file = file._replace(rest=file.rest | recorded(Vocabulary(tokenizer)))
     return evaluation.run(file, described, checkpoint, list_path, options.data(), options, ranks)

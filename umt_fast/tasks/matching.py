@@ -16,7 +16,7 @@ from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.precision import usable_dtype
 from umt_fast.models.description import text_config, vit_config
 from umt_fast.models.downstream import RetrievalModel
-from umt_fast.models.weights import WeightsFile, fit_retrieval, tokenizer_in
+from umt_fast.models.weights import WeightsFile, fit_retrieval, vocabulary_in
 from umt_fast.tasks.base import EvalOptions
 
 TASKS_WITH_TEXT = ("video_text", "retrieval")
@@ -87,7 +87,7 @@ def load_matcher(
         options.frames % tubelet == 0,
         f"frames is {options.frames}, and a token of {source} takes {tubelet}; give a multiple of it",
     )
-    words = tokenizer_of(options.tokenizer, tokenizer_in(file.rest), described["text"]["vocab_size"], source)
+    words = tokenizer_of(options.tokenizer, vocabulary_in(file.rest), described["text"]["vocab_size"], source)
     vit = replace(vit, num_frames=options.frames or vit.num_frames)
     model = RetrievalModel(vit, text_config(described), embed_dim=described["embed_dim"])
     fit_retrieval(model, file.state, str(source))
