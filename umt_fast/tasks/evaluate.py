@@ -63,7 +63,10 @@ def _described(file: WeightsFile, model: dict[str, Any] | None, checkpoint: Path
         )
     if own is not None and model is not None:
         raise ConfigError(f"{checkpoint} says which model it is of (task {own['task']}); leave out --model")
-    return own if model is None else complete(model, file.state, checkpoint)
+    if own is not None:
+        return own
+    # Classes are those of the file: a recipe's number is only usual, and the official scripts take it as an option.
+    return complete(model | ({"num_classes": None} if "num_classes" in model else {}), file.state, checkpoint)
 
 
 def evaluate_checkpoint(

@@ -24,7 +24,7 @@ from umt_fast.models.teachers import build_teacher, teacher_kind
 from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.models.weights import load_student
 from umt_fast.tasks.base import register
-from umt_fast.tasks.clips import listed_clips, listed_or_assumed, random_clips
+from umt_fast.tasks.clips import counted_clips, listed_clips, random_clips
 
 
 class UnmaskedAlignment(nn.Module):
@@ -133,8 +133,8 @@ class Pretraining:
     def without_noise(self, config: Stage1Config) -> Stage1Config:
         return dataclasses.replace(config, student=dataclasses.replace(config.student, drop_path=0.0))
 
-    def clips_of_epoch(self, config: Stage1Config) -> tuple[int, str]:
-        return listed_or_assumed(config)
+    def clips_of_epoch(self, config: Stage1Config) -> tuple[int, str] | None:
+        return counted_clips(config)
 
     def visible_tokens(self, config: Stage1Config) -> int:
         return flops.visible_of(config.student, config.mask)

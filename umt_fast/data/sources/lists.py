@@ -30,7 +30,7 @@ def read_list(path: str | Path, data: DataConfig) -> Clips:
         return read_folder(path)
     require_list(path, "list", f"a file with one video per line (path{data.separator}label)")
     if data.root and not Path(data.root).is_dir():
-        raise DataError(f"data.root is {data.root}, which is not a folder")
+        raise DataError(f"{data.root} is not a folder; give one as --root (train: --data.root), or leave it out")
     root = Path(data.root) if data.root else path.resolve().parent
     if path.suffix == ".tar" or is_sqlite(path):
         raise _captions(path)
