@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.data.test_cuts import cut_video
 from tests.videos import write_video
 from umt_fast import recipe
 from umt_fast.__main__ import main
@@ -83,6 +84,21 @@ def searched(capsys: pytest.CaptureFixture, *arguments: object) -> list[dict]:
     capsys.readouterr()
     assert main(["search", *map(str, arguments), "--json", "--device", "cpu"]) == 0, capsys.readouterr().err
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_clips_that_are_cut_are_counted(
+    workers: int, tmp_path: Path, clips: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights, _ = saved(tmp_path, "tiny")
+    assert embed(clips, weights, tmp_path / "f.safetensors", "--workers", workers) == 0
+    assert "cut in the middle" not in caplog.text
+    for name in ("7.mkv", "8.mkv"):
+        cut_video(clips / name)
+    assert embed(clips, weights, tmp_path / "f.safetensors", "--workers", workers) == 0
+    said = [record.getMessage() for record in caplog.records if "cut in the middle" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith("2 of 9 clips are cut in the middle"), said
+    assert re.search(r"the first: .*7\.mkv: \d+ of 40 frames decode", said[0])
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Finds a recipe page by name or path and returns the configuration it defines.
 
 A page is a Python file whose public functions take no argument and return a configuration, one for each variant. A page of many
-alike may have them by name in a dictionary VARIANTS in their place. DEFAULT names one of them. CLIPS, which a page may leave out, is
-how many training clips its data set has.
+alike may have them by name in a dictionary VARIANTS in their place. DEFAULT names one of them. CLIPS, if there,
+is how many training clips its data set has.
 `stage1_k710` means that page's DEFAULT, `stage1_k710:l16` its variant l16, `some/page.py:tiny` a page of one's own.
 """
 
