@@ -16,7 +16,7 @@ from umt_fast.models.teachers import Teacher, build_teacher
 from umt_fast.models.weights import WeightsError, WeightsFile, is_saved_folder, kind_of, vocabulary_in
 from umt_fast.pretrained import DTYPES, Dtype, PretrainedModel, build
 from umt_fast.tasks.evaluate import read_checkpoint
-from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
+from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, list_models, require_known
 
 _UNTRAINED = "untrained"
 # What official models have where a description leaves it to the tensors.
@@ -62,6 +62,11 @@ def load_model(
         WeightsError: weights that are not there, cannot be read or fetched, or are of another model.
     """
     if name is not None:
+        require(
+            not isinstance(name, (str, Path)) or not Path(name).exists() or name in list_models(),
+            f"load_model({str(name)!r}) names a file or folder where the name of an architecture goes; give it as "
+            f"weights={str(name)!r}",
+        )
         require_known(name)
     released = ZOO.get(name or "")
     require(

@@ -20,7 +20,16 @@ from umt_fast.models.description import text_config, vit_config
 from umt_fast.models.downstream import QuestionModel
 from umt_fast.models.weights import WeightsFile, vocabulary_in
 from umt_fast.models.weights.downstream import fit_question
-from umt_fast.tasks.answering import answer_list, chooser, listing, right_rows, shares_of, writer
+from umt_fast.tasks.answering import (
+    answer_list,
+    chooser,
+    count_answerable,
+    listing,
+    right_rows,
+    shares_of,
+    warn_of_unknown,
+    writer,
+)
 from umt_fast.tasks.base import EvalOptions, register_evaluation
 from umt_fast.tasks.matching import whole_frames
 
@@ -83,6 +92,9 @@ class Answer:
         fit_question(model, file.state, str(source))
         model.to(ranks.device).eval()
         tokens = Tokens(questions.questions, words, max_length=lengths["max_length"])
+        if ranks.first:
+            asked = {"questions": questions.questions} | ({} if options.free else {"answers to choose from": answers})
+            warn_of_unknown(words, options.tokenizer or vocabulary_in(file.rest).name, asked)
         whole, dtype = whole_frames(replace(data, root="")), usable_dtype(described["dtype"], ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bf16"):  # as it was trained
             if options.free:
@@ -96,9 +108,7 @@ class Answer:
         figures: dict[str, Any] = shares_of(questions, right)
         figures |= {"questions": len(questions), "clips": len({clip.name for clip in questions.clips})}
         if not options.free:
-            known = set(answers)
-            held = sum(not known.isdisjoint(questions.answers_of(row)) for row in range(len(questions)))
-            figures["answerable"] = held / len(questions)
+            figures["answerable"] = count_answerable(questions, answers) / len(questions)
         figures["cut"] = tokens.count_cut()
         if options.scores is not None and ranks.first:
             write_json(options.scores, {"questions": listing(questions, found, right)})

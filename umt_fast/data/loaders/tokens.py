@@ -42,7 +42,7 @@ class Tokens:
         self.tokenizer = tokenizer.backend_tokenizer
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.cls, self.pad = tokenizer.cls_token_id, tokenizer.pad_token_id
+        self.cls, self.pad, self.unknown = tokenizer.cls_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id
         self.end = [tokenizer.sep_token_id] if sep else []
         self.pieces = max_length - 1 - len(self.end)
         self.least = max_length if fixed else 1
@@ -66,6 +66,12 @@ class Tokens:
         parts = (self.captions[first : first + _AT_ONCE] for first in range(0, len(self), _AT_ONCE))
         encoded = (self.tokenizer.encode_batch_fast(part, add_special_tokens=False) for part in parts)
         return sum(len(text.ids) > self.pieces for part in encoded for text in part)
+
+    def count_unknown(self) -> int:
+        """How many of the texts have a word that the tokenizer does not know, and that is read as its unknown token."""
+        parts = (self.captions[first : first + _AT_ONCE] for first in range(0, len(self), _AT_ONCE))
+        encoded = (self.tokenizer.encode_batch_fast(part, add_special_tokens=False) for part in parts)
+        return sum(self.unknown in text.ids for part in encoded for text in part)
 
     def columns(self, rows: Tensor) -> dict[str, Tensor]:
         """The same by the names of a batch, and `teacher_ids` where they were asked for."""

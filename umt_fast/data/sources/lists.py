@@ -75,8 +75,10 @@ def check_labels(
     """Raises DataError where a label is no class."""
     outside = sorted(label for label in clips.values("label") if not 0 <= label < num_classes)
     if outside:
+        rows = clips.count("label", outside)
         raise DataError(
-            f"{source} has {len(outside)} labels outside 0 to {num_classes - 1}, the first {outside[0]}; {remedy}"
+            f"{source}: the labels of {rows} of its {len(clips)} clips lie outside 0 to {num_classes - 1}, the lowest is "
+            f"{outside[0]}; {remedy}"
         )
 
 
