@@ -425,3 +425,20 @@ def test_what_the_words_and_the_list_lack_is_counted(world: Path, caplog: pytest
     caplog.clear()
     assert main([*judge[:3], str(world / "train.json"), *judge[4:], "--workers", "0"]) == 0
     assert "have words that the tokenizer" not in caplog.text
+
+
+def test_every_entry_counts_and_any_of_its_answers_is_right(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the official figure keeps the last entry of an id, and takes lists of answers for wrong: 0 of 2 here."""
+    entries = [
+        ENTRY | {"question_id": 1, "answer": ["red", "ball"]},
+        ENTRY | {"question_id": 1, "answer": "a"},
+        ENTRY | {"question_id": 2, "answer": ["ball"]},
+    ]
+    questions = read_questions([str(written(world / "odd.json", entries))], train=False)
+    predictions = [answering.Prediction(["ball"], [1.0])] * 3
+    right = answering.right_rows(questions, predictions, None)
+    assert right == [True, False, True] and answering.shares_of(questions, right)["accuracy"] == pytest.approx(2 / 3)
+    file = trained(world)
+    answers = ["--answers", str(world / "answers.json"), "--device", "cpu", "--workers", "0"]
+    assert main(["eval", "answer", str(file), str(world / "odd.json"), *answers]) == 0
+    assert "1 of 3 questions have the question_id of another one" in caplog.text

@@ -81,8 +81,9 @@ class Answer:
         options: AnswerOptions,
         ranks: Ranks,
     ) -> dict[str, Any]:
-        """`accuracy`, and `accuracy_TYPE` where the list names types; `questions`, `clips`; `answerable`, the share of
-        questions whose answer is in the list; `cut`, questions longer than max_length. With scores every prediction."""
+        """`accuracy` over all entries of the list, and `accuracy_TYPE` where it names types; `questions`, `clips`;
+        `answerable`, the share of questions whose answer is in the list; `cut`, questions longer than max_length. With scores
+        every prediction."""
         options.check()
         lengths = {name: self._length(name, options, described) for name in ("max_length", "max_answer")}
         words = tokenizer_of(options.tokenizer, vocabulary_in(file.rest), described["text"]["vocab_size"], source)
@@ -94,6 +95,15 @@ class Answer:
         tokens = Tokens(questions.questions, words, max_length=lengths["max_length"])
         if ranks.first:
             asked = {"questions": questions.questions} | ({} if options.free else {"answers to choose from": answers})
+            repeated = len(questions) - len(set(questions.names))
+            if repeated:
+                log.warning(
+                    "%s: %d of %d questions have the question_id of another one; here each counts, the official figure keeps "
+                    "the last of each",
+                    list_path,
+                    repeated,
+                    len(questions),
+                )
             warn_of_unknown(words, options.tokenizer or vocabulary_in(file.rest).name, asked)
         whole, dtype = whole_frames(replace(data, root="")), usable_dtype(described["dtype"], ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bf16"):  # as it was trained
