@@ -11,7 +11,7 @@ import torch
 from umt_fast.config import ConfigError, Vocabulary, require
 from umt_fast.engine.precision import device_of, usable_dtype
 from umt_fast.models.description import MODELS, STAGE1_MODELS, TOKENIZERS, complete, found_in
-from umt_fast.models.sizes import TEACHERS, teacher_size
+from umt_fast.models.sizes import TEACHERS, USUAL_WEIGHTS, teacher_size
 from umt_fast.models.teachers import Teacher, build_teacher
 from umt_fast.models.weights import WeightsError, WeightsFile, is_saved_folder, kind_of, vocabulary_in
 from umt_fast.pretrained import DTYPES, Dtype, PretrainedModel, build
@@ -30,7 +30,6 @@ _KINDS = {
     "retrieval": ("downstream", "stage-2"),
     "detection": ("detector",),
 }
-_TEACHER_WEIGHTS = {"clip_b16": "ViT-B-16:openai", "clip_l14": "ViT-L-14:openai"}
 
 
 def load_model(
@@ -139,7 +138,7 @@ def load_teacher(
     near = difflib.get_close_matches(name, TEACHERS, 1, 0.3)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     require(name in TEACHERS, f"unknown teacher {name!r}{hint} There are: {', '.join(TEACHERS)}")
-    weights = str(weights) if weights is not None else _TEACHER_WEIGHTS.get(name)
+    weights = str(weights) if weights is not None else USUAL_WEIGHTS.get(name)
     require(weights is not None, f"teacher {name!r} has no usual weights; give weights=PATH, or 'untrained'")
     require(dtype is None or dtype in DTYPES, f"dtype is {dtype!r}; give 'bf16' or 'fp32'")
     config = teacher_size(name, weights=weights)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from umt_fast.config import Stage1Config
+from umt_fast.config import AlignConfig, Stage1Config
 from umt_fast.config.unused import Refuse
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.engine.distributed import Ranks
@@ -25,6 +26,8 @@ from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.models.weights import load_student
 from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import counted_clips, listed_clips, random_clips
+
+log = logging.getLogger("umt_fast")
 
 
 class UnmaskedAlignment(nn.Module):
@@ -108,6 +111,7 @@ class Pretraining:
 
     def settled(self, config: Stage1Config) -> Stage1Config:
         require_precision(config.teacher, pick_device(config.run.device))
+        warn_of_no_bound(config.align)
         return config
 
     def refuse_unread(self, config: Stage1Config, refuse: Refuse, world_size: int) -> None:
@@ -142,6 +146,15 @@ class Pretraining:
     def describe(self, config: Stage1Config) -> dict[str, Any]:
         heads = {"num_layers": config.align.num_layers, "output_dim": config.teacher.output_dim}
         return base_description(self.name, config) | heads
+
+
+def warn_of_no_bound(align: AlignConfig) -> None:
+    """Says so where a loss can fall for ever: products of vectors of any length, as the official code has them too."""
+    if (align.normalize, align.loss) == ("none", "l2"):
+        log.warning(
+            "WARNING: align.loss l2 with align.normalize none has no lower bound: it falls for ever as outputs grow. Take "
+            "--align.loss mse or smooth_l1, or --align.normalize l2"
+        )
 
 
 def refuse_teacher(config: Any, refuse: Refuse) -> None:

@@ -27,6 +27,11 @@ def read_list(path: str | Path, data: DataConfig) -> Clips:
     if path.is_dir():
         from umt_fast.data.sources.prepared import read_folder  # builds on this module
 
+        if data.root:
+            raise DataError(
+                f"{path} is a folder, whose clips `prepare` packed into it, and {data.root} would not be read; leave out "
+                "--root (train: --data.root)"
+            )
         return read_folder(path)
     require_list(path, "list", f"a file with one video per line (path{data.separator}label)")
     if data.root and not Path(data.root).is_dir():
