@@ -167,6 +167,8 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
         ),
         (["eval", "classify", "tests", "list.csv"], "the folder tests is not a checkpoint; give a checkpoint-*.pt"),
         (["convert", "tests", "out.safetensors"], "the folder tests is not a checkpoint; give a checkpoint-*.pt"),
+        (["scan", "x.csv", "--out", "m.jsonl", "--separator", ""], "--separator is empty; give the character"),
+        (["prepare", "x.csv", "--out", "p", "--frame_pattern", "a.jpg"], "--frame_pattern is 'a.jpg'; it must hold"),
         (["bench", "stage3"], "unknown benchmark 'stage3'; did you mean 'stage2'? There are: stage1"),
         (["bench", "finetun"], "unknown benchmark 'finetun'; did you mean 'finetune'?"),
         (["bench", "stage1", "--steps", "0"], "steps is 0"),

@@ -24,6 +24,7 @@ from umt_fast.config import (
 from umt_fast.masking import TokenGrid, mask_named
 from umt_fast.plan import PlanOptions
 from umt_fast.tasks import TASKS, check_used
+from umt_fast.tasks.matching import TextOptions
 from umt_fast.train import train
 
 KINDS = (Stage1Config, Stage2Config)
@@ -108,6 +109,8 @@ def test_an_image_may_be_masked_at_random_under_spatial_attention() -> None:
         (lambda: OptimConfig(lr=1e-4, warmup_lr=1e-3), "optim.warmup_lr is 0.001"),
         (lambda: FinetuneConfig(head_scale=-1.0), "head_scale is -1"),
         (lambda: VitConfig(position_grid=(8, 14)), "student.position_grid is"),
+        (lambda: VitConfig(num_frames=5000), "student.num_frames is 5000; a clip has at most 4096"),
+        (lambda: TextOptions(frames=3_000_000), r"frames is 3000000; it must lie in \[0, 4096\]"),
         (
             lambda: Stage2Config(images=("x",), student=VitConfig(num_frames=4, position_grid=(8, 14, 14))),
             "student.position_grid is",

@@ -9,8 +9,10 @@ import pytest
 from tests.videos import write_video
 from umt_fast.data.decode import cuts
 from umt_fast.data.decode.video import announced_frames, decode_frames
+from umt_fast.data.errors import DataError
 from umt_fast.data.prepare import scan as scanning
 from umt_fast.data.prepare.scan import scan
+from umt_fast.data.prepare.shards import prepare, verify
 
 
 def cut_video(path: Path, share: float = 0.6) -> Path:
@@ -83,3 +85,18 @@ def test_a_scan_that_goes_on_knows_them(tmp_path: Path, tiny_list: Path, monkeyp
         scan(tiny_list, tmp_path / "m.jsonl", workers=0)
     monkeypatch.setattr(scanning, "_probe_one", probe)
     assert scan(tiny_list, tmp_path / "m.jsonl", workers=0) == {"good": 3, "bad": 0, "cut": 1, "resumed": 1}
+
+
+def test_prepared_clips_that_are_cut_are_named(
+    tmp_path: Path, tiny_list: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut_video(tmp_path / "cut.mkv")
+    tiny_list.write_text("cut.mkv,0\n" + tiny_list.read_text())
+    assert prepare(tiny_list, tmp_path / "out", workers=0)["good"] == 3
+    assert f"cut clip: {tmp_path / 'cut.mkv'}: " in caplog.text and "1 clips are cut in the middle" in caplog.text
+    assert verify(tmp_path / "out") == 3
+
+
+def test_an_output_that_cannot_be(tiny_list: Path) -> None:
+    with pytest.raises(DataError, match="x/m.jsonl cannot be written: .* give another --out"):
+        scan(tiny_list, "/proc/x/m.jsonl", workers=0)

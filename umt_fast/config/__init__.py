@@ -11,6 +11,7 @@ from umt_fast.config.core import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ConfigError,
+    by_option,
     check_number,
     check_numbers,
     from_dict,
@@ -19,6 +20,7 @@ from umt_fast.config.core import (
 )
 from umt_fast.config.detection import DetectionConfig, JudgingConfig, KeyFrameConfig
 from umt_fast.config.models import (
+    MAX_FRAMES,
     AlignConfig,
     MaskConfig,
     Stage2Losses,
@@ -38,6 +40,7 @@ __all__ = [
     "CLIP_TEXT_WORDS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "MAX_FRAMES",
     "AlignConfig",
     "AttentionBackend",
     "AugmentConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "TextConfig",
     "VitConfig",
     "Vocabulary",
+    "by_option",
     "check_number",
     "check_numbers",
     "from_dict",

@@ -11,7 +11,7 @@ import torch
 
 from umt_fast.config import ConfigError, DataConfig, require
 from umt_fast.data.loaders.questions import AnswerTokens
-from umt_fast.data.loaders.tokens import Tokens, tokenizer_of
+from umt_fast.data.loaders.tokens import Tokens, tokenizer_of, warn_of_unknown
 from umt_fast.data.sources.questions import read_answers, read_questions
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.precision import usable_dtype
@@ -27,7 +27,6 @@ from umt_fast.tasks.answering import (
     listing,
     right_rows,
     shares_of,
-    warn_of_unknown,
     writer,
 )
 from umt_fast.tasks.base import EvalOptions, register_evaluation
@@ -104,7 +103,7 @@ class Answer:
                     repeated,
                     len(questions),
                 )
-            warn_of_unknown(words, options.tokenizer or vocabulary_in(file.rest).name, asked)
+            warn_of_unknown(words, asked)
         whole, dtype = whole_frames(replace(data, root="")), usable_dtype(described["dtype"], ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bf16"):  # as it was trained
             if options.free:

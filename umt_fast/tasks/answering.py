@@ -6,7 +6,6 @@ prepared once. Legend: B clips, G questions to each of them at a time, Q questio
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +23,6 @@ from umt_fast.models.answer_decoder import prepare_answers
 from umt_fast.models.downstream import QuestionModel
 from umt_fast.models.weights import WeightsError
 from umt_fast.tasks.answer_ranking import Rule, generate_answers, rank_answers
-
-log = logging.getLogger("umt_fast")
 
 # Candidates that a prediction lists.
 LISTED = 10
@@ -204,19 +201,6 @@ def answer_list(
         world_size=ranks.world_size,
     )
     return answer_batches(model, loader, asked.questions, tokens, judge, ranks, batch_size=batch_size)
-
-
-def warn_of_unknown(words: Any, name: str, texts: dict[str, Sequence[str]]) -> None:
-    """One line that counts the texts with words that a tokenizer does not know: to the model these are all the same word.
-
-    words, name: the tokenizer. texts: by what they are, as questions.
-    """
-    counts = {kind: Tokens(its, words, max_length=2).count_unknown() for kind, its in texts.items()}
-    if any(counts.values()):
-        said = " and ".join(f"{counts[kind]} of {len(its)} {kind}" for kind, its in texts.items())
-        log.warning(
-            "%s have words that the tokenizer %s does not know; each is read as %s", said, name, words.unk_token
-        )
 
 
 def count_answerable(questions: QuestionList, answers: Sequence[str]) -> int:

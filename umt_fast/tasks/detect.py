@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from umt_fast.config import ConfigError, DataConfig, JudgingConfig, KeyFrameConfig, require
+from umt_fast.config import DataConfig, JudgingConfig, KeyFrameConfig, by_option, require
 from umt_fast.data.sources.detections import MIN_SCORE
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.description import vit_config
@@ -72,25 +71,16 @@ class DetectOptions(EvalOptions):
         if taken:
             said = " ".join(f"--{name} {value}" for name, value in taken.items())
             log.info("movies are read as in training: %s", said)
-        return _by_option("clips", lambda: KeyFrameConfig(**described["clips"], **values))
+        return by_option("clips", lambda: KeyFrameConfig(**described["clips"], **values))
 
     def judging(self) -> JudgingConfig:
         """What its detections are judged by."""
         values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(JudgingConfig)}
-        return _by_option("judging", lambda: JudgingConfig(**values))
+        return by_option("judging", lambda: JudgingConfig(**values))
 
 
 _MOVIES = ("movies", "frame_pattern", "frame_rate", "first_second")
 _READ_WITH = {"frame_pattern": ("frames",), "frame_rate": ("frames",), "first_second": ("frames", "whole")}
-C = TypeVar("C")
-
-
-def _by_option(section: str, make: Callable[[], C]) -> C:
-    """What `make` returns; an error of its names the options as this command has them."""
-    try:
-        return make()
-    except ConfigError as error:
-        raise ConfigError(str(error).replace(f"{section}.", "--")) from error
 
 
 class Detect:

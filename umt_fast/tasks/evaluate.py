@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from umt_fast.config import ConfigError, Vocabulary
+from umt_fast.config import ConfigError, Vocabulary, by_option
 from umt_fast.engine.checkpoint import CheckpointError
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
@@ -108,4 +108,5 @@ def evaluate_checkpoint(
     if tokenizer:
         # Where a checkpoint's own record would have it.
         file = file._replace(rest=file.rest | recorded(Vocabulary(tokenizer)))
-    return evaluation.run(file, described, checkpoint, list_path, options.data(), options, ranks)
+    data = by_option("data", options.data)
+    return evaluation.run(file, described, checkpoint, list_path, data, options, ranks)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from umt_fast.config import DataConfig, Dtype, VitConfig, require
-from umt_fast.data.loaders.tokens import Tokens, tokenizer_of
+from umt_fast.config import MAX_FRAMES, DataConfig, Dtype, VitConfig, require
+from umt_fast.data.loaders.tokens import Tokens, tokenizer_of, warn_of_unknown
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.precision import usable_dtype
 from umt_fast.models.description import text_config, vit_config
@@ -37,7 +37,7 @@ class TextOptions(EvalOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.frames >= 0, f"frames is {self.frames}; it must be at least 0")
+        require(0 <= self.frames <= MAX_FRAMES, f"frames is {self.frames}; it must lie in [0, {MAX_FRAMES}]")
 
 
 class Matcher(NamedTuple):
@@ -56,7 +56,8 @@ class Matcher(NamedTuple):
         return self.model.vision_encoder.encoder.config
 
     def tokens(self, texts: Sequence[str]) -> Tokens:
-        """The ids of cleaned texts."""
+        """The ids of cleaned texts; one line counts those with words that the tokenizer does not know."""
+        warn_of_unknown(self.words, {"texts": texts})
         return Tokens(texts, self.words, max_length=self.max_length, sep=self.sep)
 
 

@@ -18,7 +18,7 @@ from umt_fast.config import AttentionBackend, ConfigError, QuestionConfig, TextC
 from umt_fast.config.unused import Refuse
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.loaders.questions import QuestionTokens
-from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer, warn_of_unknown
 from umt_fast.data.sources.questions import QuestionList, read_answers, read_questions
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models import flops
@@ -26,7 +26,7 @@ from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description, text_description
 from umt_fast.models.downstream import QuestionModel
 from umt_fast.models.weights import load_question
-from umt_fast.tasks.answering import answer_list, chooser, count_answerable, right_rows, shares_of, warn_of_unknown
+from umt_fast.tasks.answering import answer_list, chooser, count_answerable, right_rows, shares_of
 from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
 from umt_fast.tasks.matching import whole_frames
@@ -220,7 +220,7 @@ class QuestionAnswering:
         )
         if ranks.first:
             texts = {"questions": questions.questions, "answers": questions.answers}
-            warn_of_unknown(tokenizer, config.tokenizer, texts)
+            warn_of_unknown(tokenizer, texts)
         tokens = QuestionTokens(
             questions,
             tokenizer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from umt_fast.data.errors import DataError
 from umt_fast.data.sources.columns import Strings
 from umt_fast.extras import packages_of
 from umt_fast.files import checksum
+
+log = logging.getLogger("umt_fast")
 
 # Texts that are encoded together where all of them are.
 _AT_ONCE = 4096
@@ -86,6 +89,17 @@ class Tokens:
         ids = open_clip.tokenize([self.captions[row] for row in rows.tolist()], CLIP_TEXT_LENGTH)
         # The end token has the largest id.
         return ids if self.fixed else ids[:, : int(ids.argmax(1).max()) + 1]
+
+
+def warn_of_unknown(tokenizer: Any, texts: dict[str, Sequence[str]]) -> None:
+    """One line that counts texts with words that a tokenizer does not know: to the model these are all the same word.
+
+    texts: cleaned ones, by what they are, as questions.
+    """
+    counts = {kind: Tokens(its, tokenizer, max_length=2).count_unknown() for kind, its in texts.items()}
+    if any(counts.values()):
+        said = " and ".join(f"{counts[kind]} of {len(its)} {kind}" for kind, its in texts.items())
+        log.warning("%s with words that the tokenizer does not know; each is read as %s", said, tokenizer.unk_token)
 
 
 def load_tokenizer(name: str) -> Any:

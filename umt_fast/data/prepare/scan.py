@@ -150,7 +150,10 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
     clips = read_list(list_path, data)
     if any(clip.shard for clip in clips):
         raise DataError(f"{list_path} holds prepared clips; check them with `prepare` and --verify")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror} ({error.filename}); give another --out") from error
     partial = out.with_name(out.name + ".partial")
     done = _journal(partial, clips)
     resumed = len(done)
