@@ -121,9 +121,9 @@ def test_embed_and_search(
     assert main(["convert", str(out), str(tmp_path / "x.safetensors")]) == 2
     assert "holds features that `embed` wrote" in capsys.readouterr().err
     base = ["--in", out, "--weights", weights, "--tokenizer", tmp_path / "words"]
-    assert "with words that the tokenizer does not know" not in caplog.text
+    assert "have words that the tokenizer does not know" not in caplog.text
     searched(capsys, "zebra a", *base)
-    assert "1 of 1 texts with words that the tokenizer does not know; each is read as [UNK]" in caplog.text
+    assert "1 of 1 texts have words that the tokenizer does not know; each is read as [UNK]" in caplog.text
     orders = set()
     for text, ids in (("A, b!", [2, 5, 6]), ("k c", [2, 15, 7]), ("e", [2, 9])):
         encoded = module.text_encoder.encode(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))

@@ -34,5 +34,16 @@ def test_a_path_in_place_of_a_name(tmp_path: Path) -> None:
     for given in (path, str(path), tmp_path):
         with pytest.raises(ConfigError, match=rf"give it as weights='{re.escape(str(given))}'"):
             umt_fast.load_model(given)
+    for options, said in (
+        ({"name": 3}, "name is of type int; give a name or a path"),
+        ({"weights": 3}, "weights is of type int"),
+        ({"weights": path, "tokenizer": object()}, "tokenizer is of type object"),
+        (
+            {"weights": path, "tokenizer": "words"},
+            "tokenizer is 'words', and the model of .* reads no texts; leave it out",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            umt_fast.load_model(**options)
     with pytest.raises(ConfigError, match="unknown model 'no_such'"):
         umt_fast.load_model("no_such")

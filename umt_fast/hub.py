@@ -60,9 +60,14 @@ def load_model(
         ConfigError: an unknown name (with the nearest), no weights, an option that would not be read.
         WeightsError: weights that are not there, cannot be read or fetched, or are of another model.
     """
+    for option, value in (("name", name), ("weights", weights), ("tokenizer", tokenizer)):
+        require(
+            value is None or isinstance(value, (str, Path)),
+            f"{option} is of type {type(value).__name__}; give a name or a path, as a text or a Path",
+        )
     if name is not None:
         require(
-            not isinstance(name, (str, Path)) or not Path(name).exists() or name in list_models(),
+            not Path(name).exists() or name in list_models(),
             f"load_model({str(name)!r}) names a file or folder where the name of an architecture goes; give it as "
             f"weights={str(name)!r}",
         )
@@ -75,6 +80,7 @@ def load_model(
     given = str(tokenizer or "")
     if weights == _UNTRAINED:
         described = _untrained(released.model if released else name, released, num_frames, image_size, num_classes)
+        _refuse_tokenizer(given, described, str(name))
         return build(described, None, _UNTRAINED, device=device, dtype=dtype, words=Vocabulary(given))
     require(num_classes is None, f"num_classes is {num_classes}; it is read from the weights, leave it out")
     path, fetched = weights_path(weights if weights is not None else str(name))
@@ -83,6 +89,7 @@ def load_model(
         require(name is None, f"{path} says which model it is of; leave {name!r} out")
         _refuse_sizes(path, num_frames, image_size)
         model = PretrainedModel.from_pretrained(path, device=device, dtype=dtype)
+        _refuse_tokenizer(given, model.description, path)
         model.words = model.words.given(given)
         return model
     file = read_checkpoint(path)
@@ -97,6 +104,7 @@ def load_model(
         _require_kind(architecture, described["task"], file, path)
         described = complete(described, file.state, path)
         words = Vocabulary(TOKENIZERS.get(architecture, ""))
+    _refuse_tokenizer(given, described, path)
     return build(described, file.state, str(path), device=device, dtype=dtype, words=words.given(given))
 
 
@@ -254,6 +262,13 @@ def _untrained(
     if "text" in described:
         described |= {"text": described["text"] | {"vocab_size": 30522, "max_positions": 512}}
     return described
+
+
+def _refuse_tokenizer(given: str, described: dict[str, Any], source: object) -> None:
+    require(
+        not given or "text" in described,
+        f"tokenizer is {given!r}, and the model of {source} reads no texts; leave it out",
+    )
 
 
 def _refuse_sizes(path: Path, num_frames: int | None, image_size: int | None) -> None:

@@ -199,6 +199,9 @@ def test_it_trains_continues_and_is_used(world: Path) -> None:
         (["a", "b"], answers, "2 questions to 0 clips"),
         ("what", [], "give a list of at least one text"),
         ("what", "ball", "give a list of at least one text"),
+        ("what", ["ball", 3], "answers holds 3; give texts"),
+        (5, answers, "questions are 5, of type int"),
+        (["what", 5, "is"], answers, "question 1 is 5, of type int"),
     ):
         with pytest.raises(DataError, match=error if question != ["a", "b"] else "2 questions to 3 clips"):
             model.answer([clip] * 3, question, options)
@@ -413,7 +416,7 @@ def test_what_the_words_and_the_list_lack_is_counted(world: Path, caplog: pytest
     caplog.set_level("INFO")
     train(config)
     counted = (
-        r"2 of 3 questions and 2 of 4 answers with words that the tokenizer does not know; each is read as \[UNK\]"
+        r"2 of 3 questions and 2 of 4 answers have words that the tokenizer does not know; each is read as \[UNK\]"
     )
     assert re.search(counted, caplog.text), caplog.text
     assert re.search(r"1 of the 3 questions of .*odd.json have no answer in .*answers.json", caplog.text)
@@ -421,10 +424,10 @@ def test_what_the_words_and_the_list_lack_is_counted(world: Path, caplog: pytest
     caplog.clear()
     judge = ["eval", "answer", str(newest), lists["questions"][0], "--answers", lists["answers"], "--device", "cpu"]
     assert main([*judge, "--workers", "0"]) == 0
-    assert "2 of 3 questions and 0 of 4 answers to choose from with words that the tokenizer" in caplog.text
+    assert "2 of 3 questions and 0 of 4 answers to choose from have words that the tokenizer" in caplog.text
     caplog.clear()
     assert main([*judge[:3], str(world / "train.json"), *judge[4:], "--workers", "0"]) == 0
-    assert "with words that the tokenizer" not in caplog.text
+    assert "have words that the tokenizer" not in caplog.text
 
 
 def test_every_entry_counts_and_any_of_its_answers_is_right(world: Path, caplog: pytest.LogCaptureFixture) -> None:

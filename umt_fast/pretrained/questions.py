@@ -111,11 +111,11 @@ class QuestionAnsweringModel(PretrainedModel):
 
     def _predictions(self, videos: Videos, questions: str | Sequence[str], judge: Judge) -> list[Prediction]:
         video = self.pixels(videos)
-        texts = [questions] * len(video) if isinstance(questions, str) else list(questions)
+        cleaned = clean_texts([questions] if isinstance(questions, str) else questions, "question")
+        texts = cleaned * len(video) if isinstance(questions, str) else cleaned
         if len(texts) != len(video) and len(video) != 1 or not texts:
             raise DataError(f"{len(texts)} questions to {len(video)} clips; give one to each, or several to one clip")
-        cleaned = clean_texts(texts, "question")
-        tokens = Tokens(cleaned, self.tokenizer, max_length=self.description["max_length"])
+        tokens = Tokens(texts, self.tokenizer, max_length=self.description["max_length"])
         asked = [list(range(len(texts)))] if len(video) == 1 else [[row] for row in range(len(texts))]
         found: dict[int, Prediction] = {}
         for numbers, states, mask in states_of_clips(self.network, video, asked, tokens, at_once=64):

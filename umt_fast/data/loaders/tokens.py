@@ -99,7 +99,7 @@ def warn_of_unknown(tokenizer: Any, texts: dict[str, Sequence[str]]) -> None:
     counts = {kind: Tokens(its, tokenizer, max_length=2).count_unknown() for kind, its in texts.items()}
     if any(counts.values()):
         said = " and ".join(f"{counts[kind]} of {len(its)} {kind}" for kind, its in texts.items())
-        log.warning("%s with words that the tokenizer does not know; each is read as %s", said, tokenizer.unk_token)
+        log.warning("%s have words that the tokenizer does not know; each is read as %s", said, tokenizer.unk_token)
 
 
 def load_tokenizer(name: str) -> Any:
