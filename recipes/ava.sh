@@ -11,7 +11,7 @@ set -euo pipefail
 : "${MOVIES:?set MOVIES to the folder of the movies}"
 : "${INIT:?set INIT to the weights to start from}"
 : "${OUT:?set OUT to the folder for checkpoints and metrics}"
-source "$(dirname "$0")/environment.sh"
-source "$ROOT/recipes/launch.sh"
+source "$(dirname "$0")/launch.sh"
+source "$ROOT/recipes/environment.sh"
 launch train "$ROOT/recipes/ava.py:${MODEL:-b16}" --data.train "$DATA" --data.root "$MOVIES" \
     --init "$INIT" --run.out "$OUT" "$@"

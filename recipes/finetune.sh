@@ -13,8 +13,12 @@ set -euo pipefail
 : "${DATA:?set DATA to a list of videos (path and label per line) or to a manifest}"
 : "${INIT:?set INIT to the weights to start from}"
 : "${OUT:?set OUT to the folder for checkpoints and metrics}"
-source "$(dirname "$0")/environment.sh"
-source "$ROOT/recipes/launch.sh"
+source "$(dirname "$0")/launch.sh"
+require_page "$RECIPE"
+if [ "$RECIPE" = k600 ] || [ "$RECIPE" = k700 ]; then
+    : "${LABEL_MAP:?set LABEL_MAP to the official list of the head rows that $RECIPE keeps (label_mixto${RECIPE#k}.json)}"
+fi
+source "$ROOT/recipes/environment.sh"
 options=(--data.train "$DATA" --init "$INIT" --run.out "$OUT")
 [ -z "${VAL:-}" ] || options+=(--data.validation "$VAL")
 [ -z "${LABEL_MAP:-}" ] || options+=(--label_map "$LABEL_MAP")

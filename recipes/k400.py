@@ -24,6 +24,8 @@ from umt_fast.config import AugmentConfig, DataConfig, FinetuneConfig, MixConfig
 from umt_fast.models.sizes import student_size
 
 DEFAULT = "b16"
+CLIPS = 240_000
+"""Training clips: Kinetics-400's, about; for `plan` where no list is given."""
 
 
 def b16() -> FinetuneConfig:

@@ -19,6 +19,8 @@ from umt_fast.config import AugmentConfig, DataConfig, FinetuneConfig, MixConfig
 from umt_fast.models.sizes import student_size
 
 DEFAULT = "b16"
+CLIPS = 650_000
+"""Training clips: Kinetics-710's, about; for `plan` where no list is given."""
 
 
 def b16() -> FinetuneConfig:

@@ -25,6 +25,8 @@ from umt_fast.config import AugmentConfig, DataConfig, FinetuneConfig, MixConfig
 from umt_fast.models.sizes import student_size
 
 DEFAULT = "b16"
+CLIPS = 802_000
+"""Training clips: Moments in Time V1's, about; for `plan` where no list is given."""
 
 
 def b16() -> FinetuneConfig:

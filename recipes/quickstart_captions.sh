@@ -4,6 +4,10 @@
 #
 #   bash recipes/quickstart_captions.sh [FOLDER]
 set -euo pipefail
-source "$(dirname "$0")/environment.sh"
-cd "$ROOT"
+cd "$(dirname "$0")/.."
+if [ ! -d "${1:-runs/quickstart}/stage2" ]; then
+    echo "$0: ${1:-runs/quickstart} has no stage 2; run bash recipes/quickstart.sh --stage2 --out ${1:-runs/quickstart} first" >&2
+    exit 2
+fi
+source recipes/environment.sh
 exec "$PYTHON" -m umt_fast.sample_world.captions "${1:-runs/quickstart}"

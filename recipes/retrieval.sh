@@ -17,8 +17,9 @@ shift
 : "${VIDEOS:?set VIDEOS to the caption list of the training clips, or LIST=FOLDER}"
 : "${INIT:?set INIT to stage-2 weights}"
 : "${OUT:?set OUT to the folder for checkpoints and metrics}"
-source "$(dirname "$0")/environment.sh"
-source "$ROOT/recipes/launch.sh"
+source "$(dirname "$0")/launch.sh"
+require_page "${page%%:*}"
+source "$ROOT/recipes/environment.sh"
 variant=${page#*:}
 [ "$variant" = "$page" ] && variant="" || variant=":$variant"
 launch train "$ROOT/recipes/${page%%:*}.py$variant" --videos "$VIDEOS" --init "$INIT" --run.out "$OUT" \

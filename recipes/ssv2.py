@@ -22,6 +22,8 @@ from umt_fast.config import AugmentConfig, DataConfig, FinetuneConfig, MixConfig
 from umt_fast.models.sizes import student_size
 
 DEFAULT = "b16"
+CLIPS = 168_913
+"""Training clips: Something-Something V2's; for `plan` where no list is given."""
 
 
 def b16() -> FinetuneConfig:

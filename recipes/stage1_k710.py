@@ -21,6 +21,8 @@ from umt_fast.config import AlignConfig, DataConfig, MaskConfig, OptimConfig, Ru
 from umt_fast.models.sizes import student_size, teacher_size
 
 DEFAULT = "b16"
+CLIPS = 650_000
+"""Training clips: Kinetics-710's, about; for `plan` where no list is given."""
 
 
 def b16() -> Stage1Config:

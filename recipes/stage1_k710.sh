@@ -9,6 +9,6 @@
 set -euo pipefail
 : "${DATA:?set DATA to a list of videos (path,label per line) or to a manifest}"
 : "${OUT:?set OUT to the folder for checkpoints and metrics}"
-source "$(dirname "$0")/environment.sh"
-source "$ROOT/recipes/launch.sh"
+source "$(dirname "$0")/launch.sh"
+source "$ROOT/recipes/environment.sh"
 launch train "$ROOT/recipes/stage1_k710.py:${MODEL:-b16}" --data.train "$DATA" --run.out "$OUT" "$@"

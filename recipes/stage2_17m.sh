@@ -16,7 +16,7 @@ set -euo pipefail
 : "${CC12M:?set CC12M to its caption list, or LIST=FOLDER}"
 : "${INIT:?set INIT to stage-1 weights}"
 : "${OUT:?set OUT to the folder for checkpoints and metrics}"
-source "$(dirname "$0")/environment.sh"
-source "$ROOT/recipes/launch.sh"
+source "$(dirname "$0")/launch.sh"
+source "$ROOT/recipes/environment.sh"
 launch train "$ROOT/recipes/stage2.py:${MODEL:-b16}" --videos "$WEBVID2M" --images "$CC3M" "$COCO" "$VG" "$SBU" "$CC12M" \
     --init "$INIT" --run.out "$OUT" "$@"

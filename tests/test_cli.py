@@ -167,7 +167,10 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
         ),
         (["eval", "classify", "tests", "list.csv"], "the folder tests is not a checkpoint; give a checkpoint-*.pt"),
         (["convert", "tests", "out.safetensors"], "the folder tests is not a checkpoint; give a checkpoint-*.pt"),
-        (["bench", "stage3"], "unknown benchmark 'stage3'"),
+        (["scan", "x.csv", "--out", "m.jsonl", "--separator", ""], "--separator is empty; give the character"),
+        (["prepare", "x.csv", "--out", "p", "--frame_pattern", "a.jpg"], "--frame_pattern is 'a.jpg'; it must hold"),
+        (["bench", "stage3"], "unknown benchmark 'stage3'; did you mean 'stage2'? There are: stage1"),
+        (["bench", "finetun"], "unknown benchmark 'finetun'; did you mean 'finetune'?"),
         (["bench", "stage1", "--steps", "0"], "steps is 0"),
         (["report", "no/such/run"], "no run folder"),
         (
@@ -296,7 +299,7 @@ def test_labels_that_are_no_class_are_refused(tiny_list: Path, tmp_path: Path, c
     tiny_list.write_text(tiny_list.read_text().replace(",1", ",7"))
     page = f"{REPOSITORY}/tests/assets/tiny.py:classes"
     assert main(["train", page, "--data.train", str(tiny_list), "--run.out", str(tmp_path / "run")]) == 2
-    assert "1 labels outside 0 to 1, the first 7" in capsys.readouterr().err
+    assert ": the labels of 1 of its 2 clips lie outside 0 to 1, the lowest is 7; correct" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.data.test_cuts import cut_video
 from tests.videos import write_video
 from umt_fast import recipe
 from umt_fast.__main__ import main
@@ -85,8 +86,25 @@ def searched(capsys: pytest.CaptureFixture, *arguments: object) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_clips_that_are_cut_are_counted(
+    workers: int, tmp_path: Path, clips: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights, _ = saved(tmp_path, "tiny")
+    assert embed(clips, weights, tmp_path / "f.safetensors", "--workers", workers) == 0
+    assert "cut in the middle" not in caplog.text
+    for name in ("7.mkv", "8.mkv"):
+        cut_video(clips / name)
+    assert embed(clips, weights, tmp_path / "f.safetensors", "--workers", workers) == 0
+    said = [record.getMessage() for record in caplog.records if "cut in the middle" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith("2 of 9 clips are cut in the middle"), said
+    assert re.search(r"the first: .*7\.mkv: \d+ of 40 frames decode", said[0])
+
+
 @torch.no_grad()
-def test_embed_and_search(tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture) -> None:
+def test_embed_and_search(
+    tmp_path: Path, clips: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
     weights, module = saved(tmp_path, "captions")
     (tmp_path / "words").mkdir()
     (tmp_path / "words" / "vocab.txt").write_text("\n".join(WORDS))
@@ -103,6 +121,9 @@ def test_embed_and_search(tmp_path: Path, clips: Path, capsys: pytest.CaptureFix
     assert main(["convert", str(out), str(tmp_path / "x.safetensors")]) == 2
     assert "holds features that `embed` wrote" in capsys.readouterr().err
     base = ["--in", out, "--weights", weights, "--tokenizer", tmp_path / "words"]
+    assert "have words that the tokenizer does not know" not in caplog.text
+    searched(capsys, "zebra a", *base)
+    assert "1 of 1 texts have words that the tokenizer does not know; each is read as [UNK]" in caplog.text
     orders = set()
     for text, ids in (("A, b!", [2, 5, 6]), ("k c", [2, 15, 7]), ("e", [2, 9])):
         encoded = module.text_encoder.encode(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool))

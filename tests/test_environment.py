@@ -60,3 +60,34 @@ def test_a_python_that_is_named_comes_first(repository: Path, active: Path) -> N
 def test_nothing_active(repository: Path) -> None:
     python, said = chosen(repository, PYTHON3="false")
     assert not python and "needs Python 3.11 or newer; false is" in said
+
+
+COMMON = {"DATA": "d.csv", "INIT": "i.pth", "OUT": "o", "QUESTIONS": "q.json", "VIDEOS": "v.json", "MOVIES": "m"}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words", "given", "said"),
+    [
+        ("finetune", [], {"RECIPE": "k40"}, "no recipe page k40.py beside it; there are ava k400 k600"),
+        ("finetune", [], {"RECIPE": "k600"}, "set LABEL_MAP to the official list of the head rows that k600 keeps"),
+        ("finetune", [], {"RECIPE": ""}, "set RECIPE to k710, k400"),
+        ("ava", [], {"MOVIES": ""}, "set MOVIES to the folder of the movies"),
+        ("stage1_k710", [], {"DATA": ""}, "set DATA to a list of videos"),
+        ("stage1_k710", [], {"NNODES": "2"}, "set MASTER_ADDR to the name of the first node"),
+        ("answering", ["qa_msrvt"], {}, "no recipe page qa_msrvt.py beside it"),
+        ("retrieval", ["ret_msrvt:l16_25m"], {}, "no recipe page ret_msrvt.py beside it"),
+        ("quickstart_questions", ["no/such"], {}, "no/such has no stage 2; run bash recipes/quickstart.sh --stage2"),
+        ("quickstart_captions", ["no/such"], {}, "no/such has no stage 2; run bash recipes/quickstart.sh --stage2"),
+    ],
+)
+def test_launchers_say_what_is_missing_before_an_environment_is_made(
+    launcher: str, words: list[str], given: dict[str, str], said: str
+) -> None:
+    names = ("VIRTUAL_ENV", "CONDA_PREFIX", "UMT_PYTHON", "SLURM_NNODES", "MASTER_ADDR", "NNODES")
+    clean = {key: value for key, value in os.environ.items() if key not in names}
+    command = ["bash", str(REPOSITORY / "recipes" / f"{launcher}.sh"), *words]
+    # A checkout whose environment would have to be made says so, as its base is no python.
+    environment = clean | COMMON | {"PYTHON3": "false"} | given
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode and said in done.stderr, done.stderr
+    assert "Python" not in done.stderr

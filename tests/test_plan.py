@@ -58,7 +58,7 @@ def test_the_papers_run() -> None:
     config = recipe.load("stage1_k710")
     work = work_of(config)
     assert work.trained == pytest.approx(88.3e6, rel=0.02) and work.frozen == pytest.approx(86.2e6, rel=0.02)
-    text = report("stage1_k710", config, PlanOptions(gpus=32, share=0.029, cores=12))
+    text = report("stage1_k710", config, PlanOptions(gpus=32, share=0.029, cores=12), recipe.clips_of("stage1_k710"))
     hours = float(text.splitlines()[1].split(" hours")[0])
     assert 50 < hours < 66
     assert "bound: matmul" in text and "650000 clips" in text and "prediction" in text
@@ -68,7 +68,7 @@ def test_measured_figures_replace_the_assumed(tmp_path: Path) -> None:
     config = recipe.load("tests/assets/tiny.py")
     line = {"matmul_tflops": 700.0, "share_of_matmul_rate": 0.25, "device": "Some GPU", "model": "b16"}
     (tmp_path / "line").write_text("noise\n" + json.dumps(line) + "\n")
-    text = report("tiny", config, PlanOptions(measured=str(tmp_path / "line")))
+    text = report("tiny", config, PlanOptions(measured=str(tmp_path / "line"), clips=9))
     assert "700 TFLOP/s" in text and "25.0%" in text and text.count("measured: Some GPU, b16") == 2
     with pytest.raises(ConfigError, match="bench stage1"):
         report("tiny", config, PlanOptions(measured=str(tmp_path / "none")))
@@ -95,6 +95,7 @@ def test_the_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPa
         (["plan"], "needs a recipe"),
         (["plan", "tests/assets/tiny.py", "--gpus", "0"], "gpus is 0"),
         (["plan", "stage2", "--gpus", "8"], "--clips N"),
+        (["plan", "tests/assets/tiny.py:classes"], "a plan of task classification without a list needs the number"),
         (["plan", "tests/assets/tiny.py", "--run.batch_sise", "3"], "--run.batch_size"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -108,6 +109,17 @@ def test_bad_plans(
     except SystemExit as stop:
         code = stop.code
     assert code == 2 and expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("page", "clips"), [("k400", 240_000), ("ssv2:l16", 168_913), ("stage1_k710:l16", 650_000), ("k710", 650_000)]
+)
+def test_clips_are_those_of_the_recipe(page: str, clips: int, capsys: pytest.CaptureFixture, tiny_list: Path) -> None:
+    assert main(["plan", page]) == 0
+    text = capsys.readouterr().out
+    assert f": {clips} clips x" in text and "assumed: CLIPS of the recipe's page" in text
+    assert main(["plan", page, "--data.train", str(tiny_list), "--data.separator", ","]) == 0
+    assert ": 2 clips x" in capsys.readouterr().out
 
 
 def test_stage_2_and_fine_tuning_have_plans_too() -> None:

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from umt_fast.config import ConfigError, require
+from umt_fast.config import ConfigError, Vocabulary, require
 from umt_fast.engine.precision import device_of, usable_dtype
 from umt_fast.models.description import MODELS, STAGE1_MODELS, TOKENIZERS, complete, found_in
-from umt_fast.models.sizes import TEACHERS, teacher_size
+from umt_fast.models.sizes import TEACHERS, USUAL_WEIGHTS, teacher_size
 from umt_fast.models.teachers import Teacher, build_teacher
-from umt_fast.models.weights import WeightsError, WeightsFile, is_saved_folder, kind_of, tokenizer_in
+from umt_fast.models.weights import WeightsError, WeightsFile, is_saved_folder, kind_of, vocabulary_in
 from umt_fast.pretrained import DTYPES, Dtype, PretrainedModel, build
 from umt_fast.tasks.evaluate import read_checkpoint
-from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, require_known
+from umt_fast.zoo import REPOSITORY, ZOO, ZooFile, list_models, require_known
 
 _UNTRAINED = "untrained"
 # What official models have where a description leaves it to the tensors.
@@ -30,7 +30,6 @@ _KINDS = {
     "retrieval": ("downstream", "stage-2"),
     "detection": ("detector",),
 }
-_TEACHER_WEIGHTS = {"clip_b16": "ViT-B-16:openai", "clip_l14": "ViT-L-14:openai"}
 
 
 def load_model(
@@ -55,22 +54,34 @@ def load_model(
         dtype: `bf16` or `fp32`, or torch's. None: as `eval` computes, a classifier as it was trained, others in fp32.
         num_frames, image_size: of a clip, with `name`; None: as the file's position table, the released file or the model says.
         num_classes: of an untrained classifier or detector.
-        tokenizer: of a stage-2 model, by name or folder; None: the one it was trained with, where that is known.
+        tokenizer: of a model that reads texts, by name or folder; None: the one it was trained with, where that is known.
 
     Raises:
         ConfigError: an unknown name (with the nearest), no weights, an option that would not be read.
         WeightsError: weights that are not there, cannot be read or fetched, or are of another model.
     """
+    for option, value in (("name", name), ("weights", weights), ("tokenizer", tokenizer)):
+        require(
+            value is None or isinstance(value, (str, Path)),
+            f"{option} is of type {type(value).__name__}; give a name or a path, as a text or a Path",
+        )
     if name is not None:
+        require(
+            not Path(name).exists() or name in list_models(),
+            f"load_model({str(name)!r}) names a file or folder where the name of an architecture goes; give it as "
+            f"weights={str(name)!r}",
+        )
         require_known(name)
     released = ZOO.get(name or "")
     require(
         weights is not None or released is not None,
         f"load_model({name or ''!r}) has no weights; give weights=PATH, or weights='untrained' for random ones",
     )
+    given = str(tokenizer or "")
     if weights == _UNTRAINED:
         described = _untrained(released.model if released else name, released, num_frames, image_size, num_classes)
-        return build(described, None, _UNTRAINED, device=device, dtype=dtype, words=str(tokenizer or ""))
+        _refuse_tokenizer(given, described, str(name))
+        return build(described, None, _UNTRAINED, device=device, dtype=dtype, words=Vocabulary(given))
     require(num_classes is None, f"num_classes is {num_classes}; it is read from the weights, leave it out")
     path, fetched = weights_path(weights if weights is not None else str(name))
     released = released or fetched
@@ -78,22 +89,23 @@ def load_model(
         require(name is None, f"{path} says which model it is of; leave {name!r} out")
         _refuse_sizes(path, num_frames, image_size)
         model = PretrainedModel.from_pretrained(path, device=device, dtype=dtype)
-        model.words = str(tokenizer) if tokenizer is not None else model.words
+        _refuse_tokenizer(given, model.description, path)
+        model.words = model.words.given(given)
         return model
     file = read_checkpoint(path)
     own = found_in(file.rest, path)
     if own is not None:
         require(name is None, f"{path} says which model it is of (task {own['task']}); leave {name!r} out")
         _refuse_sizes(path, num_frames, image_size)
-        words, described = tokenizer_in(file.rest), own
+        words, described = vocabulary_in(file.rest), own
     else:
         architecture = _architecture(released, name, file, path)
         described = _described(architecture, released, num_frames, image_size)
         _require_kind(architecture, described["task"], file, path)
         described = complete(described, file.state, path)
-        words = TOKENIZERS.get(architecture, "")
-    words = str(tokenizer) if tokenizer is not None else words
-    return build(described, file.state, str(path), device=device, dtype=dtype, words=words)
+        words = Vocabulary(TOKENIZERS.get(architecture, ""))
+    _refuse_tokenizer(given, described, path)
+    return build(described, file.state, str(path), device=device, dtype=dtype, words=words.given(given))
 
 
 def from_pretrained(
@@ -134,7 +146,7 @@ def load_teacher(
     near = difflib.get_close_matches(name, TEACHERS, 1, 0.3)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     require(name in TEACHERS, f"unknown teacher {name!r}{hint} There are: {', '.join(TEACHERS)}")
-    weights = str(weights) if weights is not None else _TEACHER_WEIGHTS.get(name)
+    weights = str(weights) if weights is not None else USUAL_WEIGHTS.get(name)
     require(weights is not None, f"teacher {name!r} has no usual weights; give weights=PATH, or 'untrained'")
     require(dtype is None or dtype in DTYPES, f"dtype is {dtype!r}; give 'bf16' or 'fp32'")
     config = teacher_size(name, weights=weights)
@@ -250,6 +262,13 @@ def _untrained(
     if "text" in described:
         described |= {"text": described["text"] | {"vocab_size": 30522, "max_positions": 512}}
     return described
+
+
+def _refuse_tokenizer(given: str, described: dict[str, Any], source: object) -> None:
+    require(
+        not given or "text" in described,
+        f"tokenizer is {given!r}, and the model of {source} reads no texts; leave it out",
+    )
 
 
 def _refuse_sizes(path: Path, num_frames: int | None, image_size: int | None) -> None:

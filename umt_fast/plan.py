@@ -71,7 +71,7 @@ class PlanOptions:
     gpu: Gpu = "a100"
     """Whose datasheet gives the rates."""
     clips: int = 0
-    """Clips of an epoch; 0: those of data.train if it is set, else Kinetics-710's."""
+    """Clips of an epoch; 0: those of the training list, else those that the recipe's page says its data set has."""
     measured: str = ""
     """File with a line that `bench stage1` printed on such a GPU: its matmul rate and share replace the assumed ones."""
     share: float = SHARE
@@ -207,24 +207,28 @@ def _measured(path: str) -> tuple[float, float, str]:
         ) from error
 
 
-def _clips(config: Any, options: PlanOptions) -> tuple[int, str]:
+def _clips(config: Any, options: PlanOptions, published: int | None) -> tuple[int, str]:
     if options.clips:
         return options.clips, "given"
     task = task_of(config)
     known = task.clips_of_epoch(config)
-    if known is None:
-        raise ConfigError(f"a plan of task {task.name} needs the number of its clips (and images): --clips N")
-    return known
+    if known is not None:
+        return known
+    if published is not None:
+        return published, "assumed: CLIPS of the recipe's page"
+    raise ConfigError(
+        f"a plan of task {task.name} without a list needs the number of its clips (and images): --clips N"
+    )
 
 
-def report(name: str, config: Any, options: PlanOptions) -> str:
-    """The plan as text."""
+def report(name: str, config: Any, options: PlanOptions, published: int | None = None) -> str:
+    """The plan as text. published: clips of the data set that the recipe is for, taken where nothing else tells them."""
     sheet, run = SHEETS[options.gpu], config.run
     half = run.dtype == "bf16"
     matmul, share, where = sheet.matmul if half else sheet.matmul_fp32, options.share, ""
     if options.measured:
         matmul, share, where = _measured(options.measured)
-    clips, clips_from = _clips(config, options)
+    clips, clips_from = _clips(config, options, published)
     inside = options.gpus <= GPUS_PER_NODE
     link = options.link * 1e9 or (sheet.nvlink if inside else sheet.port)
     cores = options.cores or max(1, config.data.workers)

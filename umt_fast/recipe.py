@@ -1,7 +1,8 @@
 """Finds a recipe page by name or path and returns the configuration it defines.
 
 A page is a Python file whose public functions take no argument and return a configuration, one for each variant. A page of many
-alike may have them by name in a dictionary VARIANTS in their place. DEFAULT names one of them.
+alike may have them by name in a dictionary VARIANTS in their place. DEFAULT names one of them. CLIPS, if there,
+is how many training clips its data set has.
 `stage1_k710` means that page's DEFAULT, `stage1_k710:l16` its variant l16, `some/page.py:tiny` a page of one's own.
 """
 
@@ -61,14 +62,24 @@ def _load(page: Path) -> ModuleType:
     return module
 
 
+def _found(recipe: str) -> tuple[Path, ModuleType, str]:
+    """The page of NAME[:VARIANT], and the variant, empty where none is named. Raises ConfigError: see load."""
+    name, _, variant = recipe.rpartition(":") if ":" in recipe else (recipe, "", "")
+    page = _page(name)
+    return page, _load(page), variant
+
+
+def clips_of(recipe: str) -> int | None:
+    """The training clips that a page says its data set has; None: it does not say. Raises ConfigError: see load."""
+    return getattr(_found(recipe)[1], "CLIPS", None)
+
+
 def load(recipe: str) -> Any:
     """The configuration of `NAME[:VARIANT]` or `PATH.py[:VARIANT]`.
 
     Raises ConfigError: unknown page (the nearest name is suggested), unknown variant, a page that fails.
     """
-    name, _, variant = recipe.rpartition(":") if ":" in recipe else (recipe, "", "")
-    page = _page(name)
-    module = _load(page)
+    page, module, variant = _found(recipe)
     variants = getattr(module, "VARIANTS", None) or {
         key: value
         for key, value in vars(module).items()

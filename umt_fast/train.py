@@ -16,7 +16,7 @@ from umt_fast.engine.precision import pick_device, room_for, usable_dtype
 from umt_fast.engine.trainer import Trainer
 from umt_fast.models.attention import require_attention
 from umt_fast.models.linear import require_linear
-from umt_fast.tasks import Task, check_used, task_of, tuning, validation_of
+from umt_fast.tasks import Task, check_used, task_of, tuning, validation_of, vocabulary_for
 
 
 def train(config: Any) -> Path:
@@ -56,7 +56,7 @@ def fit_objective(config: Any, objective: torch.nn.Module | Callable[[], torch.n
 
 def _fit(config: Any, task: Task, objective: torch.nn.Module | Callable[[], torch.nn.Module], ranks: Ranks) -> None:
     loader = task.loader(config, ranks)
-    validation = validation_of(config, ranks)
+    validation, vocabulary = validation_of(config, ranks), vocabulary_for(config)
     tuning.settle(config, ranks)
     towers = {name: getattr(config, name) for name in ("student", "teacher", "text") if hasattr(config, name)}
     sizes = ", ".join(f"{name}.width {tower.width} and depth {tower.depth}" for name, tower in towers.items())
@@ -72,8 +72,11 @@ def _fit(config: Any, task: Task, objective: torch.nn.Module | Callable[[], torc
             num_sample=config.data.num_sample * loader.kinds,
             layer_of=getattr(objective, "layer_id", None),
             num_layers=config.student.depth + 1,
-            config_record=to_dict(config),
-            model_config=task.describe(config),
+            records={
+                "config": to_dict(config),
+                "model_config": task.describe(config),
+                **({"vocabulary": vocabulary._asdict()} if vocabulary else {}),
+            },
             validation=validation,
         )
     trainer.train()

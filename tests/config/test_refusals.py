@@ -23,7 +23,8 @@ from umt_fast.config import (
 )
 from umt_fast.masking import TokenGrid, mask_named
 from umt_fast.plan import PlanOptions
-from umt_fast.tasks import check_used
+from umt_fast.tasks import TASKS, check_used
+from umt_fast.tasks.matching import TextOptions
 from umt_fast.train import train
 
 KINDS = (Stage1Config, Stage2Config)
@@ -108,6 +109,8 @@ def test_an_image_may_be_masked_at_random_under_spatial_attention() -> None:
         (lambda: OptimConfig(lr=1e-4, warmup_lr=1e-3), "optim.warmup_lr is 0.001"),
         (lambda: FinetuneConfig(head_scale=-1.0), "head_scale is -1"),
         (lambda: VitConfig(position_grid=(8, 14)), "student.position_grid is"),
+        (lambda: VitConfig(num_frames=5000), "student.num_frames is 5000; a clip has at most 4096"),
+        (lambda: TextOptions(frames=3_000_000), r"frames is 3000000; it must lie in \[0, 4096\]"),
         (
             lambda: Stage2Config(images=("x",), student=VitConfig(num_frames=4, position_grid=(8, 14, 14))),
             "student.position_grid is",
@@ -146,6 +149,9 @@ UNREAD = [
     (Stage2Config, {"images": ("x",), "mask.kind": "tube"}, "mask.kind"),
     (Stage2Config, {"videos": ("x",), "student.num_frames": 1, "mask.ratio": 0.6}, "mask.ratio"),
     (Stage2Config, {"losses.vtm": 0.0, "run.batch_size": 1}, "run.batch_size"),
+    (Stage2Config, {"losses.uta": 0.0, "teacher.weights": "own.pt"}, "teacher.weights"),
+    (Stage2Config, {"losses.uta": 0.0, "mask.ratio": 0.5}, "mask.ratio"),
+    (Stage2Config, {"losses.uta": 0.0, "image_mask.ratio": 0.2}, "image_mask.ratio"),
 ]
 
 
@@ -217,6 +223,31 @@ def test_training_checks_what_was_set_after_construction(tmp_path: Path) -> None
         train(config)
     assert before["mask"] != to_dict(config)["mask"] and not (tmp_path / "run").exists()
     assert dataclasses.is_dataclass(config) and config.optim.layer_decay == 0.5
+
+
+def test_what_pages_say_of_a_teacher_goes_without_one() -> None:
+    """Weights of a page are not the user's; masks that need no teacher are drawn without one; text needs its weights."""
+    from umt_fast import recipe
+
+    for changes in (
+        {"losses.uta": 0.0},
+        {"losses.uta": 0.0, "mask.kind": "tube", "mask.ratio": 0.5},
+        {"losses.uta": 0.0, "losses.text_projection": 1.0, "teacher.weights": "own.pt"},
+    ):
+        assert not refusal(with_fields(Stage2Config, changes), 1), changes
+    config = recipe.load("stage2:l16")
+    config.losses.uta = 0.0
+    assert not refusal(config, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_without_a_bound_is_announced(kind: type, caplog: pytest.LogCaptureFixture) -> None:
+    task = next(task for task in TASKS.values() if task.Config is kind)
+    for align in (AlignConfig(), AlignConfig(normalize="none", loss="mse")):
+        task.settled(kind(align=align))
+    assert not caplog.text
+    task.settled(kind(align=AlignConfig(normalize="none")))
+    assert "align.loss l2 with align.normalize none has no lower bound" in caplog.text
 
 
 def test_image_masks_of_the_clips_kind_ask_for_nothing() -> None:

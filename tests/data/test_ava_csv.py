@@ -90,7 +90,10 @@ MISTAKES = {
     "no class": ("m,902,0.1,0.1,0.5,0.5,\n", "line 1: .* is not `movie,second"),
     "second": ("m,1:30,0.1,0.1,0.5,0.5,3\n", "line 1: .* is not `movie,second"),
     "not finite": ("m,902,nan,0.1,0.5,0.5,3\n", "line 1: .* is not `movie,second"),
-    "movie": ("x,902,0.1,0.1,0.5,0.5,3\n", "line 1: the size of movie 'x' is not known; it is missing below data.root"),
+    "movie": (
+        "x,902,0.1,0.1,0.5,0.5,3\n",
+        "line 1: the size of movie 'x' is not known; it is missing below --root .train: --data.root",
+    ),
     "empty": ("", "holds no box; give AVA's ground truth"),
 }
 

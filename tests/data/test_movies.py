@@ -77,7 +77,8 @@ def test_sizes_and_missing_movies(movies: FrameFolders | WholeMovies) -> None:
 def test_frames_of_another_name_and_broken_ones(root: Path, tmp_path: Path) -> None:
     other = FrameFolders(root, "img_{:05d}.png", RATE, FIRST)
     with pytest.raises(
-        DataError, match=r"img_00001.png is missing; frames are numbered from 1 and named as clips.frame_pattern"
+        DataError,
+        match=r"img_00001.png is missing; frames are numbered from 1 and named as 'img_{:05d}.png' says, --frame_pattern",
     ):
         other.require([("m{1}", 902)])
     (tmp_path / "n").mkdir()

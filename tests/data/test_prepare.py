@@ -106,6 +106,10 @@ def test_first_seconds_of_prepared_clips(table: Path, tmp_path: Path) -> None:
     sources = []
     read_prepared(clips[0], lambda stored, source: sources.append(source) or np.arange(stored))
     assert sources == [40]
+    with pytest.raises(
+        DataError, match="out is a folder, whose clips `prepare` packed into it, and videos would not be"
+    ):
+        read_list(tmp_path / "out", DataConfig(root="videos"))
     assert len(list(ClipLoader(clips, DataConfig(workers=0, max_seconds=4), **KIND))) == 1
     with pytest.raises(
         DataError, match="candidates for data.max_seconds 4.0, and data.max_seconds is 0.0; `prepare` with"

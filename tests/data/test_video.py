@@ -252,14 +252,14 @@ def test_scan_continues_after_a_kill(tmp_path: Path) -> None:
     (tmp_path / "3.mp4").write_bytes(b"broken")
     (tmp_path / "list.csv").write_text("".join(f"{number}.mp4,{number}\n" for number in range(4)))
     out = tmp_path / "list.jsonl"
-    assert scan(tmp_path / "list.csv", out, workers=1) == {"good": 3, "bad": 1, "resumed": 0}
+    assert scan(tmp_path / "list.csv", out, workers=1) == {"good": 3, "bad": 1, "cut": 0, "resumed": 0}
     whole = out.read_text()
     # As a kill leaves it: two results journalled, a third cut short, no manifest.
     entries = [json.loads(line) for line in whole.splitlines()]
     journal = [json.dumps([n, str(tmp_path / f"{n}.mp4"), entries[n], ""]) for n in range(2)]
     out.with_name("list.jsonl.partial").write_text("\n".join(journal) + '\n[2, "trunc')
     out.unlink()
-    assert scan(tmp_path / "list.csv", out, workers=1) == {"good": 3, "bad": 1, "resumed": 2}
+    assert scan(tmp_path / "list.csv", out, workers=1) == {"good": 3, "bad": 1, "cut": 0, "resumed": 2}
     assert out.read_text() == whole
     assert not out.with_name("list.jsonl.partial").exists()
 

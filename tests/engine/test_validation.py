@@ -40,7 +40,12 @@ def run(out: Path, judge: Judge | None = None, ema_decay: float = 0.0, count: in
     config = RunConfig(out=str(out), batch_size=4, **(values | options))
     optim = OptimConfig(lr=0.05, lr_batch=0, ema_decay=ema_decay)
     return Trainer(
-        config, optim, Toy(), ToyLoader(4, count), validation=judge, model_config={"task": "toy", "version": 1}
+        config,
+        optim,
+        Toy(),
+        ToyLoader(4, count),
+        validation=judge,
+        records={"model_config": {"task": "toy", "version": 1}},
     )
 
 

@@ -184,8 +184,10 @@ def test_a_run_of_other_length_is_converted_with_its_position_table(tmp_path: Pa
 def test_bad_input_is_one_line(judged: tuple, tmp_path: Path, capsys: pytest.CaptureFixture, shared: Path) -> None:
     file, table = judged
     good = table.read_text().splitlines()[0]
-    (tmp_path / "outside.csv").write_text(f"{good}\n{shared}/videos/demo.mp4,7\n")
-    assert "has 1 labels outside 0 to 6, the first 7" in refused(capsys, file, tmp_path / "outside.csv")
+    (tmp_path / "outside.csv").write_text(f"{good}\n{shared}/videos/demo.mp4,7\n{shared}/videos/demo.mp4,7\n")
+    assert ": the labels of 2 of its 3 clips lie outside 0 to 6, the lowest is 7" in refused(
+        capsys, file, tmp_path / "outside.csv"
+    )
     (tmp_path / "empty.csv").write_text("")
     assert "empty.csv" in refused(capsys, file, tmp_path / "empty.csv")
     (tmp_path / "absent.csv").write_text(f"{good}\nabsent.mp4,1\n")

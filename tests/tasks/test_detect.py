@@ -142,14 +142,23 @@ def test_two_ranks_find_what_one_finds(world: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     "words,said",
     [
-        ((), "needs a person detector's boxes; give them as judging.boxes"),
-        (("--boxes", "b.json"), "judging.boxes b.json names images by number; give the file that lists them"),
+        ((), "needs a person detector's boxes; give them: --boxes FILE .train: --judging.boxes"),
+        (
+            ("--boxes", "b.json"),
+            "--boxes b.json names images by number; give the file that lists them as --annotations",
+        ),
         (("--boxes", "absent.csv"), "no CSV file at absent.csv"),
         (("--boxes", "BOXES", "--label_map", "absent.pbtxt"), "no label map at absent.pbtxt"),
-        (("--boxes", "BOXES", "--annotations", "a.json"), "judging.annotations is a.json, but no .json boxes"),
+        (("--boxes", "BOXES", "--annotations", "a.json"), "--annotations is a.json, but no .json boxes"),
         (("--boxes", "BOXES", "--min_box_score", "0.99"), r"no box of score 0.99 or more .*the best score is 0.95"),
         (("--boxes", "BOXES", "--max_seconds", "3"), "max_seconds is 3.0, and key frames are seconds of movies"),
-        (("--boxes", "BOXES", "--movies", "whole"), "the size of movie 'movie0' is not known"),
+        (
+            ("--boxes", "BOXES", "--movies", "whole"),
+            "the size of movie 'movie0' is not known; it is missing below --root",
+        ),
+        (("--boxes", "BOXES", "--root", "absent"), "absent is not a folder; give one as --root .train: --data.root"),
+        (("--boxes", "BOXES", "--first_second", "0"), "--first_second is 0, and movies are read as 'seconds'"),
+        (("--boxes", "BOXES", "--movies", "frames", "--frame_rate", "-1"), "--frame_rate is -1.0; it must be positive"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -169,3 +178,25 @@ def test_the_judged_classes(tmp_path: Path, world: Path) -> None:
     assert names_of("", 4) == {1: "1", 2: "2", 3: "3", 4: "4"}
     with pytest.raises(ValueError, match="has class 3, and the detector's are 1 to 2"):
         names_of(str(world / "classes.pbtxt"), 2)
+
+
+def test_movies_are_read_as_in_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole movies that begin at second 901: the command needs neither again, and says what it takes."""
+    write_world(tmp_path, "whole")
+    config = configured(tmp_path, tmp_path / "run", "whole")
+    config.run.epochs, config.run.warmup_epochs = 1, 0
+    config.optim.warmup_lr = 0.0
+    train(config)
+    caplog.set_level("INFO")
+    found = judged(tmp_path, capsys)
+    assert found["key_frames"] == 6
+    assert "movies are read as in training: --movies whole --first_second 901" in caplog.text
+    assert judged(tmp_path, capsys, "--movies", "whole", "--first_second", "901") == found
+    # A second earlier the key frame is the movie's end, which the run's setting would not tell.
+    capsys.readouterr()
+    wrong = ["--boxes", str(tmp_path / "boxes.csv"), "--first_second", "900", "--workers", "0", "--device", "cpu"]
+    assert main(["eval", "detect", newest(tmp_path), str(tmp_path / "truth.csv"), *wrong]) == 2
+    said = capsys.readouterr().err
+    assert "--first_second and --frame_rate (train: --clips.first_second" in said, said

@@ -230,7 +230,7 @@ def test_no_list_and_no_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no CSV file at .*truth.csv; give one with lines of `movie,second,x1"):
         train(config)
     config.data.root = str(tmp_path / "absent")
-    with pytest.raises(ConfigError, match="data.root is .*absent, which is not a folder"):
+    with pytest.raises(ConfigError, match="absent is not a folder; give one as --root .train: --data.root"):
         train(config)
     config.data.train = ""
     with pytest.raises(ConfigError, match="data.train is empty; give AVA's ground truth"):

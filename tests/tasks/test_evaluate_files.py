@@ -210,6 +210,14 @@ def test_the_description_counts_and_not_the_settings(tiny_list: Path, tmp_path: 
     assert judge(path, table=tiny_list) == wanted
 
 
+def test_a_bare_classifier_has_the_classes_of_its_head(tiny_list: Path, tmp_path: Path, judge: Judge) -> None:
+    """Those of the named recipe are only usual: official scripts take their number as an option."""
+    path = train(tmp_path / "run", [f"{TINY}:classes", "--data.train", str(tiny_list), "--num_classes", "5"], 1)
+    wanted = judge(path, table=tiny_list)
+    torch.save({"module": torch.load(path, weights_only=True)["model"]}, tmp_path / "bare.pth")
+    assert judge(tmp_path / "bare.pth", "--model", f"{TINY}:classes", table=tiny_list) == wanted
+
+
 def test_a_bare_classifier_with_a_position_table(tiny_list: Path, tmp_path: Path, judge: Judge) -> None:
     """A stored table of the clip's size is used as it is; one of another size is not."""
     path = train(tmp_path / "run", [f"{TINY}:classes", "--data.train", str(tiny_list), "--optim.lr", "0.5"], 3)

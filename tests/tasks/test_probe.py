@@ -202,11 +202,11 @@ def test_refusals(tmp_path: Path, world: Path, capsys: pytest.CaptureFixture, ca
     train, test = world / "train.csv", world / "test.csv"
     for arguments, message in (
         ([test], "train is not given; give the list"),
-        ([world / "beyond.csv", "--train", train], "labels outside 0 to 1, the first 7; .*train.csv has no others"),
+        ([world / "beyond.csv", "--train", train], "outside 0 to 1, the lowest is 7; .*train.csv has no others"),
         ([test, "--train", train, "--num_classes", 1], "num_classes is 1"),
-        ([test, "--train", world / "beyond.csv", "--num_classes", 3], "labels outside 0 to 2, the first 7"),
+        ([test, "--train", world / "beyond.csv", "--num_classes", 3], "outside 0 to 2, the lowest is 7"),
         ([test, "--train", world / "one.csv"], "clips of one class alone, 1; a probe needs two"),
-        ([test, "--train", world / "negative.csv"], "labels outside 0 to 1, the first -1"),
+        ([test, "--train", world / "negative.csv"], "outside 0 to 1, the lowest is -1"),
         (
             [test, "--train", world / "huge.csv"],
             "huge.csv has labels up to 10000000000; a probe knows at most 100000 classes",

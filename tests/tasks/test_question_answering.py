@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,9 @@ def test_it_trains_continues_and_is_used(world: Path) -> None:
         (["a", "b"], answers, "2 questions to 0 clips"),
         ("what", [], "give a list of at least one text"),
         ("what", "ball", "give a list of at least one text"),
+        ("what", ["ball", 3], "answers holds 3; give texts"),
+        (5, answers, "questions are 5, of type int"),
+        (["what", 5, "is"], answers, "question 1 is 5, of type int"),
     ):
         with pytest.raises(DataError, match=error if question != ["a", "b"] else "2 questions to 3 clips"):
             model.answer([clip] * 3, question, options)
@@ -397,3 +401,47 @@ def test_retrieval_weights_and_answers_are_told_apart(world: Path) -> None:
         umt_fast.load_model("umt_b16", weights=world / "official.safetensors")
     model = umt_fast.load_model("umt_b16_qa", weights="untrained", num_frames=2, image_size=32)
     assert model.network.text_decoder.config.vocab_size == 30522 and model.description["max_answer"] == 5
+
+
+def test_what_the_words_and_the_list_lack_is_counted(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entries = [
+        ENTRY | {"question": "is it zebra"},
+        ENTRY | {"question": "is it a yak", "answer": ["okapi", "red"]},
+        ENTRY | {"answer": "green"},
+    ]
+    lists = {"questions": (str(written(world / "odd.json", entries)),), "answers": str(world / "answers.json")}
+    config = configured(world, **lists)
+    config.data.validation, config.run.validate_epochs = lists["questions"][0], 1
+    config.run.batch_size, config.run.max_steps = 1, 1
+    caplog.set_level("INFO")
+    train(config)
+    counted = (
+        r"2 of 3 questions and 2 of 4 answers have words that the tokenizer does not know; each is read as \[UNK\]"
+    )
+    assert re.search(counted, caplog.text), caplog.text
+    assert re.search(r"1 of the 3 questions of .*odd.json have no answer in .*answers.json", caplog.text)
+    newest = max((world / "run").glob("checkpoint-0*.pt"))
+    caplog.clear()
+    judge = ["eval", "answer", str(newest), lists["questions"][0], "--answers", lists["answers"], "--device", "cpu"]
+    assert main([*judge, "--workers", "0"]) == 0
+    assert "2 of 3 questions and 0 of 4 answers to choose from have words that the tokenizer" in caplog.text
+    caplog.clear()
+    assert main([*judge[:3], str(world / "train.json"), *judge[4:], "--workers", "0"]) == 0
+    assert "have words that the tokenizer" not in caplog.text
+
+
+def test_every_entry_counts_and_any_of_its_answers_is_right(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the official figure keeps the last entry of an id, and takes lists of answers for wrong: 0 of 2 here."""
+    entries = [
+        ENTRY | {"question_id": 1, "answer": ["red", "ball"]},
+        ENTRY | {"question_id": 1, "answer": "a"},
+        ENTRY | {"question_id": 2, "answer": ["ball"]},
+    ]
+    questions = read_questions([str(written(world / "odd.json", entries))], train=False)
+    predictions = [answering.Prediction(["ball"], [1.0])] * 3
+    right = answering.right_rows(questions, predictions, None)
+    assert right == [True, False, True] and answering.shares_of(questions, right)["accuracy"] == pytest.approx(2 / 3)
+    file = trained(world)
+    answers = ["--answers", str(world / "answers.json"), "--device", "cpu", "--workers", "0"]
+    assert main(["eval", "answer", str(file), str(world / "odd.json"), *answers]) == 0
+    assert "1 of 3 questions have the question_id of another one" in caplog.text

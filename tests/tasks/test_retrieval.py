@@ -19,7 +19,7 @@ from umt_fast.data.sources.queries import Queries, read_queries
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models.video_text import VideoText
 from umt_fast.models.weights import WeightsError
-from umt_fast.tasks.ranking import both_ways, judge, ranks_of, recalls, search
+from umt_fast.tasks.ranking import Place, both_ways, judge, place_of, recalls, search
 from umt_fast.tasks.retrieval import Keeper, evaluate, rerank
 from umt_fast.tasks.retrieve import listing
 
@@ -30,22 +30,34 @@ ONE = Ranks(0, 1, torch.device("cpu"))
 
 def test_recalls_by_hand() -> None:
     scores = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.7, 0.1], [0.5, 0.6, 0.4]])
-    rank = ranks_of(scores, torch.eye(3, dtype=torch.bool))
-    assert rank.tolist() == [0, 1, 2]
-    figures = recalls(rank, "x")
+    place = place_of(scores, torch.eye(3, dtype=torch.bool))
+    assert place.rank.tolist() == [0, 1, 2] and place.level.tolist() == [0, 0, 0]
+    figures = recalls(place, "x")
     assert figures["x_r1"] == pytest.approx(1 / 3) and figures["x_r5"] == 1.0
     assert figures["x_median_rank"] == 2
-    assert both_ways(rank, torch.tensor([0, 7]), "x")["x_r_mean"] == pytest.approx((1 / 3 + 1 + 1 + 0.5 + 0.5 + 1) / 6)
+    other = Place(torch.tensor([0, 7]), torch.tensor([0, 0]))
+    assert both_ways(place, other, "x")["x_r_mean"] == pytest.approx((1 / 3 + 1 + 1 + 0.5 + 0.5 + 1) / 6)
 
 
 def test_several_right_answers_count_by_the_best() -> None:
     scores, right = torch.tensor([[0.1, 0.9, 0.8]]), torch.tensor([[True, False, True]])
-    assert ranks_of(scores, right).tolist() == [1]
+    assert place_of(scores, right).rank.tolist() == [1]
 
 
 def test_constant_scores_are_chance_and_not_a_hit() -> None:
-    rank = ranks_of(torch.zeros(100, 100), torch.eye(100, dtype=torch.bool))
-    assert recalls(rank, "x")["x_r10"] == 0.0
+    figures = recalls(place_of(torch.zeros(100, 100), torch.eye(100, dtype=torch.bool)), "x")
+    assert [figures[f"x_r{k}"] for k in (1, 5, 10)] == pytest.approx([0.01, 0.05, 0.1])
+    assert figures["x_median_rank"] == 50.5
+    pair = recalls(place_of(torch.zeros(2, 2), torch.eye(2, dtype=torch.bool)), "x")
+    assert pair["x_r1"] == 0.5 and pair["x_r5"] == 1.0
+
+
+def test_answers_that_are_no_candidates_are_level() -> None:
+    """Of six items one is re-ranked, a wrong one: the right one is at each of the other five places as likely."""
+    candidates, right = torch.tensor([[0]]), torch.tensor([[0, 3]])
+    place = judge(candidates, torch.tensor([[9.0]]), right, 6).place
+    assert [place.recall(k).item() for k in (1, 5, 10)] == pytest.approx([0.0, 0.8, 1.0])
+    assert place.rank.tolist() == [3.0]
 
 
 def dense(right: Tensor, queries: int, items: int) -> Tensor:
@@ -63,13 +75,13 @@ def test_search_and_judge_equal_all_scores_at_once(monkeypatch: pytest.MonkeyPat
     right = torch.tensor(sorted({(q, int(i)) for q in range(8) for i in (q, (3 * q) % 11)}))
     scores, hits = queries @ items.t(), dense(right, 8, 11)
     found = search(queries, items, right, 4)
-    assert torch.equal(found.rank, ranks_of(scores, hits))
+    assert torch.equal(found.rank, place_of(scores, hits).rank)
     assert torch.equal(found.items, scores.topk(4).indices)
     assert not torch.isin(found.items[0], right[right[:, 0] == 0, 1]).any() or len(found.rank.unique()) > 2
     again = torch.randn(8, 4, generator=generator)
     table = torch.full((8, 11), -100.0).scatter(1, found.items, again)
     judged = judge(found.items, again, right, 11)
-    assert torch.equal(judged.rank, ranks_of(table, hits)) and (judged.rank > 4).any()
+    assert torch.equal(judged.rank, place_of(table, hits).rank) and (judged.rank > 4).any()
     assert torch.equal(judged.scores, table.topk(4).values) and torch.equal(judged.items, table.topk(4).indices)
     assert search(queries, items, right, 50).items.shape == (8, 11)
 
@@ -139,13 +151,13 @@ def test_figures_equal_those_of_every_pair_by_itself(world: Path, monkeypatch: p
     dual, match = pair_by_pair(model, world, queries)
     hits = dense(queries.right, *dual.shape)
     assert figures["clips"] == 5 and figures["captions"] == 9
-    expected = both_ways(ranks_of(dual, hits), ranks_of(dual.t(), hits.t()), "dual")
+    expected = both_ways(place_of(dual, hits), place_of(dual.t(), hits.t()), "dual")
     for name, scores in (("both", match + dual / model.temperature), ("match", match)):
         sides = []
         for axis in (1, 0):
             kept = torch.zeros_like(hits).scatter_(axis, dual.topk(3, dim=axis).indices, True)
             sides.append(scores.masked_fill(~kept, -100.0))
-        expected |= both_ways(ranks_of(sides[0], hits), ranks_of(sides[1].t(), hits.t()), name)
+        expected |= both_ways(place_of(sides[0], hits), place_of(sides[1].t(), hits.t()), name)
         for found, side in zip(ordered[name], (sides[0], sides[1].t()), strict=True):
             torch.testing.assert_close(found.scores, side.topk(3).values, rtol=1e-4, atol=1e-4)
             assert torch.equal(found.items, side.topk(3).indices)
@@ -225,7 +237,7 @@ def test_two_ranks_find_what_one_finds(world: Path, tmp_path: Path) -> None:
         "dist.init_process_group('gloo')\n"
         "rank = dist.get_rank()\n"
         "_, figures, *found = judged(Path(sys.argv[2]), Ranks(rank, 2, torch.device('cpu')))\n"
-        "torch.save([figures, *map(tuple, found)], f'{sys.argv[2]}/found{rank}.pt')\n"
+        "torch.save([figures, *((each.items, each.scores, each.rank) for each in found)], f'{sys.argv[2]}/found{rank}.pt')\n"
         "dist.destroy_process_group()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]

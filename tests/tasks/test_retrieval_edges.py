@@ -66,7 +66,7 @@ def test_one_candidate_is_always_found() -> None:
     figures, v2t, t2v = found(1, 1, Ranks(0, 1, torch.device("cpu")))
     assert v2t.items.tolist() == [[0]] and t2v.items.tolist() == [[0]]
     assert figures["match_r_mean"] == figures["dual_r_mean"] == 1.0
-    assert set(ranking.official_recalls(v2t.rank, t2v.rank).values()) == {100.0}
+    assert set(ranking.official_recalls(v2t.place, t2v.place).values()) == {100.0}
 
 
 def test_a_rank_beyond_the_last_clip_reads_none(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def compare_gallery(case: _Case, name: str, monkeypatch: pytest.MonkeyPatch) -> 
             if kind == "match":  # and beyond those nothing is scored
                 assert (expected.values[:, kept:] == config["unscored"]).all()
                 assert (expected.values[:, :kept] != config["unscored"]).all()
-        official = ranking.official_recalls(v2t.rank, t2v.rank)
+        official = ranking.official_recalls(v2t.place, t2v.place)
         expected = gallery[f"recall_{kind}"]
         if 0 < top_k < 10 and top_k < max(len(video), len(gallery["texts"])):
             # Officially R@k of fewer candidates depends on how a sort leaves equal scores.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from umt_fast.cli.command import call
 from umt_fast.config import ConfigError
 
@@ -16,7 +18,10 @@ def bench(arguments: list[str]) -> None:
         print(f"usage: python -m umt_fast bench {'|'.join(known)} [...]; each has --help")
         return
     if not arguments or arguments[0] not in known:
-        given = f"unknown benchmark {arguments[0]!r}" if arguments else "bench needs the name of a benchmark"
-        raise ConfigError(f"{given}; there are: {', '.join(known)}")
+        if not arguments:
+            raise ConfigError(f"bench needs the name of a benchmark; there are: {', '.join(known)}")
+        near = difflib.get_close_matches(arguments[0], known, 1, 0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        raise ConfigError(f"unknown benchmark {arguments[0]!r}{hint} There are: {', '.join(known)}")
     with room_for(f"bench {' '.join(arguments)}"):
         call(known[arguments[0]], arguments[1:], f"bench {arguments[0]}")

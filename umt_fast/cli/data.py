@@ -9,7 +9,7 @@ import tyro
 
 from umt_fast.cli.command import call
 from umt_fast.cli.outputs import check_output
-from umt_fast.config import ConfigError, DataConfig
+from umt_fast.config import ConfigError, DataConfig, by_option
 
 
 def scan(arguments: list[str]) -> None:
@@ -39,7 +39,7 @@ def scan(arguments: list[str]) -> None:
         """
         if (out is None) != check:
             raise ConfigError("scan needs either --out MANIFEST, to write one, or --verify, to check one")
-        data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
+        data = by_option("data", lambda: DataConfig(separator=separator, root=root, frame_pattern=frame_pattern))
         if out is None:
             scanning.verify(list_path, workers=workers, data=data)
             return
@@ -108,7 +108,7 @@ def prepare(arguments: list[str]) -> None:
         )
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{out} is a file; prepare writes a folder: give another --out")
-        data = DataConfig(separator=separator, root=root, frame_pattern=frame_pattern)
+        data = by_option("data", lambda: DataConfig(separator=separator, root=root, frame_pattern=frame_pattern))
         shards.prepare(
             list_path,
             out,

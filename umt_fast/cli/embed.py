@@ -14,7 +14,7 @@ from torch import Tensor
 
 from umt_fast.cli.command import call
 from umt_fast.cli.outputs import check_output
-from umt_fast.config import ConfigError, DataConfig, RunConfig, require
+from umt_fast.config import ConfigError, DataConfig, RunConfig, by_option, require
 from umt_fast.data.sources.clip import Clip, DataError
 from umt_fast.data.sources.columns import Clips
 from umt_fast.data.sources.entries import is_sqlite, read_entries
@@ -89,14 +89,8 @@ def command(
     require(bool(weights), "embed has no weights; give --weights FILE")
     require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
     check_output(out, source, Path(weights))
-    data = DataConfig(
-        workers=workers,
-        separator=separator,
-        root=root,
-        frame_pattern=frame_pattern,
-        max_seconds=max_seconds,
-        max_bad_share=1.0,
-    )
+    reading = {"workers": workers, "separator": separator, "root": root, "frame_pattern": frame_pattern}
+    data = by_option("data", lambda: DataConfig(**reading, max_seconds=max_seconds, max_bad_share=1.0))
     clips = clips_of(source, data)
     names = [clip.name for clip in clips]
     size = len(json.dumps(names))

@@ -13,6 +13,8 @@ from torch import Tensor
 from umt_fast.cli.command import call
 from umt_fast.cli.embed import read_features
 from umt_fast.config import ConfigError, require
+from umt_fast.data.loaders.tokens import warn_of_unknown
+from umt_fast.data.sources.captions import clean_caption
 from umt_fast.hub import load_model
 from umt_fast.pretrained import PretrainedModel, VideoTextModel
 from umt_fast.tasks.ranking import nearest
@@ -86,7 +88,9 @@ def text_query(model: PretrainedModel, text: str) -> Tensor:
     """(1, E), a text's embedding. Raises ConfigError: the model reads no texts."""
     if not isinstance(model, VideoTextModel):
         raise ConfigError(f"the model is of task {model.task!r}, which reads no texts; search with --clip PATH")
-    return model.encode_text([text])
+    found = model.encode_text([text])
+    warn_of_unknown(model.tokenizer, {"texts": [clean_caption(text)]})
+    return found
 
 
 @torch.no_grad()

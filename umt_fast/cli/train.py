@@ -40,4 +40,4 @@ def plan(arguments: list[str]) -> None:
     )
     base = recipe.load(arguments[0])
     config = call(type(base), rest, f"plan {arguments[0]}", default=base)
-    print(report(arguments[0], config, options))
+    print(report(arguments[0], config, options, recipe.clips_of(arguments[0])))

@@ -11,6 +11,7 @@ from umt_fast.config.core import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ConfigError,
+    by_option,
     check_number,
     check_numbers,
     from_dict,
@@ -19,6 +20,7 @@ from umt_fast.config.core import (
 )
 from umt_fast.config.detection import DetectionConfig, JudgingConfig, KeyFrameConfig
 from umt_fast.config.models import (
+    MAX_FRAMES,
     AlignConfig,
     MaskConfig,
     Stage2Losses,
@@ -31,12 +33,14 @@ from umt_fast.config.question import QuestionConfig
 from umt_fast.config.retrieval import RetrievalConfig, RetrievalLosses
 from umt_fast.config.run import AttentionBackend, DataConfig, Dtype, LinearBackend, OptimConfig, RunConfig
 from umt_fast.config.stages import FinetuneConfig, Stage1Config, Stage2Config
+from umt_fast.config.vocabulary import Vocabulary
 
 __all__ = [
     "CLIP_TEXT_LENGTH",
     "CLIP_TEXT_WORDS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "MAX_FRAMES",
     "AlignConfig",
     "AttentionBackend",
     "AugmentConfig",
@@ -63,6 +67,8 @@ __all__ = [
     "TeacherPrecision",
     "TextConfig",
     "VitConfig",
+    "Vocabulary",
+    "by_option",
     "check_number",
     "check_numbers",
     "from_dict",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # Tokens of a caption, start and end included, that CLIP's text tower takes; OpenAI's figure, and open_clip's.
@@ -24,6 +26,14 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError(message) unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def by_option(section: str, make: Callable[[], T]) -> T:
+    """What `make` returns. A ConfigError of it names options of a section as a command has them that takes them alone."""
+    try:
+        return make()
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"{section}.", "--")) from error
 
 
 def check_number(name: str, value: Any) -> None:

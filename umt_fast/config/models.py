@@ -8,6 +8,8 @@ from typing import Any, Literal
 from umt_fast.config.core import check_numbers, require
 from umt_fast.masking import MASKS
 
+MAX_FRAMES = 4096
+"""Frames of a clip: more are a slip of the pen, which would ask for more memory than there is."""
 TeacherPrecision = Literal["native", "int8", "fp8"]
 
 
@@ -38,6 +40,10 @@ class VitConfig:
         check_numbers(self, "student")
         for name in ("width", "depth", "num_heads", "patch_size", "tubelet_size", "image_size", "num_frames"):
             require(getattr(self, name) > 0, f"student.{name} is {getattr(self, name)}; it must be positive")
+        require(
+            self.num_frames <= MAX_FRAMES,
+            f"student.num_frames is {self.num_frames}; a clip has at most {MAX_FRAMES} frames",
+        )
         require(
             self.width % self.num_heads == 0,
             f"student.width {self.width} is not a multiple of student.num_heads {self.num_heads}",

@@ -23,6 +23,18 @@ def _leaves(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + name, list(value) if isinstance(value, tuple) else value
 
 
+def check_vocabulary(saved: Any, now: dict[str, str] | None, path: Path) -> None:
+    """Compares the tokenizer that a checkpoint carries with that of the run that continues; see config.Vocabulary.
+
+    Raises CheckpointError: other tokens. Checkpoints of older versions carry none.
+    """
+    if isinstance(saved, dict) and now is not None and saved["fingerprint"] != now["fingerprint"]:
+        raise CheckpointError(
+            f"{path} was trained with the tokenizer {saved['name']} ({saved['fingerprint']}), and {now['name']} has other "
+            f"tokens ({now['fingerprint']}): words would become other words. Continue with that one, or start a new run.out"
+        )
+
+
 def check_settings(saved: Any, now: dict[str, Any], path: Path, *, say: bool) -> dict[str, Any]:
     """Compares the settings stored in a checkpoint with those of the run that continues from it.
 

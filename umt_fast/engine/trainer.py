@@ -34,7 +34,7 @@ from umt_fast.config import ConfigError, OptimConfig, RunConfig
 from umt_fast.engine import checkpoint, sharded_checkpoint, sharding
 from umt_fast.engine.averaging import AveragedWeights
 from umt_fast.engine.compiling import compiled, compiled_for_ddp, compiled_graphs
-from umt_fast.engine.continued import check_settings
+from umt_fast.engine.continued import check_settings, check_vocabulary
 from umt_fast.engine.distributed import current_ranks, gather, mean_over_ranks
 from umt_fast.engine.feeding import CudaLane, Feed, PinnedRing
 from umt_fast.engine.graphed import GraphedStep, require_graphs
@@ -84,16 +84,16 @@ class Trainer:
         num_sample: int = 1,
         layer_of: LayerOf | None = None,
         num_layers: int = 0,
-        config_record: dict[str, Any] | None = None,
-        model_config: dict[str, Any] | None = None,
+        records: dict[str, Any] | None = None,
         validation: Any = None,
     ) -> None:
-        """config_record and model_config go into checkpoints as they are: the run's settings, and what rebuilds the model.
+        """records go into checkpoints as they are: `config`, the run's settings; `model_config`, what rebuilds the model;
+        `vocabulary`, the tokenizer of one that reads texts (config.Vocabulary).
 
         validation: judges the model every run.validate_epochs epochs; see validation.py. None: nothing does.
         """
         self.run, self.loader = run, loader
-        self.config_record, self.model_config = config_record or {}, model_config or {}
+        self.records = {"config": {}, "model_config": {}} | (records or {})
         self.ranks = current_ranks(run)
         self.device = self.ranks.device
         if run.cuda_graph:
@@ -131,9 +131,8 @@ class Trainer:
             objective.trainable, optim, lr=self.rate(0), layer_of=layer_of, num_layers=num_layers
         )
         self.average = AveragedWeights(objective.trainable, optim.ema_decay) if optim.ema_decay else None
-        records = {"config": self.config_record, "model_config": self.model_config}
         judged = validation is not None and run.validate_epochs > 0
-        self.validator = Validator(validation, self, records) if judged else None
+        self.validator = Validator(validation, self, self.records) if judged else None
         self.saver = Saver(run, self.folder, self.ranks, self.steps_per_epoch)
         self.step = 0
         self.pending: list[dict[str, Any]] = []
@@ -317,8 +316,7 @@ class Trainer:
                 "accumulate": self.run.accumulate,
             },
             "loader": gather(self.loader_state),
-            "config": self.config_record,
-            "model_config": self.model_config,
+            **self.records,
         }
         self.saver.save(self.step, self.objective.trainable, self.optimizer, self.average, rest)
         # Time spent saving is not the step's.
@@ -367,7 +365,10 @@ class Trainer:
                 "the epoch would mean other clips. Continue with the same files in the same order (they may have moved, in a "
                 "folder of the same name), or start a new run.out from these weights (--init)"
             )
-        self.config_record = check_settings(content.get("config"), self.config_record, path, say=self.ranks.first)
+        check_vocabulary(content.get("vocabulary"), self.records.get("vocabulary"), path)
+        self.records["config"] = check_settings(
+            content.get("config"), self.records["config"], path, say=self.ranks.first
+        )
         try:
             state = upgraded_state(content["optimizer"], self.optimizer)
             sharding.load_states(self.objective.trainable, self.optimizer, content["model"], state)

@@ -27,6 +27,8 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "dinov2_b14": _dino(768, 12, 12, 14, 196),
     "dinov2_l14": _dino(1024, 24, 16, 14, 196),
 }
+# What the official recipes fill the teachers with.
+USUAL_WEIGHTS = {"clip_b16": "ViT-B-16:openai", "clip_l14": "ViT-L-14:openai"}
 TEXTS: dict[str, dict[str, Any]] = {
     "b16": {"width": 768, "depth": 12, "fusion_layer": 9, "num_heads": 12},
     "l16": {"width": 1024, "depth": 24, "fusion_layer": 19, "num_heads": 16},

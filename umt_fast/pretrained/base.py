@@ -18,9 +18,9 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
-from umt_fast.config import ConfigError, DataConfig, require
+from umt_fast.config import ConfigError, DataConfig, Vocabulary, require
 from umt_fast.data.loaders.given import Videos, pixels_of
-from umt_fast.data.loaders.tokens import load_tokenizer
+from umt_fast.data.loaders.tokens import load_vocabulary, vocabulary_of
 from umt_fast.data.sources.clip import DataError
 from umt_fast.engine.precision import device_of
 from umt_fast.files import checksum, write_json
@@ -31,10 +31,11 @@ from umt_fast.models.weights import (
     CONFIG,
     WEIGHTS,
     WeightsError,
+    folder_record,
     is_saved_folder,
     read_weights,
     save_state,
-    tokenizer_in,
+    vocabulary_in,
 )
 
 _TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -72,11 +73,12 @@ class PretrainedModel(
     augment: ClassVar[Any] = "center"
 
     def __init__(
-        self, network: nn.Module, description: dict[str, Any], *, compute: str = "fp32", words: str = ""
+        self, network: nn.Module, description: dict[str, Any], *, compute: str = "fp32", words: Vocabulary | None = None
     ) -> None:
-        """compute: `fp32`, or `bf16` for autocast. words: the tokenizer, by name or folder, of a model that reads texts."""
+        """compute: `fp32`, or `bf16` for autocast. words: the tokenizer of a model that reads texts."""
         super().__init__()
-        self.network, self.description, self.compute, self.words = network, description, compute, words
+        self.network, self.description, self.compute = network, description, compute
+        self.words = words or Vocabulary()
         self.vit = vit_config(description)
         self.requires_grad_(False).eval()
 
@@ -201,13 +203,13 @@ class PretrainedModel(
         """The tokenizer of a model that reads texts, loaded when it is first needed."""
         if "_loaded_words" not in self.__dict__:
             require(
-                bool(self.words),
+                bool(self.words.name),
                 "which tokenizer this model was trained with is not known; give it: tokenizer= (search: --tokenizer)",
             )
-            found, limit = load_tokenizer(self.words), self.description["text"]["vocab_size"]
+            found, limit = load_vocabulary(self.words), self.description["text"]["vocab_size"]
             require(
                 len(found) <= limit,
-                f"the tokenizer {self.words} has {len(found)} words, but the model knows {limit}; give its own",
+                f"the tokenizer {self.words.name} has {len(found)} words, but the model knows {limit}; give its own",
             )
             self.__dict__["_loaded_words"] = found
         return self.__dict__["_loaded_words"]
@@ -221,18 +223,23 @@ class PretrainedModel(
         """
         require(str(save_directory) != "", "save_directory is empty; give the name of a folder")
         require(not Path(save_directory).is_file(), f"{save_directory} is a file; give the name of a folder")
-        if self.words.count("/") > 1 or self.words.startswith((".", "/")):
-            # A folder, not a name of the Hub: it has to go along, and without it the model could read no text elsewhere.
-            load_tokenizer(self.words)
+        name = self.words.name
+        if self.words.definition or name.count("/") > 1 or name.startswith((".", "/")) or Path(name or "?").is_dir():
+            # No name of the Hub: it has to go along, and without it the model could read no text elsewhere.
+            load_vocabulary(self.words)
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         words = self.words
-        if words and Path(words).is_dir():  # a name stays a name; a folder of this machine has to go along
-            load_tokenizer(words).save_pretrained(save_directory)
-            words = "."
-        save_state(self._state(), save_directory / WEIGHTS, self.description)
-        write_json(save_directory / CONFIG, self.description | ({"tokenizer": words} if words else {}), indent=2)
+        # A name alone stays a name; a folder of this machine has to go along.
+        if words.definition or (words.name and Path(words.name).is_dir()):
+            tokenizer = load_vocabulary(words)
+            tokenizer.save_pretrained(save_directory)
+            words = vocabulary_of(tokenizer, words.name)
+        # The weights carry it too, for those who take that file alone.
+        save_state(self._state(), save_directory / WEIGHTS, self.description, words if words.name else None)
+        words = words._replace(name=".") if words.definition else words
+        write_json(save_directory / CONFIG, self.description | folder_record(words), indent=2)
 
     def _state(self) -> dict[str, Tensor]:
         return self.network.state_dict()
@@ -298,7 +305,7 @@ class PretrainedModel(
         if not is_saved_folder(folder):
             raise WeightsError(f"{model_id} holds no {CONFIG}; give what save_pretrained or push_to_hub wrote")
         state, rest = read_weights(folder)
-        described, words = found_in(rest, folder / CONFIG), tokenizer_in(rest)
+        described, words = found_in(rest, folder / CONFIG), vocabulary_in(rest)
         model = build(described, state, str(folder / WEIGHTS), device=device, dtype=dtype, words=words)
         require(isinstance(model, cls), f"{model_id} is a {type(model).__name__}, no {cls.__name__}")
         return model
@@ -311,7 +318,7 @@ def build(
     *,
     device: str | torch.device = "auto",
     dtype: Dtype | None = None,
-    words: str = "",
+    words: Vocabulary | None = None,
 ) -> PretrainedModel:
     """The model of a complete description with the weights of `state`; None: random ones.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from umt_fast.data.loaders.tolerant import TolerantLoader
 from umt_fast.data.sources.columns import Clips
 from umt_fast.engine.distributed import Ranks, gather
 from umt_fast.pretrained.base import PretrainedModel
+
+log = logging.getLogger("umt_fast")
 
 
 def clips_for(
@@ -60,12 +63,28 @@ def embed(
             numbers.append(batch["index"])
             found = model.vectors_of_pixels(batch["video"].to(model.device))
             parts.append({name: value.cpu() for name, value in found.items()})
+    _warn_of_cuts(loader, ranks)
     gathered = [part for part in gather(_joined(numbers, parts)) if part is not None]
     if not gathered:
         return torch.empty(0, dtype=torch.int64), {}
     index = torch.cat([part[0] for part in gathered])
     order = index.argsort()
     return index[order], {name: torch.cat([part[1][name] for part in gathered])[order] for name in gathered[0][1]}
+
+
+def _warn_of_cuts(loader: TolerantLoader, ranks: Ranks) -> None:
+    """One line on the first rank that counts the clips of all ranks that are cut in the middle."""
+    found: dict[int, str] = {}
+    for part in gather(loader.cut_files):
+        found |= part
+    if found and ranks.first:
+        log.warning(
+            "%d of %d clips are cut in the middle, and their vectors are of the frames that decode; the first: %s. `scan` the "
+            "list to name them all",
+            len(found),
+            len(loader.clips),
+            found[min(found)],
+        )
 
 
 def _joined(numbers: list[Tensor], parts: list[dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]] | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from umt_fast.config import require
 from umt_fast.data.loaders.given import Videos
 from umt_fast.data.loaders.tokens import Tokens
-from umt_fast.data.sources.captions import clean_caption
+from umt_fast.data.sources.captions import clean_texts
 from umt_fast.data.sources.clip import DataError
 from umt_fast.models.description import text_config, vit_config
 from umt_fast.models.downstream import QuestionModel
@@ -76,6 +76,9 @@ class QuestionAnsweringModel(PretrainedModel):
         require(rule in ("official", "chain"), f"rule is {rule!r}; give 'official' or 'chain'")
         if isinstance(answers, str) or not answers:
             raise DataError(f"answers is {answers!r}; give a list of at least one text")
+        odd = next((answer for answer in answers if not (isinstance(answer, str) and answer.strip())), None)
+        if odd is not None:
+            raise DataError(f"answers holds {odd!r:.60}; give texts (str) with at least one character")
         with torch.no_grad(), self._autocast():
             judge = self._chooser(tuple(dict.fromkeys(answers)), top, top_k, rule)
             found = self._predictions(videos, questions, judge)
@@ -108,14 +111,11 @@ class QuestionAnsweringModel(PretrainedModel):
 
     def _predictions(self, videos: Videos, questions: str | Sequence[str], judge: Judge) -> list[Prediction]:
         video = self.pixels(videos)
-        texts = [questions] * len(video) if isinstance(questions, str) else list(questions)
+        cleaned = clean_texts([questions] if isinstance(questions, str) else questions, "question")
+        texts = cleaned * len(video) if isinstance(questions, str) else cleaned
         if len(texts) != len(video) and len(video) != 1 or not texts:
             raise DataError(f"{len(texts)} questions to {len(video)} clips; give one to each, or several to one clip")
-        cleaned = [clean_caption(text) for text in texts]
-        wordless = next((text for text, clean in zip(texts, cleaned, strict=True) if not clean.strip()), None)
-        if wordless is not None:
-            raise DataError(f"the question {wordless!r} has no word; ask with at least one")
-        tokens = Tokens(cleaned, self.tokenizer, max_length=self.description["max_length"])
+        tokens = Tokens(texts, self.tokenizer, max_length=self.description["max_length"])
         asked = [list(range(len(texts)))] if len(video) == 1 else [[row] for row in range(len(texts))]
         found: dict[int, Prediction] = {}
         for numbers, states, mask in states_of_clips(self.network, video, asked, tokens, at_once=64):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from umt_fast.config import require
 from umt_fast.data.loaders.given import Videos
 from umt_fast.data.loaders.tokens import Tokens
-from umt_fast.data.sources.captions import clean_caption
+from umt_fast.data.sources.captions import clean_texts
 from umt_fast.data.sources.clip import DataError
 from umt_fast.models.description import text_config, vit_config
 from umt_fast.models.downstream import RetrievalModel
@@ -91,12 +91,9 @@ class VideoTextModel(PretrainedModel):
     def _read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Text layers' outputs (N, l, W) and mask (N, l)."""
         require(not isinstance(texts, str), f"texts is one text, {str(texts)[:60]!r}; give a list of texts")
-        cleaned = [clean_caption(text) for text in texts]
+        cleaned = clean_texts(texts)
         if not cleaned:
             raise DataError("no texts: the list is empty; give at least one")
-        wordless = next((text for text, clean in zip(texts, cleaned, strict=True) if not clean.strip()), None)
-        if wordless is not None:
-            raise DataError(f"the text {wordless!r} has no word; leave it out")
         described = self.description
         tokens = Tokens(cleaned, self.tokenizer, max_length=described["max_length"], sep=described["sep_token"])
         ids, mask = (part.to(self.device) for part in tokens[torch.arange(len(cleaned))])

@@ -31,6 +31,7 @@ from umt_fast.tasks.base import (
     task_named,
     task_of,
     validation_of,
+    vocabulary_for,
 )
 
 __all__ = [
@@ -62,4 +63,5 @@ __all__ = [
     "task_of",
     "validation_of",
     "video_text",
+    "vocabulary_for",
 ]

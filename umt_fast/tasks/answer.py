@@ -11,16 +11,24 @@ import torch
 
 from umt_fast.config import ConfigError, DataConfig, require
 from umt_fast.data.loaders.questions import AnswerTokens
-from umt_fast.data.loaders.tokens import Tokens, tokenizer_of
+from umt_fast.data.loaders.tokens import Tokens, tokenizer_of, warn_of_unknown
 from umt_fast.data.sources.questions import read_answers, read_questions
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.precision import usable_dtype
 from umt_fast.files import write_json
 from umt_fast.models.description import text_config, vit_config
 from umt_fast.models.downstream import QuestionModel
-from umt_fast.models.weights import WeightsFile, tokenizer_in
+from umt_fast.models.weights import WeightsFile, vocabulary_in
 from umt_fast.models.weights.downstream import fit_question
-from umt_fast.tasks.answering import answer_list, chooser, listing, right_rows, shares_of, writer
+from umt_fast.tasks.answering import (
+    answer_list,
+    chooser,
+    count_answerable,
+    listing,
+    right_rows,
+    shares_of,
+    writer,
+)
 from umt_fast.tasks.base import EvalOptions, register_evaluation
 from umt_fast.tasks.matching import whole_frames
 
@@ -72,17 +80,30 @@ class Answer:
         options: AnswerOptions,
         ranks: Ranks,
     ) -> dict[str, Any]:
-        """`accuracy`, and `accuracy_TYPE` where the list names types; `questions`, `clips`; `answerable`, the share of
-        questions whose answer is in the list; `cut`, questions longer than max_length. With scores every prediction."""
+        """`accuracy` over all entries of the list, and `accuracy_TYPE` where it names types; `questions`, `clips`;
+        `answerable`, the share of questions whose answer is in the list; `cut`, questions longer than max_length. With scores
+        every prediction."""
         options.check()
         lengths = {name: self._length(name, options, described) for name in ("max_length", "max_answer")}
-        words = tokenizer_of(options.tokenizer, tokenizer_in(file.rest), described["text"]["vocab_size"], source)
+        words = tokenizer_of(options.tokenizer, vocabulary_in(file.rest), described["text"]["vocab_size"], source)
         questions = read_questions([f"{list_path}={data.root}" if data.root else str(list_path)], train=False)
         answers = [] if options.answers is None else read_answers(options.answers)
         model = QuestionModel(vit_config(described), text_config(described))
         fit_question(model, file.state, str(source))
         model.to(ranks.device).eval()
         tokens = Tokens(questions.questions, words, max_length=lengths["max_length"])
+        if ranks.first:
+            asked = {"questions": questions.questions} | ({} if options.free else {"answers to choose from": answers})
+            repeated = len(questions) - len(set(questions.names))
+            if repeated:
+                log.warning(
+                    "%s: %d of %d questions have the question_id of another one; here each counts, the official figure keeps "
+                    "the last of each",
+                    list_path,
+                    repeated,
+                    len(questions),
+                )
+            warn_of_unknown(words, asked)
         whole, dtype = whole_frames(replace(data, root="")), usable_dtype(described["dtype"], ranks.device)
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == "bf16"):  # as it was trained
             if options.free:
@@ -96,9 +117,7 @@ class Answer:
         figures: dict[str, Any] = shares_of(questions, right)
         figures |= {"questions": len(questions), "clips": len({clip.name for clip in questions.clips})}
         if not options.free:
-            known = set(answers)
-            held = sum(not known.isdisjoint(questions.answers_of(row)) for row in range(len(questions)))
-            figures["answerable"] = held / len(questions)
+            figures["answerable"] = count_answerable(questions, answers) / len(questions)
         figures["cut"] = tokens.count_cut()
         if options.scores is not None and ranks.first:
             write_json(options.scores, {"questions": listing(questions, found, right)})

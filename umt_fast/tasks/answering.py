@@ -203,8 +203,19 @@ def answer_list(
     return answer_batches(model, loader, asked.questions, tokens, judge, ranks, batch_size=batch_size)
 
 
+def count_answerable(questions: QuestionList, answers: Sequence[str]) -> int:
+    """How many questions have one of their answers in a list to choose from."""
+    known = set(answers)
+    return sum(not known.isdisjoint(questions.answers_of(row)) for row in range(len(questions)))
+
+
 def right_rows(questions: QuestionList, predictions: Sequence[Prediction], written: AnswerTokens | None) -> list[bool]:
     """Whether each question got one of its answers, letter by letter.
+
+    The official figure differs where a list is unusual. It keeps one entry for each `question_id`, the last answer and the last
+    prediction, so that questions that share one count once, and against each other's answer; here every entry counts. And it
+    compares a prediction with the whole annotation, so that a list of right answers is never met, even a list of one; here any
+    of them is right. On the published lists, of one text and one id to each question, both are the same.
 
     written: the tokens of questions.answers, where answers were written: then word by word, as an answer reads in training,
     so that one which is too long is right when its beginning is.
@@ -220,7 +231,8 @@ def right_rows(questions: QuestionList, predictions: Sequence[Prediction], writt
 
 
 def shares_of(questions: QuestionList, right: Sequence[bool]) -> dict[str, float]:
-    """`accuracy`, and `accuracy_TYPE` for each type of questions that the list names."""
+    """`accuracy`, the share of all entries of the list (see right_rows for the official figure), and `accuracy_TYPE` for each
+    type of questions that the list names."""
     figures = {"accuracy": sum(right) / len(right)}
     by_kind: dict[str, list[bool]] = {}
     for kind, its in zip(questions.kinds, right, strict=True):

@@ -16,10 +16,11 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from umt_fast.config import ConfigError, DataConfig, check_number, require
+from umt_fast.config import ConfigError, DataConfig, Vocabulary, check_number, require
 from umt_fast.config.unused import Refuse, refuse_unread, refuser
+from umt_fast.data.loaders.tokens import load_tokenizer, require_extended, vocabulary_of
 from umt_fast.engine.distributed import Ranks
-from umt_fast.models.weights import WeightsFile
+from umt_fast.models.weights import WeightsFile, read_weights, vocabulary_in
 
 C = TypeVar("C")
 
@@ -230,6 +231,20 @@ def validation_of(config: Any, ranks: Ranks) -> Validation | None:
         )
         refuse("run.validate_epochs data.validation", why)
     return validation
+
+
+def vocabulary_for(config: Any) -> Vocabulary | None:
+    """The tokenizer that a task names in `tokenizer`, as checkpoints carry it; None: its model reads no texts.
+
+    Raises DataError: it cannot be had, or it gives other numbers to the words of the weights that the run starts from.
+    """
+    name = getattr(config, "tokenizer", None)
+    if name is None:
+        return None
+    vocabulary = vocabulary_of(load_tokenizer(name), name)
+    if config.init:
+        require_extended(vocabulary, vocabulary_in(read_weights(config.init).rest), config.init)
+    return vocabulary
 
 
 def check_used(config: Any, world_size: int) -> None:

@@ -34,7 +34,7 @@ from umt_fast.models.description import base_description, found_in, vit_config
 from umt_fast.models.weights import WeightsError, is_saved_folder, load_encoder, read_weights
 from umt_fast.models.weights.finetune import deepspeed_file, start_classifier
 from umt_fast.tasks.base import register
-from umt_fast.tasks.clips import clip_loader, listed_or_assumed, random_clips, random_integers, training_list
+from umt_fast.tasks.clips import clip_loader, counted_clips, random_clips, random_integers, training_list
 from umt_fast.tasks.mixing import MixingLoader, draw, mixed, soft_targets
 
 log = logging.getLogger("umt_fast")
@@ -347,8 +347,8 @@ class Classification:
         student = dataclasses.replace(config.student, drop_path=0.0)
         return dataclasses.replace(config, student=student, augment=dataclasses.replace(config.augment, erasing=0.0))
 
-    def clips_of_epoch(self, config: FinetuneConfig) -> tuple[int, str]:
-        return listed_or_assumed(config)
+    def clips_of_epoch(self, config: FinetuneConfig) -> tuple[int, str] | None:
+        return counted_clips(config)
 
     def visible_tokens(self, config: FinetuneConfig) -> int:
         return flops.visible_of(config.student, None)

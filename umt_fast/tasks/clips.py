@@ -15,8 +15,6 @@ from umt_fast.data.sources.clip import Clip
 from umt_fast.data.sources.lists import read_list
 from umt_fast.engine.distributed import Ranks
 
-K710_CLIPS = 650_000
-
 
 def clip_loader(
     config: Any, clips: Sequence[Clip], num_frames: int, ranks: Ranks, data: DataConfig | None = None, **options: Any
@@ -43,11 +41,11 @@ def training_list(config: Any) -> Sequence[Clip]:
     return read_list(config.data.train, config.data)
 
 
-def listed_or_assumed(config: Any) -> tuple[int, str]:
-    """Clips of an epoch, counted in data.train where it is set, and where the number is from."""
-    if config.data.train:
-        return len(read_list(config.data.train, config.data)), f"counted in {config.data.train}"
-    return K710_CLIPS, "assumed: about Kinetics-710"
+def counted_clips(config: Any) -> tuple[int, str] | None:
+    """Clips of an epoch, counted in data.train, and where the number is from; None where it is not set."""
+    if not config.data.train:
+        return None
+    return len(read_list(config.data.train, config.data)), f"counted in {config.data.train}"
 
 
 def listed_clips(config: Any, ranks: Ranks) -> ClipLoader:

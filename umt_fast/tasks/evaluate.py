@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from umt_fast.config import ConfigError
+from umt_fast.config import ConfigError, Vocabulary, by_option
 from umt_fast.engine.checkpoint import CheckpointError
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
 from umt_fast.models.description import MODELS, complete, found_in
-from umt_fast.models.weights import UnreadableError, WeightsError, WeightsFile, is_saved_folder, kind_of, read_weights
+from umt_fast.models.weights import (
+    UnreadableError,
+    WeightsError,
+    WeightsFile,
+    is_saved_folder,
+    kind_of,
+    read_weights,
+    recorded,
+)
 from umt_fast.models.weights.finetune import deepspeed_file, is_deepspeed
 from umt_fast.tasks.base import EvalOptions, evaluation_named, evaluations_of
 
@@ -55,7 +63,10 @@ def _described(file: WeightsFile, model: dict[str, Any] | None, checkpoint: Path
         )
     if own is not None and model is not None:
         raise ConfigError(f"{checkpoint} says which model it is of (task {own['task']}); leave out --model")
-    return own if model is None else complete(model, file.state, checkpoint)
+    if own is not None:
+        return own
+    # Classes are those of the file: a recipe's number is only usual, and the official scripts take it as an option.
+    return complete(model | ({"num_classes": None} if "num_classes" in model else {}), file.state, checkpoint)
 
 
 def evaluate_checkpoint(
@@ -96,5 +107,6 @@ def evaluate_checkpoint(
         )
     if tokenizer:
         # Where a checkpoint's own record would have it.
-        file = file._replace(rest=file.rest | {"config": {"tokenizer": tokenizer}})
-    return evaluation.run(file, described, checkpoint, list_path, options.data(), options, ranks)
+        file = file._replace(rest=file.rest | recorded(Vocabulary(tokenizer)))
+    data = by_option("data", options.data)
+    return evaluation.run(file, described, checkpoint, list_path, data, options, ranks)

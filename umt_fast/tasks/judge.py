@@ -50,7 +50,7 @@ class Judge:
         """
         if not by.boxes:
             raise ConfigError(
-                f"{truth} needs a person detector's boxes; give them as judging.boxes (eval: --boxes FILE)"
+                f"{truth} needs a person detector's boxes; give them: --boxes FILE (train: --judging.boxes)"
             )
         self.vit, self.data, self.rule, self.num_classes = vit, data, rule_of(clips, vit), num_classes
         self.movies = movies_of(clips, data, truth)

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from umt_fast.config import DataConfig, Dtype, VitConfig, require
-from umt_fast.data.loaders.tokens import Tokens, tokenizer_of
+from umt_fast.config import MAX_FRAMES, DataConfig, Dtype, VitConfig, require
+from umt_fast.data.loaders.tokens import Tokens, tokenizer_of, warn_of_unknown
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.precision import usable_dtype
 from umt_fast.models.description import text_config, vit_config
 from umt_fast.models.downstream import RetrievalModel
-from umt_fast.models.weights import WeightsFile, fit_retrieval, tokenizer_in
+from umt_fast.models.weights import WeightsFile, fit_retrieval, vocabulary_in
 from umt_fast.tasks.base import EvalOptions
 
 TASKS_WITH_TEXT = ("video_text", "retrieval")
@@ -37,7 +37,7 @@ class TextOptions(EvalOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.frames >= 0, f"frames is {self.frames}; it must be at least 0")
+        require(0 <= self.frames <= MAX_FRAMES, f"frames is {self.frames}; it must lie in [0, {MAX_FRAMES}]")
 
 
 class Matcher(NamedTuple):
@@ -56,7 +56,8 @@ class Matcher(NamedTuple):
         return self.model.vision_encoder.encoder.config
 
     def tokens(self, texts: Sequence[str]) -> Tokens:
-        """The ids of cleaned texts."""
+        """The ids of cleaned texts; one line counts those with words that the tokenizer does not know."""
+        warn_of_unknown(self.words, {"texts": texts})
         return Tokens(texts, self.words, max_length=self.max_length, sep=self.sep)
 
 
@@ -87,7 +88,7 @@ def load_matcher(
         options.frames % tubelet == 0,
         f"frames is {options.frames}, and a token of {source} takes {tubelet}; give a multiple of it",
     )
-    words = tokenizer_of(options.tokenizer, tokenizer_in(file.rest), described["text"]["vocab_size"], source)
+    words = tokenizer_of(options.tokenizer, vocabulary_in(file.rest), described["text"]["vocab_size"], source)
     vit = replace(vit, num_frames=options.frames or vit.num_frames)
     model = RetrievalModel(vit, text_config(described), embed_dim=described["embed_dim"])
     fit_retrieval(model, file.state, str(source))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from umt_fast.config import Stage1Config
+from umt_fast.config import AlignConfig, Stage1Config
 from umt_fast.config.unused import Refuse
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.engine.distributed import Ranks
@@ -24,7 +25,9 @@ from umt_fast.models.teachers import build_teacher, teacher_kind
 from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.models.weights import load_student
 from umt_fast.tasks.base import register
-from umt_fast.tasks.clips import listed_clips, listed_or_assumed, random_clips
+from umt_fast.tasks.clips import counted_clips, listed_clips, random_clips
+
+log = logging.getLogger("umt_fast")
 
 
 class UnmaskedAlignment(nn.Module):
@@ -108,6 +111,7 @@ class Pretraining:
 
     def settled(self, config: Stage1Config) -> Stage1Config:
         require_precision(config.teacher, pick_device(config.run.device))
+        warn_of_no_bound(config.align)
         return config
 
     def refuse_unread(self, config: Stage1Config, refuse: Refuse, world_size: int) -> None:
@@ -133,8 +137,8 @@ class Pretraining:
     def without_noise(self, config: Stage1Config) -> Stage1Config:
         return dataclasses.replace(config, student=dataclasses.replace(config.student, drop_path=0.0))
 
-    def clips_of_epoch(self, config: Stage1Config) -> tuple[int, str]:
-        return listed_or_assumed(config)
+    def clips_of_epoch(self, config: Stage1Config) -> tuple[int, str] | None:
+        return counted_clips(config)
 
     def visible_tokens(self, config: Stage1Config) -> int:
         return flops.visible_of(config.student, config.mask)
@@ -142,6 +146,15 @@ class Pretraining:
     def describe(self, config: Stage1Config) -> dict[str, Any]:
         heads = {"num_layers": config.align.num_layers, "output_dim": config.teacher.output_dim}
         return base_description(self.name, config) | heads
+
+
+def warn_of_no_bound(align: AlignConfig) -> None:
+    """Says so where a loss can fall for ever: products of vectors of any length, as the official code has them too."""
+    if (align.normalize, align.loss) == ("none", "l2"):
+        log.warning(
+            "WARNING: align.loss l2 with align.normalize none has no lower bound: it falls for ever as outputs grow. Take "
+            "--align.loss mse or smooth_l1, or --align.normalize l2"
+        )
 
 
 def refuse_teacher(config: Any, refuse: Refuse) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from umt_fast.config import AttentionBackend, ConfigError, QuestionConfig, TextC
 from umt_fast.config.unused import Refuse
 from umt_fast.data.loaders.clips import ClipLoader
 from umt_fast.data.loaders.questions import QuestionTokens
-from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer, warn_of_unknown
 from umt_fast.data.sources.questions import QuestionList, read_answers, read_questions
 from umt_fast.engine.distributed import Ranks
 from umt_fast.models import flops
@@ -25,10 +26,12 @@ from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description, text_description
 from umt_fast.models.downstream import QuestionModel
 from umt_fast.models.weights import load_question
-from umt_fast.tasks.answering import answer_list, chooser, right_rows, shares_of
+from umt_fast.tasks.answering import answer_list, chooser, count_answerable, right_rows, shares_of
 from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
 from umt_fast.tasks.matching import whole_frames
+
+log = logging.getLogger("umt_fast")
 
 _IGNORED = -100
 
@@ -143,6 +146,15 @@ class AnswerValidation:
         self.config, self.ranks = config, ranks
         self.questions = read_questions([config.data.validation], train=False)
         self.answers, self.words = read_answers(config.answers), load_tokenizer(config.tokenizer)
+        beyond = len(self.questions) - count_answerable(self.questions, self.answers)
+        if beyond and ranks.first:
+            log.warning(
+                "%d of the %d questions of %s have no answer in %s: whatever is chosen counts as wrong",
+                beyond,
+                len(self.questions),
+                config.data.validation,
+                config.answers,
+            )
 
     def figures(self, objective: QuestionTuning) -> dict[str, float]:
         """The list of answers is prepared anew: it depends on the weights."""
@@ -206,6 +218,9 @@ class QuestionAnswering:
             len(tokenizer) <= config.text.vocab_size,
             f"text.vocab_size is {config.text.vocab_size}, but the tokenizer {config.tokenizer} has {len(tokenizer)} words",
         )
+        if ranks.first:
+            texts = {"questions": questions.questions, "answers": questions.answers}
+            warn_of_unknown(tokenizer, texts)
         tokens = QuestionTokens(
             questions,
             tokenizer,

@@ -18,51 +18,73 @@ _QUERIES, _ITEMS = 512, 1 << 16
 
 
 class Found(NamedTuple):
-    """For Q queries the k best items, best first, their scores, and the rank of the best right answer, 0: first."""
+    """For Q queries the k best items, best first, their scores, and the place of the best right answer."""
 
     items: Tensor
     scores: Tensor
-    rank: Tensor
+    place: Place
+
+    @property
+    def rank(self) -> Tensor:
+        """The expected rank (Q,) of the best right answer, 0: first."""
+        return self.place.rank
 
 
-def ranks_of(scores: Tensor, right: Tensor) -> Tensor:
-    """The rank (Q,) of each query's best right item, from scores (Q, I) and right answers (bool, same).
+class Place(NamedTuple):
+    """Where the best right items of Q queries stand: how many wrong items are before each, and how many are level with it.
 
-    Items that score the same as it count as half before it, so constant scores do not look like a hit.
+    Items that are level stand in any order, each as likely: ranks and recalls are those that are expected then. So constant
+    scores look neither like a hit nor like a miss.
     """
+
+    before: Tensor
+    level: Tensor
+
+    @property
+    def rank(self) -> Tensor:
+        """The expected rank (Q,), 0: first: half of the items that are level are before it."""
+        return self.before + self.level / 2
+
+    def recall(self, k: int) -> Tensor:
+        """The probability fp64 (Q,) that it is among the first k."""
+        return ((k - self.before).double() / (self.level + 1)).clamp(0, 1)
+
+
+def place_of(scores: Tensor, right: Tensor) -> Place:
+    """The place of each query's best right item, from scores (Q, I) and right answers (bool, same)."""
     best = scores.masked_fill(~right, float("-inf")).amax(1, keepdim=True)
-    return _before(scores, right, best)
+    return _place(scores, right, best)
 
 
-def _before(scores: Tensor, right: Tensor, best: Tensor) -> Tensor:
-    """How many wrong items score above `best` (Q, 1), and half of those that score the same."""
+def _place(scores: Tensor, right: Tensor, best: Tensor) -> Place:
+    """How many wrong items score above `best` (Q, 1), and how many the same."""
     wrong = ~right
-    return ((scores > best) & wrong).sum(1) + ((scores == best) & wrong).sum(1) / 2
+    return Place(((scores > best) & wrong).sum(1), ((scores == best) & wrong).sum(1))
 
 
-def recalls(rank: Tensor, prefix: str) -> dict[str, float]:
-    """R@1, R@5, R@10 (shares of queries) and the median rank, counted from 1."""
-    figures = {f"{prefix}_r{k}": (rank < k).float().mean().item() for k in (1, 5, 10)}
-    return figures | {f"{prefix}_median_rank": rank.median().item() + 1}
+def recalls(place: Place, prefix: str) -> dict[str, float]:
+    """R@1, R@5, R@10 (shares of queries) and the median rank, counted from 1; of equal scores as Place says."""
+    figures = {f"{prefix}_r{k}": place.recall(k).mean().item() for k in (1, 5, 10)}
+    return figures | {f"{prefix}_median_rank": place.rank.median().item() + 1}
 
 
-def both_ways(v2t: Tensor, t2v: Tensor, prefix: str) -> dict[str, float]:
+def both_ways(v2t: Place, t2v: Place, prefix: str) -> dict[str, float]:
     """The recalls of both directions and `r_mean`, the mean of all six."""
     figures = recalls(v2t, f"{prefix}_v2t") | recalls(t2v, f"{prefix}_t2v")
     six = [value for name, value in figures.items() if "_r" in name and "rank" not in name]
     return figures | {f"{prefix}_r_mean": sum(six) / len(six)}
 
 
-def official_recalls(v2t: Tensor, t2v: Tensor) -> dict[str, float]:
-    """The recalls of both directions' ranks under their official names, in per cent: `txt_*` clips find captions, `img_*`
+def official_recalls(v2t: Place, t2v: Place) -> dict[str, float]:
+    """The recalls of both directions under their official names, in per cent: `txt_*` clips find captions, `img_*`
     captions find clips.
 
     The official figures, but for R@k with less than k candidates re-ranked: officially a right answer that is no candidate
-    then has the place that a sort happens to leave it among the other equal ones; here see ranks_of.
+    then has the place that a sort happens to leave it among the other equal ones; here see Place.
     """
     figures = {}
-    for name, rank in (("txt", v2t), ("img", t2v)):
-        shares = [100 * (rank < k).double().mean().item() for k in (1, 5, 10)]
+    for name, place in (("txt", v2t), ("img", t2v)):
+        shares = [100 * place.recall(k).mean().item() for k in (1, 5, 10)]
         figures |= dict(zip((f"{name}_r1", f"{name}_r5", f"{name}_r10"), shares, strict=True))
         figures[f"{name}_r_mean"] = sum(shares) / 3
     return figures | {"r_mean": (figures["txt_r_mean"] + figures["img_r_mean"]) / 2}
@@ -120,9 +142,9 @@ def _best(blocks: _Blocks, k: int) -> tuple[Tensor, Tensor]:
 
 
 def search(queries: Tensor, items: Tensor, right: Tensor, top_k: int, *, device: torch.device | None = None) -> Found:
-    """The best items of each query, as nearest gives them, and the rank of the best right one; on the CPU.
+    """The best items of each query, as nearest gives them, and the place of the best right one; on the CPU.
 
-    right: int64 (P, 2), query and item of every right pair, sorted. A pair's score is computed again for its rank, in the same
+    right: int64 (P, 2), query and item of every right pair, sorted. A pair's score is computed again for its place, in the same
     block, and so comes out the same.
     """
     device = device or queries.device
@@ -137,9 +159,10 @@ def search(queries: Tensor, items: Tensor, right: Tensor, top_k: int, *, device:
         for start, block in blocks:
             own = block.masked_fill(~_hits(pairs, start, block), float("-inf"))
             best = torch.maximum(best, own.amax(1, keepdim=True))
-        rank = sum(_before(block, _hits(pairs, start, block), best) for start, block in blocks)
-        parts.append(Found(numbers.cpu(), scores.cpu(), rank.cpu()))
-    return Found(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        counts = zip(*(_place(block, _hits(pairs, start, block), best) for start, block in blocks), strict=True)
+        parts.append((numbers.cpu(), scores.cpu(), *(sum(column).cpu() for column in counts)))
+    numbers, scores, before, level = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Found(numbers, scores, Place(before, level))
 
 
 def _hits(pairs: Tensor, start: int, block: Tensor) -> Tensor:
@@ -154,9 +177,9 @@ def judge(candidates: Tensor, scores: Tensor, right: Tensor, items: int) -> Foun
     """Candidates (Q, k) of `items` items in the order of new scores, (Q, k); the other items tie below all of these."""
     count = torch.arange(len(candidates))[:, None]
     hits = torch.isin(count * items + candidates, right[:, 0] * items + right[:, 1])
-    rank = ranks_of(scores, hits)
+    place, found = place_of(scores, hits), hits.any(1)
     wrong = (~hits).sum(1)
     beyond = items - candidates.shape[1] - torch.bincount(right[:, 0], minlength=len(candidates))
-    rank = torch.where(hits.any(1), rank, wrong + beyond / 2)
+    place = Place(torch.where(found, place.before, wrong), torch.where(found, place.level, beyond))
     ordered = scores.sort(dim=1, descending=True, stable=True)
-    return Found(candidates.gather(1, ordered.indices), ordered.values, rank)
+    return Found(candidates.gather(1, ordered.indices), ordered.values, place)

@@ -271,12 +271,12 @@ def evaluate(
         found = v2t, search(*sides[::-1], _turned(queries.right), listed, device=ranks.device)
     v2t, t2v = gather(found)[0]
     figures: dict[str, float] = {"clips": len(queries.clips), "captions": len(queries.captions)}
-    figures |= both_ways(v2t.rank, t2v.rank, "dual")
+    figures |= both_ways(v2t.place, t2v.place, "dual")
     if top_k:
         ordered = rerank(model, clips, texts, queries, v2t, t2v, ranks, pairs=pairs, dtype=dtype)
         v2t, t2v = ordered["match"]
         if not (v2t.scores.isfinite().all() and t2v.scores.isfinite().all()):
             raise WeightsError("the matching head's scores are not finite: the run that made this checkpoint diverged")
         for name, (own, other) in ordered.items():
-            figures |= both_ways(own.rank, other.rank, name)
+            figures |= both_ways(own.place, other.place, name)
     return figures, v2t, t2v

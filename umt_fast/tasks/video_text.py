@@ -37,6 +37,7 @@ from umt_fast.masking import mask_named
 from umt_fast.models import flops
 from umt_fast.models.attention import use_attention
 from umt_fast.models.description import base_description, text_description
+from umt_fast.models.sizes import USUAL_WEIGHTS
 from umt_fast.models.teachers import build_teacher, teacher_kind
 from umt_fast.models.teachers.quantized import require_precision
 from umt_fast.models.video_text import VideoText
@@ -44,7 +45,7 @@ from umt_fast.models.weights import load_bert, start_video_text
 from umt_fast.tasks import video_text_losses as vision_text
 from umt_fast.tasks.base import register
 from umt_fast.tasks.clips import clip_loader, random_clips, random_integers
-from umt_fast.tasks.pretraining import refuse_teacher
+from umt_fast.tasks.pretraining import refuse_teacher, warn_of_no_bound
 
 
 class VideoTextPretraining(nn.Module):
@@ -214,6 +215,8 @@ class VideoTextTask:
     def settled(self, config: Stage2Config) -> Stage2Config:
         if config.runs_teacher:
             require_precision(config.teacher, pick_device(config.run.device))
+        if config.losses.uta:
+            warn_of_no_bound(config.align)
         return config
 
     def refuse_unread(self, config: Stage2Config, refuse: Refuse, world_size: int) -> None:
@@ -331,6 +334,13 @@ def _refuse_unread(config: Stage2Config, refuse: Refuse, world_size: int) -> Non
         refuse("align.loss align.normalize", "losses.uta is 0, and nothing is aligned")
     if not config.runs_teacher:
         refuse("teacher.precision", "no loss runs the teacher")
+        if not losses.text_projection:
+            # What pages say of a teacher's size goes with these.
+            refuse("teacher.weights", "no loss runs the teacher", "untrained", *USUAL_WEIGHTS.values())
+        for name, mask in (("mask", config.mask), ("image_mask", config.image_mask)):
+            if config.mask_of(image=name == "image_mask") is None:
+                why = f"{name}.kind {mask.kind!r} hides nothing where no loss runs a teacher: take another one, as tube"
+                refuse(f"{name}.ratio", why)
     if config.videos and not config.images and not one_frame:
         refuse("image_mask.kind", "images is empty", config.mask.kind)
         refuse("image_mask.ratio", "images is empty")

@@ -45,7 +45,8 @@ def around(temporal: Temporal, key: int, count: int, name: str, second: int) -> 
     if half < 1:
         raise VideoError(
             f"{name}: second {second} is frame {key}, and the movie has {count}; a key frame needs frames on both sides: give "
-            "clips.first_second and clips.frame_rate as the movies are, or leave the key frame out"
+            "--first_second and --frame_rate (train: --clips.first_second, --clips.frame_rate) as the movies are, or leave the "
+            "key frame out"
         )
     return temporal.indices(2 * half) + key - half
 
@@ -74,12 +75,15 @@ class FrameFolders:
     def require(self, keys: Iterable[tuple[str, int]]) -> None:
         wanted = sorted({movie for movie, _ in keys})
         missing = [str(self.root / movie) for movie in wanted if not (self.root / movie).is_dir()]
-        _require(missing, "extract the frames of every movie into a folder of its name below data.root")
+        _require(
+            missing, "extract the frames of every movie into a folder of its name below --root (train: --data.root)"
+        )
         for movie in wanted:
             first = self.root / movie / self._name(movie).format(1)
             if not first.is_file():
                 raise DataError(
-                    f"{first} is missing; frames are numbered from 1 and named as clips.frame_pattern {self.pattern!r} says"
+                    f"{first} is missing; frames are numbered from 1 and named as {self.pattern!r} says, "
+                    "--frame_pattern (train: --clips.frame_pattern)"
                 )
 
     def sizes(self, movies: Iterable[str]) -> dict[str, Size]:
@@ -127,7 +131,7 @@ class WholeMovies:
     def require(self, keys: Iterable[tuple[str, int]]) -> None:
         wanted = sorted({movie for movie, _ in keys})
         missing = [str(self.root / f"{movie}.*") for movie in wanted if self._path(movie) is None]
-        _require(missing, f"data.root must hold one of {', '.join(VIDEO_SUFFIXES)} for every movie")
+        _require(missing, f"--root (train: --data.root) must hold one of {', '.join(VIDEO_SUFFIXES)} for every movie")
 
     def sizes(self, movies: Iterable[str]) -> dict[str, Size]:
         found = {movie: first_size(filter(Path.is_file, self._candidates(movie))) for movie in movies}

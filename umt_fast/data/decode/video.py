@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from umt_fast.data.decode import selective
+from umt_fast.data.decode import cuts, selective
 from umt_fast.data.decode.sampling import within_seconds
 from umt_fast.extras import packages_of
 
@@ -80,9 +80,10 @@ def limited(path: str | Path, choose: Chooser, rate: float, max_seconds: float) 
     return choose_within if max_seconds else choose
 
 
-def iterate_frames(path: str | Path) -> Iterator[av.VideoFrame]:
+def iterate_frames(path: str | Path, damaged: Callable[[int], None] = lambda seen: None) -> Iterator[av.VideoFrame]:
     """Yields the decoded frames (av.VideoFrame) in presentation order until the end or the first damage.
 
+    damaged: called with the number of frames that were decoded, where damage ends the video.
     Raises VideoError when nothing at all can be decoded.
     """
     with packages_of("video"):
@@ -98,6 +99,7 @@ def iterate_frames(path: str | Path) -> Iterator[av.VideoFrame]:
         except FFmpegError as error:
             if not seen:
                 raise VideoError(f"{path}: {_reason(error)}") from error
+            damaged(seen)
     if not seen:
         raise VideoError(f"{path}: no frame can be decoded")
 
@@ -118,12 +120,12 @@ class Pictures:
         return _rotated(picture.to_ndarray(), rotation_of(frame))
 
 
-def _pick(path: str | Path, wanted: np.ndarray) -> tuple[dict[int, np.ndarray], int]:
+def _pick(path: str | Path, wanted: np.ndarray, announced: int) -> tuple[dict[int, np.ndarray], int]:
     """RGB pictures by frame number, and how many frames were seen before stopping."""
     needed, last = set(wanted.tolist()), int(wanted.max())
     pictures: dict[int, np.ndarray] = {}
     made, number = Pictures(), -1
-    for number, frame in enumerate(iterate_frames(path)):
+    for number, frame in enumerate(iterate_frames(path, lambda seen: cuts.note(path, seen, announced))):
         if number in needed:
             pictures[number] = made.of(frame)
         if number == last:
@@ -137,6 +139,8 @@ class Index:
 
     count: int
     """Pictures the container holds; damage may make fewer decodable."""
+    announced: int
+    """Pictures its head promises: more than it holds where the file is cut off."""
     packets: list[selective.Packet] | None
     """The packets, if they prove which of them is which picture; else a sequential decode must count."""
 
@@ -150,13 +154,17 @@ def _index(
     length_size = selective.length_size_of(stream)
     described: list[selective.Packet] = []
     held: list[av.Packet] = []
-    count = size = 0
+    count = size = dropped = 0
+    end = 0.0
     proven = length_size > 0
     try:
         for packet in container.demux(stream):
             if not packet.size:
                 continue
             count += not packet.is_discard
+            dropped += packet.is_discard
+            if packet.pts is not None:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if not proven:
                 continue
             entry = selective.describe(packet, length_size)
@@ -169,7 +177,33 @@ def _index(
     except FFmpegError as error:
         raise VideoError(f"{path}: {_reason(error)}") from error
     proven = proven and selective.regular(described, stream.codec_context.reorder_depth)
-    return Index(count, described if proven else None), held if proven and size <= _HELD_BYTES else None
+    announced = max(count, _announced(container, stream, count, dropped, end))
+    return Index(count, announced, described if proven else None), held if proven and size <= _HELD_BYTES else None
+
+
+def _announced(
+    container: av.container.InputContainer, stream: av.VideoStream, count: int, dropped: int, end: float
+) -> int:
+    """Pictures that a container's head promises, by its own count and its length together: a file that was trimmed without
+    encoding has a count too large, one with longer sound a length.
+
+    count, dropped: packets of pictures that are shown, and that are not. end: seconds at which the last one ends.
+    """
+    rate, length = rate_of(stream), container.duration or 0
+    missing = (length + (container.start_time or 0)) / 1e6 - end
+    if rate <= 0 or missing * rate < 2:
+        return count
+    if stream.frames:
+        return stream.frames - dropped
+    return count + round(missing * rate) if len(container.streams) == 1 else count
+
+
+def announced_frames(path: str | Path) -> tuple[int, int]:
+    """Pictures that a file's head promises, and those it holds, without decoding it. Raises VideoError."""
+    container, stream = open_video(path)
+    with container:
+        index, _ = _index(path, container, stream)
+    return index.announced, index.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,15 +287,19 @@ def decode_pictures(
             chosen = choose(count)
             pictures = _pick_selectively(path, stream, index.packets, held, chosen)
             if pictures is not None:
+                if index.announced > index.count:
+                    cuts.note(path, index.count, index.announced)
                 return _in_order(path, pictures, chosen)
     if count < 1:
         # A container may not tell; then the count is what a decode gives.
         count = sum(1 for _ in iterate_frames(path))
-    chosen = choose(count)
-    pictures, seen = _pick(path, chosen)
+    chosen, announced = choose(count), max(index.announced, count)
+    pictures, seen = _pick(path, chosen, announced)
     if seen <= chosen.max():
+        if index.announced > index.count:
+            cuts.note(path, seen, announced)
         chosen = choose(seen)
-        pictures, seen = _pick(path, chosen)
+        pictures, seen = _pick(path, chosen, announced)
         if seen <= chosen.max():
             raise VideoError(f"{path}: decodes to a different number of frames each time")
     return _in_order(path, pictures, chosen)

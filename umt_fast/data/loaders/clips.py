@@ -62,6 +62,8 @@ class _Read(NamedTuple):
     label: Tensor
     bad: dict[int, str]
     columns: dict[str, Tensor]
+    cut: dict[int, str] = {}
+    """Clips that are cut in the middle, by number."""
 
 
 Columns = Callable[[Tensor], dict[str, Tensor]]
@@ -82,6 +84,7 @@ def _stack(samples: list[Sample | VideoError], columns: Columns | None) -> _Read
         bad={number: reason for sample in samples for number, reason in sample.bad.items()},
         columns={name: rows.repeat_interleave(repeats, 0) for name, rows in added.items()}
         | {name: torch.from_numpy(rows) for name, rows in own.items()},
+        cut={sample.index: sample.cut for sample in samples if sample.cut},
     )
 
 
@@ -147,6 +150,8 @@ class ClipLoader:
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch, self.position = 0, 0
         self.bad_files: dict[str, str] = {}
+        self.cut_files: dict[int, str] = {}
+        """Clips by number that are cut in the middle, as far as they were read."""
         self._batches = _Batches()
         self._columns: Columns | None = None
         if not train and self.needs_files:
@@ -214,6 +219,7 @@ class ClipLoader:
                     raise DataError(str(read))
                 for number, reason in read.bad.items():
                     self._note_bad(number, reason)
+                self.cut_files |= read.cut
                 self.position += 1
                 yield {"video": read.video, "index": read.index, "label": read.label} | read.columns
         except RuntimeError as error:

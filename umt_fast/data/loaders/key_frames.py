@@ -59,7 +59,7 @@ def movies_of(clips: KeyFrameConfig, data: DataConfig, list_path: str | Path) ->
     """The movies below data.root, or beside the list. Raises ConfigError: data.root is no folder."""
     root = Path(data.root) if data.root else Path(list_path).resolve().parent
     if not root.is_dir():
-        raise ConfigError(f"data.root is {data.root}, which is not a folder")
+        raise ConfigError(f"{data.root} is not a folder; give one as --root (train: --data.root), or leave it out")
     pattern, rate = clips.frame_pattern, clips.frame_rate
     return open_movies(clips.movies, root, pattern=pattern, rate=rate, first_second=clips.first_second)
 

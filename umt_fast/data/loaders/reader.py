@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from umt_fast.config import DataConfig
-from umt_fast.data.decode import sampling, transforms
+from umt_fast.data.decode import cuts, sampling, transforms
 from umt_fast.data.decode.video import Chooser, VideoError, decode_frames, read_frame_folder
 from umt_fast.data.sources.clip import Clip, absence, absent
 from umt_fast.data.sources.prepared import StoredChooser, read_prepared
@@ -40,6 +40,8 @@ class Sample:
     bad: dict[int, str]
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     """Arrays of as many rows as there are crops."""
+    cut: str = ""
+    """What a clip that is cut in the middle is called (decode/cuts.py); empty: it is whole."""
 
 
 class ClipReader:
@@ -147,10 +149,11 @@ class ClipReader:
 
     def read(self, epoch: int, index: int) -> Sample:
         """The sample of clip `index` in an epoch, or of the clip that replaces it (`with_replacements`)."""
-        chosen, (video, columns), bad = self.with_replacements(
-            epoch, index, lambda number: self.views(self.clips[number], (self.seed, epoch, number))
-        )
-        return Sample(video, chosen, self.clips[chosen].label, bad, columns)
+        with cuts.noted() as found:
+            chosen, (video, columns), bad = self.with_replacements(
+                epoch, index, lambda number: self.views(self.clips[number], (self.seed, epoch, number))
+            )
+        return Sample(video, chosen, self.clips[chosen].label, bad, columns, found[-1] if found else "")
 
     def with_replacements(
         self, epoch: int, index: int, read_one: Callable[[int], Read], known: Mapping[int, str] = MappingProxyType({})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umt_fast.config import CLIP_TEXT_LENGTH
+from umt_fast.config import CLIP_TEXT_LENGTH, Vocabulary
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.columns import Strings
 from umt_fast.extras import packages_of
+from umt_fast.files import checksum
+
+log = logging.getLogger("umt_fast")
 
 # Texts that are encoded together where all of them are.
 _AT_ONCE = 4096
@@ -41,7 +45,7 @@ class Tokens:
         self.tokenizer = tokenizer.backend_tokenizer
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.cls, self.pad = tokenizer.cls_token_id, tokenizer.pad_token_id
+        self.cls, self.pad, self.unknown = tokenizer.cls_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id
         self.end = [tokenizer.sep_token_id] if sep else []
         self.pieces = max_length - 1 - len(self.end)
         self.least = max_length if fixed else 1
@@ -66,6 +70,12 @@ class Tokens:
         encoded = (self.tokenizer.encode_batch_fast(part, add_special_tokens=False) for part in parts)
         return sum(len(text.ids) > self.pieces for part in encoded for text in part)
 
+    def count_unknown(self) -> int:
+        """How many of the texts have a word that the tokenizer does not know, and that is read as its unknown token."""
+        parts = (self.captions[first : first + _AT_ONCE] for first in range(0, len(self), _AT_ONCE))
+        encoded = (self.tokenizer.encode_batch_fast(part, add_special_tokens=False) for part in parts)
+        return sum(self.unknown in text.ids for part in encoded for text in part)
+
     def columns(self, rows: Tensor) -> dict[str, Tensor]:
         """The same by the names of a batch, and `teacher_ids` where they were asked for."""
         ids, mask = self[rows]
@@ -79,6 +89,17 @@ class Tokens:
         ids = open_clip.tokenize([self.captions[row] for row in rows.tolist()], CLIP_TEXT_LENGTH)
         # The end token has the largest id.
         return ids if self.fixed else ids[:, : int(ids.argmax(1).max()) + 1]
+
+
+def warn_of_unknown(tokenizer: Any, texts: dict[str, Sequence[str]]) -> None:
+    """One line that counts texts with words that a tokenizer does not know: to the model these are all the same word.
+
+    texts: cleaned ones, by what they are, as questions.
+    """
+    counts = {kind: Tokens(its, tokenizer, max_length=2).count_unknown() for kind, its in texts.items()}
+    if any(counts.values()):
+        said = " and ".join(f"{counts[kind]} of {len(its)} {kind}" for kind, its in texts.items())
+        log.warning("%s have words that the tokenizer does not know; each is read as %s", said, tokenizer.unk_token)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -106,15 +127,71 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def tokenizer_of(given: str, usual: str, vocab_size: int, source: object) -> Any:
-    """The given tokenizer of a model that knows vocab_size words, or its usual one; source: where it came from, for messages.
+def fingerprint_of(tokenizer: Any, count: int | None = None) -> str:
+    """The number of its tokens, or of the first `count`, and a hash of them in their order: see config.Vocabulary."""
+    tokens = sorted((number, token) for token, number in tokenizer.get_vocab().items())[:count]
+    lines = "".join(f"{number} {token}\n" for number, token in tokens)
+    return f"{len(tokens)}-{checksum(lines.encode())[:12]}"
 
-    Raises DataError: none can be had, none is known, or it has more words than the model.
+
+def vocabulary_of(tokenizer: Any, name: str) -> Vocabulary:
+    """What files carry of a tokenizer that was given as `name`."""
+    return Vocabulary(name, fingerprint_of(tokenizer), tokenizer.backend_tokenizer.to_str())
+
+
+def load_vocabulary(vocabulary: Vocabulary) -> Any:
+    """The tokenizer that a file carries or names.
+
+    Raises DataError: it cannot be had, or what has the name now has other tokens.
     """
-    if not (given or usual):
+    if vocabulary.definition:
+        with packages_of("text"):
+            from tokenizers import Tokenizer
+            from transformers import BertTokenizerFast
+
+        try:
+            tokenizer = BertTokenizerFast(tokenizer_object=Tokenizer.from_str(vocabulary.definition))
+        except Exception as error:  # the Rust library has one class for whatever is wrong
+            raise DataError(f"the tokenizer {vocabulary.name} that the weights carry is damaged: {error}") from error
+    else:
+        tokenizer = load_tokenizer(vocabulary.name)
+    found = fingerprint_of(tokenizer)
+    if vocabulary.fingerprint not in ("", found):
+        raise DataError(
+            f"the tokenizer {vocabulary.name} has other tokens ({found}) than the one that the model was trained with "
+            f"({vocabulary.fingerprint}): texts would be other texts to it. Give the model's own, or leave the option out "
+            "where the weights carry it"
+        )
+    return tokenizer
+
+
+def require_extended(vocabulary: Vocabulary, start: Vocabulary, source: object) -> None:
+    """Refuses a run that starts from weights to which its words have other numbers; further words at the end are none of those.
+
+    Raises DataError. Weights that do not know their tokens are taken as they are.
+    """
+    if not start.fingerprint:
+        return
+    count = int(start.fingerprint.partition("-")[0])
+    known = fingerprint_of(load_vocabulary(vocabulary), count)
+    if known != start.fingerprint:
+        raise DataError(
+            f"tokenizer {vocabulary.name} ({vocabulary.fingerprint}) does not begin with the tokens of {start.name} "
+            f"({start.fingerprint}), which {source} was trained with: its words would be other words. Give that tokenizer, or "
+            "one that adds words behind those"
+        )
+
+
+def tokenizer_of(given: str, vocabulary: Vocabulary, vocab_size: int, source: object) -> Any:
+    """The given tokenizer of a model that knows vocab_size words, or its own; source: where it came from, for messages.
+
+    Raises DataError: none can be had, none is known, it has more words than the model, or not those it was trained with.
+    """
+    if not (given or vocabulary.name):
         raise DataError(f"{source} does not say which tokenizer it was trained with; give it: --tokenizer")
+    chosen = vocabulary.given(given)
     try:
-        tokenizer = load_tokenizer(given or usual)
+        tokenizer = load_vocabulary(chosen)
     except DataError as error:
         if given:
             raise
@@ -123,7 +200,7 @@ def tokenizer_of(given: str, usual: str, vocab_size: int, source: object) -> Any
         ) from error
     if len(tokenizer) > vocab_size:
         raise DataError(
-            f"the tokenizer {given or usual} has {len(tokenizer)} words, but the model of {source} knows {vocab_size}; give "
+            f"the tokenizer {chosen.name} has {len(tokenizer)} words, but the model of {source} knows {vocab_size}; give "
             "the one it was trained with: --tokenizer"
         )
     return tokenizer

@@ -15,9 +15,11 @@ import logging
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from umt_fast.config import DataConfig
-from umt_fast.data.decode.video import VideoError, iterate_frames, open_video, rate_of, rotation_of
+from umt_fast.data.decode import cuts
+from umt_fast.data.decode.video import VideoError, announced_frames, iterate_frames, open_video, rate_of, rotation_of
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.lists import Clip, read_list
 from umt_fast.extras import packages_of
@@ -37,7 +39,7 @@ def _files(clip: Clip, frame_pattern: str) -> list[Path]:
 
 
 def probe(clip: Clip, frame_pattern: str) -> Clip:
-    """The clip with everything a full decode tells. Raises VideoError if nothing can be decoded."""
+    """The clip with everything a full decode tells; notes one that is cut. Raises VideoError if nothing can be decoded."""
     if clip.frame_folder:
         return _probe_folder(clip, frame_pattern)
     if not Path(clip.path).exists():
@@ -48,8 +50,8 @@ def probe(clip: Clip, frame_pattern: str) -> Clip:
         codec = stream.codec_context.name
     frames = keys = 0
     sizes = set()
-    rotation = 0
-    for frame in iterate_frames(clip.path):
+    rotation, damage = 0, []
+    for frame in iterate_frames(clip.path, damage.append):
         rotation = rotation_of(frame) if frames == 0 else rotation
         frames += 1
         keys += frame.key_frame
@@ -57,6 +59,9 @@ def probe(clip: Clip, frame_pattern: str) -> Clip:
     if len(sizes) > 1:
         raise VideoError(f"{clip.path}: frames change size: {sorted(sizes)}")
     ((width, height),) = sizes
+    announced, held = announced_frames(clip.path)
+    if frames < announced and (damage or held < announced):
+        cuts.note(clip.path, frames, announced)
     return replace(
         clip,
         num_frames=frames,
@@ -89,28 +94,39 @@ def _probe_folder(clip: Clip, frame_pattern: str) -> Clip:
     return replace(clip, width=width, height=height, codec="pictures", key_frame_spacing=1.0, checksum=checksum(files))
 
 
-def _probe_one(work: tuple[int, Clip, str]) -> tuple[int, dict | None, str]:
+class _Probed(NamedTuple):
+    """What was found of a clip: its manifest entry or why there is none; cut: what a cut one is called, else empty."""
+
+    entry: dict | None
+    reason: str = ""
+    cut: str = ""
+
+
+def _probe_one(work: tuple[int, Clip, str]) -> tuple[int, _Probed]:
     number, clip, frame_pattern = work
     try:
-        return number, asdict(probe(clip, frame_pattern)), ""
+        with cuts.noted() as found:
+            entry = asdict(probe(clip, frame_pattern))
+        return number, _Probed(entry, cut=found[0] if found else "")
     except VideoError as error:
-        return number, None, str(error)
+        return number, _Probed(None, str(error))
     except Exception as error:  # one odd file must not end a scan of a million
-        return number, None, f"{clip.path}: {type(error).__name__}: {error}"
+        return number, _Probed(None, f"{clip.path}: {type(error).__name__}: {error}")
 
 
-def _journal(path: Path, clips: list[Clip]) -> dict[int, tuple[dict | None, str]]:
+def _journal(path: Path, clips: list[Clip]) -> dict[int, _Probed]:
     """Good clips of an interrupted scan that still belong to this list; bad ones are tried again."""
-    done: dict[int, tuple[dict | None, str]] = {}
+    done: dict[int, _Probed] = {}
     if not path.exists():
         return done
     for line in path.read_text().splitlines():
         try:
-            number, name, entry, reason = json.loads(line)
-        except ValueError:  # the line being written when the scan was killed
+            number, name, *probed = json.loads(line)
+            found = _Probed(*probed)
+        except (ValueError, TypeError):  # the line being written when the scan was killed
             continue
-        if number < len(clips) and clips[number].path == name and not reason:
-            done[number] = (entry, reason)
+        if number < len(clips) and clips[number].path == name and not found.reason:
+            done[number] = found
     return done
 
 
@@ -124,7 +140,8 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
         data: separator, root and frame pattern of the list.
 
     Returns:
-        {"good": ..., "bad": ..., "resumed": ...} clip counts.
+        {"good": ..., "bad": ..., "cut": ..., "resumed": ...} clip counts; good ones that are cut in the middle are named in
+        the log, and stand in the manifest with the frames that decode.
 
     Raises:
         DataError: an unusable list, no good clip at all, or a decoding process that was killed.
@@ -133,7 +150,10 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
     clips = read_list(list_path, data)
     if any(clip.shard for clip in clips):
         raise DataError(f"{list_path} holds prepared clips; check them with `prepare` and --verify")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror} ({error.filename}); give another --out") from error
     partial = out.with_name(out.name + ".partial")
     done = _journal(partial, clips)
     resumed = len(done)
@@ -146,29 +166,38 @@ def scan(list_path: str | Path, out: str | Path, *, workers: int = 4, data: Data
         results = pool.map(_probe_one, work, chunksize=4) if pool else map(_probe_one, work)
         journal.write("\n" if resumed else "")  # ends a line cut short by a kill
         try:
-            for count, (number, entry, reason) in enumerate(results, resumed + 1):
-                done[number] = (entry, reason)
-                journal.write(json.dumps([number, clips[number].path, entry, reason]) + "\n")
+            for count, (number, found) in enumerate(results, resumed + 1):
+                done[number] = found
+                journal.write(json.dumps([number, clips[number].path, *found]) + "\n")
                 journal.flush()
-                if reason:
-                    log.warning("bad clip: %s", reason)
+                if found.reason:
+                    log.warning("bad clip: %s", found.reason)
+                elif found.cut:
+                    log.warning("cut clip: %s", found.cut)
                 if count % _PROGRESS == 0:
                     log.info("scan: %d of %d clips", count, len(clips))
         except BrokenProcessPool as error:
             raise DataError("a scanning process was killed; run the same command again, it continues") from error
-    good = [Clip(**entry).to_json() for _, (entry, _) in sorted(done.items()) if entry is not None]
+    good = [Clip(**found.entry).to_json() for _, found in sorted(done.items()) if found.entry is not None]
     bad = [
-        json.dumps({"path": clips[number].path, "reason": reason})
-        for number, (entry, reason) in sorted(done.items())
-        if entry is None
+        json.dumps({"path": clips[number].path, "reason": found.reason})
+        for number, found in sorted(done.items())
+        if found.entry is None
     ]
+    cut = sum(bool(found.cut) for found in done.values())
     write_text(out.with_name(out.name + ".bad.jsonl"), (f"{line}\n" for line in bad))
     if not good:
         raise DataError(f"none of the {len(clips)} clips of {list_path} can be read; reasons in {out}.bad.jsonl")
     write_text(out, (f"{line}\n" for line in good))
     partial.unlink()
     log.info("scan: %d good clips in %s, %d bad ones in %s.bad.jsonl", len(good), out, len(bad), out)
-    return {"good": len(good), "bad": len(bad), "resumed": resumed}
+    if cut:
+        log.warning(
+            "scan: %d of the good clips are cut in the middle and are trained on as far as they decode; fetch them again, or "
+            "leave them out",
+            cut,
+        )
+    return {"good": len(good), "bad": len(bad), "cut": cut, "resumed": resumed}
 
 
 def _differs(work: tuple[Clip, str]) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from umt_fast.config import DataConfig
+from umt_fast.data.decode import cuts
 from umt_fast.data.decode.video import VideoError, decode_frames, read_frame_folder
 from umt_fast.data.errors import DataError
 from umt_fast.data.sources.entries import is_sqlite
@@ -90,12 +91,14 @@ def record_of(number: int, clip: Clip, settings: Settings, frame_pattern: str) -
 def _one(number: int, clip: Clip, settings: Settings, frame_pattern: str) -> tuple[dict[str, Any], bytes]:
     line = {"number": number, "path": os.path.abspath(clip.path), "label": clip.label}
     try:
-        record, stored = record_of(number, clip, settings, frame_pattern)
+        with cuts.noted() as found:
+            record, stored = record_of(number, clip, settings, frame_pattern)
     except VideoError as error:
         return line | {"reason": str(error)}, b""
     except Exception as error:  # one odd file must not end a preparation of a million
         return line | {"reason": f"{clip.path}: {type(error).__name__}: {error}"}, b""
-    return line | {"num_frames": stored, "size": len(record), "checksum": checksum(record)}, record
+    line |= {"num_frames": stored, "size": len(record), "checksum": checksum(record)}
+    return line | ({"cut": found[-1]} if found else {}), record
 
 
 def _results(
@@ -269,12 +272,16 @@ def _write_part(
     work = [(number, clips[number]) for number in range(part[0], len(clips), part[1]) if number not in done]
     if done:
         log.info("prepare: %d clips were prepared before", len(done))
-    said, bad = time.monotonic(), []
+    said, bad, cut = time.monotonic(), [], 0
     for count, (line, record) in enumerate(_results(work, settings, frame_pattern, workers), 1):
         if "reason" in line:
             log.warning("bad clip: %s", line["reason"])
             bad.append(line)
         else:
+            reason = line.pop("cut", "")
+            if reason:
+                log.warning("cut clip: %s", reason)
+                cut += 1
             if shard.size >= shard_bytes:
                 shard.close()
                 shard = next(shards)
@@ -283,6 +290,8 @@ def _write_part(
             said = time.monotonic()
             log.info("prepare: %d of %d clips", count + len(done), len(work) + len(done))
     shard.close()
+    if cut:
+        log.warning("prepare: %d clips are cut in the middle; candidates are of the frames that decode", cut)
     return len(done), bad
 
 

@@ -174,7 +174,8 @@ def _not_as(where: str, row: Sequence[str], wanted: str) -> DataError:
 def _known(where: str, movie: str, sizes: Mapping[str, Size]) -> None:
     if movie not in sizes:
         raise DataError(
-            f"{where}: the size of movie {movie!r} is not known; it is missing below data.root, or cannot be read"
+            f"{where}: the size of movie {movie!r} is not known; it is missing below --root (train: --data.root) or is laid "
+            "out otherwise than --movies (train: --clips.movies) says, or it cannot be read"
         )
 
 

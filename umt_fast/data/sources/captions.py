@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,20 @@ log = logging.getLogger("umt_fast.data")
 _DROPPED = re.compile(r"[,.'!?\"()*#:;~]")
 _SPACED = re.compile(r"[-/]")
 _BLANKS = re.compile(r"\s{2,}")
+
+
+def clean_texts(texts: Any, kind: str = "text") -> list[str]:
+    """Texts that a program hands over, cleaned as captions are. Raises DataError: one that is no text, or has no word."""
+    if not isinstance(texts, Iterable):
+        raise DataError(f"{kind}s are {texts!r:.60}, of type {type(texts).__name__}; give a list of texts (str)")
+    cleaned = []
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"{kind} {number} is {text!r:.60}, of type {type(text).__name__}; give texts (str)")
+        cleaned.append(clean_caption(text))
+        if not cleaned[-1].strip():
+            raise DataError(f"the {kind} {text!r} has no word; leave it out, or give one with a word")
+    return cleaned
 
 
 def clean_caption(text: str) -> str:

@@ -156,6 +156,13 @@ class Clips(Sequence[Clip]):
             return {_DEFAULTS[name]}
         return set(column) if isinstance(column, Strings) else set(column.unique().tolist())
 
+    def count(self, name: str, values: Sequence[float]) -> int:
+        """How many clips have one of these numbers in a field."""
+        column = self.columns.get(name)
+        if column is None:
+            return len(self) if _DEFAULTS[name] in values else 0
+        return int(torch.isin(column, torch.tensor(values, dtype=column.dtype)).sum())
+
     def identity(self) -> str:
         """64 bits, in hexadecimal, of the names in their order: equal for a list, its manifest and its prepared folder.
 

@@ -27,10 +27,15 @@ def read_list(path: str | Path, data: DataConfig) -> Clips:
     if path.is_dir():
         from umt_fast.data.sources.prepared import read_folder  # builds on this module
 
+        if data.root:
+            raise DataError(
+                f"{path} is a folder, whose clips `prepare` packed into it, and {data.root} would not be read; leave out "
+                "--root (train: --data.root)"
+            )
         return read_folder(path)
     require_list(path, "list", f"a file with one video per line (path{data.separator}label)")
     if data.root and not Path(data.root).is_dir():
-        raise DataError(f"data.root is {data.root}, which is not a folder")
+        raise DataError(f"{data.root} is not a folder; give one as --root (train: --data.root), or leave it out")
     root = Path(data.root) if data.root else path.resolve().parent
     if path.suffix == ".tar" or is_sqlite(path):
         raise _captions(path)
@@ -75,8 +80,10 @@ def check_labels(
     """Raises DataError where a label is no class."""
     outside = sorted(label for label in clips.values("label") if not 0 <= label < num_classes)
     if outside:
+        rows = clips.count("label", outside)
         raise DataError(
-            f"{source} has {len(outside)} labels outside 0 to {num_classes - 1}, the first {outside[0]}; {remedy}"
+            f"{source}: the labels of {rows} of its {len(clips)} clips lie outside 0 to {num_classes - 1}, the lowest is "
+            f"{outside[0]}; {remedy}"
         )
 
 

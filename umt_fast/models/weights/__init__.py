@@ -14,11 +14,13 @@ from umt_fast.models.weights.files import (
     UnreadableError,
     WeightsError,
     WeightsFile,
+    folder_record,
     is_saved_folder,
     load_state,
     read_weights,
+    recorded,
     save_state,
-    tokenizer_in,
+    vocabulary_in,
 )
 from umt_fast.models.weights.layouts import (
     fit,
@@ -43,6 +45,7 @@ __all__ = [
     "fit_retrieval",
     "fit_detector",
     "fit_video_text",
+    "folder_record",
     "is_saved_folder",
     "kind_of",
     "load_bert",
@@ -54,7 +57,8 @@ __all__ = [
     "load_student",
     "load_video_text",
     "read_weights",
+    "recorded",
     "save_state",
     "start_video_text",
-    "tokenizer_in",
+    "vocabulary_in",
 ]

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from umt_fast.config import Vocabulary
 from umt_fast.files import WriteError, atomic_path
 from umt_fast.models.weights import torchscript
 
@@ -36,8 +37,10 @@ _SETTINGS = [
 ]
 # Training state that deepspeed keeps beside the parameters, as objects of classes that change from version to version.
 _DEEPSPEED = "deepspeed."
-# Where our safetensors files say which model they are of, and which tokenizer it reads texts with.
-_METADATA, _TOKENIZER = "umt_fast.model_config", "umt_fast.tokenizer"
+# Where our safetensors files say which model they are of, and which tokenizer it reads texts with (older ones: its name).
+_METADATA, _VOCABULARY, _TOKENIZER = "umt_fast.model_config", "umt_fast.vocabulary", "umt_fast.tokenizer"
+# What config.json has of a tokenizer beside the description.
+_WORDS, _FINGERPRINT = "tokenizer", "tokenizer_fingerprint"
 # What save_pretrained writes into a folder.
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -86,14 +89,16 @@ def is_saved_folder(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def tokenizer_in(rest: dict[str, Any]) -> str:
-    """Name or folder of the tokenizer that a file knows beside its tensors; empty where it knows none."""
-    record = rest.get("config")
-    return record.get("tokenizer", "") if isinstance(record, dict) else ""
+def vocabulary_in(rest: dict[str, Any]) -> Vocabulary:
+    """The tokenizer that a file knows beside its tensors: whole, by name alone as in older files, or none."""
+    carried, record = rest.get("vocabulary"), rest.get("config")
+    if isinstance(carried, dict):
+        return Vocabulary(*(str(carried.get(field, "")) for field in Vocabulary._fields))
+    return Vocabulary(record.get("tokenizer", "") if isinstance(record, dict) else "")
 
 
 def _saved_folder(folder: Path) -> WeightsFile:
-    """What save_pretrained wrote, as a checkpoint would have it: `model_config`, and the tokenizer under `config`."""
+    """What save_pretrained wrote, as a checkpoint would have it: `model_config` and `vocabulary`."""
     path = folder / CONFIG
     try:
         described = json.loads(path.read_text())
@@ -101,14 +106,20 @@ def _saved_folder(folder: Path) -> WeightsFile:
         raise WeightsError(f"{path} is no JSON; give a folder that save_pretrained wrote") from error
     if not isinstance(described, dict) or "task" not in described:
         raise WeightsError(f"{path} describes no model of umt_fast; give what save_pretrained or push_to_hub wrote")
-    words = described.pop("tokenizer", "")
-    words = str(folder) if words == "." else words
-    return WeightsFile(load_state(folder / WEIGHTS), {"model_config": described} | _recorded(words))
+    name, fingerprint = (described.pop(key, "") for key in (_WORDS, _FINGERPRINT))
+    words = Vocabulary(str(folder) if name == "." else name, fingerprint)
+    return WeightsFile(load_state(folder / WEIGHTS), {"model_config": described} | recorded(words))
 
 
-def _recorded(tokenizer: str) -> dict[str, Any]:
-    """A tokenizer where a checkpoint's own record has it; nothing where none is known."""
-    return {"config": {"tokenizer": tokenizer}} if tokenizer else {}
+def recorded(vocabulary: Vocabulary) -> dict[str, Any]:
+    """A tokenizer where a checkpoint has it; nothing where none is known."""
+    return {"vocabulary": vocabulary._asdict()} if vocabulary.name else {}
+
+
+def folder_record(vocabulary: Vocabulary) -> dict[str, str]:
+    """A tokenizer as config.json has it, its files beside it where its name is `.`; nothing where none is known."""
+    found = {_WORDS: vocabulary.name, _FINGERPRINT: vocabulary.fingerprint}
+    return {key: value for key, value in found.items() if value}
 
 
 def read_weights(path: str | Path) -> WeightsFile:
@@ -196,15 +207,20 @@ def _safetensors(path: Path) -> dict[str, Any]:
     # Beside the tensors, as in a checkpoint.
     if described is None:
         return content
-    return {"model": content, "model_config": json.loads(described)} | _recorded(head.get(_TOKENIZER, ""))
+    carried = json.loads(head.get(_VOCABULARY, "{}"))
+    words = Vocabulary(**carried) if carried else Vocabulary(head.get(_TOKENIZER, ""))
+    return {"model": content, "model_config": json.loads(described)} | recorded(words)
 
 
 def save_state(
-    state: dict[str, Tensor], path: str | Path, model_config: dict[str, Any] | None = None, tokenizer: str = ""
+    state: dict[str, Tensor],
+    path: str | Path,
+    model_config: dict[str, Any] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> None:
     """Writes tensors by name as safetensors or, for any other suffix, as a flat PyTorch file; whole or not at all.
 
-    model_config: the description of their model (models.description), and tokenizer: the name or folder of the words it reads,
+    model_config: the description of their model (models.description), and vocabulary: the tokenizer that it reads texts with,
     kept in the head of a safetensors file; a flat PyTorch file has no place for them.
     """
     path = Path(path)
@@ -214,7 +230,9 @@ def save_state(
         with atomic_path(path, errors=(RuntimeError, SafetensorError)) as temporary:
             if path.suffix == ".safetensors":
                 head = {_METADATA: json.dumps(model_config)} if model_config else {}
-                save_file(state, temporary, (head | ({_TOKENIZER: tokenizer} if head and tokenizer else {})) or None)
+                if head and vocabulary:
+                    head |= {_TOKENIZER: vocabulary.name, _VOCABULARY: json.dumps(vocabulary._asdict())}
+                save_file(state, temporary, head or None)
             else:
                 torch.save(state, temporary)
     except WriteError as error:
