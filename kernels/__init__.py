@@ -11,6 +11,7 @@ from kernels.attention import AttentionBackend, attention, attention_backend, at
 from kernels.layer_norm import layer_norm
 from kernels.library import frozen_linear, library_linear, library_product
 from kernels.linear import DeferredNorm, defer_norm, linear, mlp, row_statistics, scaled_linear, weight_gradient
+from kernels.linear.tiles import use_tiles
 from kernels.modules import LayerNorm, Linear, Mlp
 from kernels.patch_gather import FoldedPixels, fold_pixels, patch_gather
 from kernels.qkv_attention import attention_qkv
@@ -69,5 +70,6 @@ __all__ = [
     "scaled_linear",
     "semantic_mask",
     "token_gather",
+    "use_tiles",
     "weight_gradient",
 ]

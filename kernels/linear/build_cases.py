@@ -9,7 +9,7 @@ from kernels._launch import power_of_two, warps_for
 from kernels.build_case import BATCH, FRAMES, KEPT, SIZES, Case, Promise
 from kernels.linear.norm import row_statistics_kernel
 from kernels.linear.product import GROUP, SCALE_BLOCK, product_kernel
-from kernels.linear.product import tiling as product_tiling
+from kernels.linear.tiles import tiling as product_tiling
 from kernels.quantize import TINY
 
 # SMs and shared bytes of a program: A100, H100, B200.

@@ -32,7 +32,8 @@ from kernels._launch import (
 )
 from kernels._operator import operator, register_autograd, register_fake
 from kernels.linear.norm import DeferredNorm, row_statistics
-from kernels.linear.product import ACTIVATIONS, limits, product, tiles_for
+from kernels.linear.product import ACTIVATIONS, product
+from kernels.linear.tiles import form_of, limits, tiles_of
 
 Activation = Literal["none", "gelu", "quick_gelu"]
 Save = Literal["pre", "both"]
@@ -40,7 +41,7 @@ Save = Literal["pre", "both"]
 
 def weight_gradient_into(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool) -> None:
     """out (N, K) fp32 = or += dy.T @ x, on the Triton backend."""
-    rows, tiles = dy.shape[0], tiles_for(out, x, {}, False)
+    rows, tiles = dy.shape[0], tiles_of(form_of(out, dy, {}, False, a_t=True, b_t=True), x.device)
     count = triton.cdiv(out.shape[0], tiles["BLOCK_M"]) * triton.cdiv(out.shape[1], tiles["BLOCK_N"])
     # The result is small and its sums are long: they are split until every SM has a tile.
     splits = max(1, min(limits(x.device)[1] // max(1, count), rows // (4 * tiles["BLOCK_K"])))
@@ -136,7 +137,7 @@ def _input_gradient(
     """dy @ weight, times activation'(pre) where pre is given; then its column sums in fp32; then activation(pre)."""
     out = torch.empty(dy.shape[0], weight.shape[1], dtype=dy.dtype, device=dy.device)
     again = torch.empty(out.shape if hidden else (0,), dtype=dy.dtype, device=dy.device)
-    tiles = tiles_for(out, dy, {}, pre is not None)
+    tiles = tiles_of(form_of(out, dy, {}, pre is not None, b_t=True), dy.device)
     parts = torch.empty(
         0 if pre is None else triton.cdiv(out.shape[0], tiles["BLOCK_M"]), out.shape[1], dtype=torch.float32,
         device=dy.device,

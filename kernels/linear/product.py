@@ -9,7 +9,6 @@ TMA on compute capability 9.0 and above where their memory is aligned to 16 byte
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels._launch import COMPILER_OPTIONS, interpreted, on_device
+from kernels.linear import tiles as choice
 from kernels.quantize import LARGEST, TINY
 
 ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2}
@@ -26,8 +26,6 @@ ACTIVATIONS = {"none": 0, "gelu": 1, "quick_gelu": 2}
 SCALE_BLOCK = 128
 # Rows of tiles whose tiles are neighbors in time.
 GROUP = 8
-# Programs of the interpreter, which runs them one after the other: two show that each takes more than one tile.
-INTERPRETED_SMS = 2
 
 
 @triton.jit
@@ -277,53 +275,6 @@ def product_kernel(
             )  # fmt: skip
 
 
-@functools.cache
-def limits(device: torch.device) -> tuple[int, int, int]:
-    """Compute capability (90 is 9.0), SMs and shared bytes of a program. The interpreter's: an old and small GPU."""
-    if device.type != "cuda":
-        return 80, INTERPRETED_SMS, 99 << 10
-    found = torch.cuda.get_device_properties(device)
-    return 10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin
-
-
-def tiling(
-    M: int, N: int, itemsize: int, capability: int, sms: int, shared: int, *, wide: bool = False, saves: bool = False
-) -> dict[str, int]:
-    """Tile, warps and stages for an (M, N) result of operands of this many bytes a number.
-
-    wide: the epilogue or loop holds a second tile of numbers, which halves the tile that registers allow.
-    saves: the pre-activation is stored too.
-    """
-    depth = 128 // itemsize
-    high, across, warps = 128, 128, 8
-    # Instructions of four warps, whose operands stay in shared memory; 12.0 (consumer Blackwell) has those of 8.0.
-    grouped = 90 <= capability < 120
-    if grouped and not wide and itemsize < 4 and N % 256 == 0:
-        across = 256
-    if -(-M // high) * -(-N // across) < sms:
-        across = 128
-    if -(-M // high) * -(-N // across) < sms // 2:
-        high, warps = 64, 4
-    if not grouped and wide and itemsize == 2:
-        # 64 sums a thread beside as many pre-activations would spill.
-        high, warps = 64, 8
-    stage = (high + across) * depth * itemsize
-    # Of the rest the epilogue takes its part, to bring tiles into the order of memory.
-    stages = max(2, min(4, (shared - (8 << 10)) // stage))
-    # What the registers of an epilogue beside the sums of such a tile allow, without spilling any.
-    parts = 1
-    if across == 256 or grouped and wide and itemsize == 2:
-        parts = 4 if across == 256 and saves else 2
-    return {
-        "BLOCK_M": high,
-        "BLOCK_N": across,
-        "BLOCK_K": depth,
-        "PARTS": parts,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
-
-
 def _aligned(matrix: Tensor) -> bool:
     """Whether TMA can read it: 16 bytes at its start and between rows."""
     return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
@@ -331,7 +282,7 @@ def _aligned(matrix: Tensor) -> bool:
 
 def use_tma(a: Tensor, b: Tensor) -> bool:
     """Whether operands come by TMA."""
-    return a.is_cuda and limits(a.device)[0] >= 90 and _aligned(a) and _aligned(b)
+    return a.is_cuda and choice.limits(a.device)[0] >= 90 and _aligned(a) and _aligned(b)
 
 
 def rows_apart(matrix: Tensor) -> Tensor:
@@ -360,8 +311,11 @@ def product(
         return
     a, b, residual = rows_apart(a), rows_apart(b), operands.get("residual")
     operands["residual"] = residual = None if residual is None else rows_apart(residual)
-    capability, sms, _ = limits(a.device)
-    tiles = dict(tiles or tiles_for(out, a, operands, backward))
+    form = choice.form_of(out, a, operands, backward, a_t=a_t, b_t=b_t)
+    if choice.recorded is not None:
+        given = {"a_t": a_t, "b_t": b_t, "kind": kind, "backward": backward, "splits": splits, "accumulate": accumulate}
+        choice.recorded.setdefault(form, (out, a, b, given | operands))
+    tiles = dict(tiles or choice.tiles_of(form, a.device))
     tma = K > 0 and use_tma(a, b)
     shape_a = [tiles["BLOCK_K"], tiles["BLOCK_M"]] if a_t else [tiles["BLOCK_M"], tiles["BLOCK_K"]]
     shape_b = [tiles["BLOCK_K"], tiles["BLOCK_N"]] if b_t else [tiles["BLOCK_N"], tiles["BLOCK_K"]]
@@ -369,7 +323,7 @@ def product(
     right = TensorDescriptor.from_tensor(b, shape_b) if tma else b
     count = triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(N, tiles["BLOCK_N"]) * splits
     with on_device(out):
-        product_kernel[(min(count, sms),)](
+        product_kernel[(min(count, choice.limits(a.device)[1]),)](
             out,
             operands.get("out_scale"),
             operands.get("pre"),
@@ -412,12 +366,3 @@ def constants(out: Tensor, a: Tensor, a_scale: Tensor | None) -> dict[str, Any]:
         "TINY": TINY,
         "GROUP": GROUP,
     }
-
-
-def tiles_for(out: Tensor, a: Tensor, operands: dict[str, Tensor | None], backward: bool) -> dict[str, int]:
-    """tiling() for these operands on their device."""
-    scale = operands.get("a_scale")
-    by_blocks = scale is not None and scale.ndim == 2 and scale.shape[1] > 1
-    wide = backward or by_blocks or operands.get("out_scale") is not None
-    M, N = out.shape[-2:]
-    return tiling(M, N, a.element_size(), *limits(a.device), wide=wide, saves=operands.get("pre") is not None)

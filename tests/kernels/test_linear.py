@@ -1,7 +1,5 @@
 """kernels.linear against float64 truth written out here: values, gradients, strides, tiles, and the bytes of a launch."""
 
-import importlib
-
 import pytest
 import torch
 import triton
@@ -11,6 +9,7 @@ from torch import Tensor
 import kernels
 from kernels.linear import layers
 from kernels.linear import product as products
+from kernels.linear import tiles as choice
 from tests.kernels.truth import assert_as_good_as_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -218,8 +217,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles and descriptors of compute capability 9.0, whatever runs here."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no TMA")
-    sms = products.limits(torch.device(DEVICE))[1] if DEVICE == "cuda" else 2
-    for module in (products, layers):
+    sms = choice.limits(torch.device(DEVICE))[1] if DEVICE == "cuda" else 2
+    for module in (choice, layers):
         monkeypatch.setattr(module, "limits", lambda device: (90, sms, 227 << 10))
     monkeypatch.setattr(products, "use_tma", lambda a, b: products._aligned(a) and products._aligned(b))
 
@@ -264,7 +263,7 @@ def test_rows_that_are_not_aligned_take_no_descriptor(hopper: None) -> None:
 def test_weight_gradient_adds_in_fp32(sms: int, backend: str, dtype: torch.dtype, monkeypatch) -> None:
     """In one launch, and where its sums are split, which 64 SMs want."""
     if DEVICE == "cpu":
-        for module in (products, layers):
+        for module in (choice, layers):
             monkeypatch.setattr(module, "limits", lambda device: (80, sms, 99 << 10))
     dy, x, before = numbers(1030, 40, dtype=dtype), numbers(1030, 24, dtype=dtype), numbers(40, 24)
     exact = dy.double().T @ x.double()
@@ -310,7 +309,7 @@ def test_launches_move_the_bytes_that_are_claimed(monkeypatch: pytest.MonkeyPatc
     assert moved == forward
     moved.clear()
     out.sum().backward()
-    parts = -(-M // products.tiling(M, H, 2, *products.limits(x.device), wide=True)["BLOCK_M"])
+    parts = -(-M // choice.tiling(M, H, 2, *choice.limits(x.device), wide=True)["BLOCK_M"])
     # dGELU: reads dy, the weight and pre, writes its gradient, the activation and the sums of the bias' gradient.
     backward = [2 * (M * K + H * K + 3 * M * H) + 4 * parts * H, 2 * (M * H + H * K + M * K)]
     assert moved[:2] == backward and len(moved) == 4
@@ -429,12 +428,11 @@ def test_what_does_not_fit_is_refused_by_name(message: str) -> None:
 
 
 def test_tiles_follow_the_shape() -> None:
-    module = importlib.import_module("kernels.linear.product")
     a100, h100 = (80, 108, 163 << 10), (90, 132, 227 << 10)
     tiles = [
-        module.tiling(20480, 3072, 2, *h100),
-        module.tiling(20480, 3072, 2, *a100),
-        module.tiling(64, 512, 2, *h100),
+        choice.tiling(20480, 3072, 2, *h100),
+        choice.tiling(20480, 3072, 2, *a100),
+        choice.tiling(64, 512, 2, *h100),
     ]
     assert [(t["BLOCK_M"], t["BLOCK_N"], t["BLOCK_K"]) for t in tiles] == [
         (128, 256, 64),
@@ -442,5 +440,5 @@ def test_tiles_follow_the_shape() -> None:
         (64, 128, 64),
     ]
     # What a program of compute capability 8.6 may have.
-    small = module.tiling(20480, 3072, 2, 86, 84, 99 << 10)
+    small = choice.tiling(20480, 3072, 2, 86, 84, 99 << 10)
     assert (small["BLOCK_M"] + small["BLOCK_N"]) * small["BLOCK_K"] * 2 * small["num_stages"] <= 99 << 10
