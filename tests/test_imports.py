@@ -52,7 +52,7 @@ def test_import_directions(path: Path) -> None:
             assert own <= ALLOWED[parts[1]] | {parts[1]}, f"imports {own - ALLOWED[parts[1]] - {parts[1]}}"
     if parts != ("umt_fast", "data", "loaders", "dali"):
         assert "nvidia" not in roots
-    if parts != ("kernels", "attention"):
+    if parts not in (("kernels", "attention"), ("kernels", "qkv_attention")):
         assert not roots & {"flash_attn", "xformers"}
 
 

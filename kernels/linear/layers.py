@@ -70,11 +70,6 @@ def _add_weight_gradient(out: Tensor, dy: Tensor, x: Tensor) -> None:
     weight_gradient_into(out, dy, x, True)
 
 
-@register_fake(_add_weight_gradient)
-def _(out, dy, x):
-    return None
-
-
 def _multiply(
     out: Tensor,
     pre: Tensor | None,
