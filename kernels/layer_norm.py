@@ -257,6 +257,26 @@ def _backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, *_: None) -> tuple
 register_autograd(_layer_norm, _backward, setup_context=_setup)
 
 
+class _WithStream(torch.autograd.Function):
+    """(x, weight, bias, eps, dtype) -> the norm and x itself. What comes back for x is added in the norm's backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        y, _, mean, rstd = _layer_norm(x, None, None, weight, bias, eps, dtype)
+        ctx.save_for_backward(x, mean, rstd, None, weight)
+        ctx.set_materialize_grads(False)
+        ctx.branch_dtype, ctx.bias_dtype = None, bias.dtype
+        return y, x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, _, _, dweight, dbias, _, _ = _backward(ctx, dy, dz)
+        return total, dweight, dbias, None, None
+
+
 def _reference(
     x: Tensor,
     branch: Tensor | None,
@@ -281,6 +301,7 @@ def layer_norm(
     *,
     branch: Tensor | None = None,
     branch_scale: Tensor | None = None,
+    with_stream: bool = False,
     dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -293,11 +314,14 @@ def layer_norm(
         branch: (..., K), floating, added to x; or None.
         branch_scale: fp32 that broadcasts to (..., 1), a factor for each row of the branch, as stochastic depth has them; or
             None. It has no gradient.
+        with_stream: without a branch return x too, to go on with: what comes back for it is then added in the norm's backward
+            pass, in place of one of its own. With a branch the sum is returned in any case.
         dtype: of the norm; x's by default. An fp32 stream can give bf16 to the product behind it, and gets fp32 gradients.
         backend: "auto", "reference" or "triton".
 
     Returns:
-        (..., K) in dtype; with a branch also the sum (..., K) in x's dtype. Differentiable in x, branch, weight and bias.
+        (..., K) in dtype; with a branch also the sum, or with_stream x, (..., K) in x's dtype. Differentiable in x, branch,
+        weight and bias.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, more channels than a program holds.
@@ -325,7 +349,12 @@ def layer_norm(
                 "float32, bfloat16 and float16; use backend='reference'"
             )
         no_forward_mode(x, weight, bias, branch)
+        if with_stream and branch is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y, z = _WithStream.apply(rows, weight, bias, eps, dtype)
+            return y.view(x.shape), z.view(x.shape)
         y, z, _, _ = _layer_norm(rows, flat, scale, weight, bias, eps, dtype)
     else:
         y, z = _reference(rows, flat, scale, weight, bias, eps, dtype)
-    return y.view(x.shape) if branch is None else (y.view(x.shape), z.view(x.shape))
+    if branch is None:
+        return (y.view(x.shape), x) if with_stream else y.view(x.shape)
+    return y.view(x.shape), z.view(x.shape)

@@ -110,6 +110,34 @@ def test_it_is_one_graph_and_a_sound_operator() -> None:
         torch.library.opcheck(torch.ops.umt_kernels.layer_norm_backward.default, arguments)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_the_stream_comes_back_with_its_gradient(kind: torch.dtype) -> None:
+    """Values and gradients are those of the norm beside x, and no gradient is added outside the norm's backward pass."""
+    x, _, weight, bias = (t.detach().requires_grad_() for t in inputs(3, 5, 20))
+    found = []
+    for with_stream in (True, False):
+        leaf = x * 1  # not a leaf: a view of one may not be changed
+        if with_stream:
+            y, stream = kernels.layer_norm(leaf, weight, bias, with_stream=True, dtype=kind, backend="triton")
+        else:
+            y, stream = kernels.layer_norm(leaf, weight, bias, dtype=kind, backend="reference"), leaf
+        assert torch.equal(stream, leaf) and y.dtype == kind
+        loss = y.float().square().sum() + (stream * stream.detach().cos()).sum()
+        with torch.profiler.profile() as profile:
+            gradients = torch.autograd.grad(loss, (leaf, weight, bias))
+        found.append((y.detach(), *gradients))
+        names = [event.name for event in profile.events()]
+        assert ("aten::add" in names or "aten::add_" in names) is not with_stream, names
+    step = 2e-2 if kind == torch.bfloat16 else 1e-5
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=step, atol=step)
+    with torch.no_grad():
+        assert kernels.layer_norm(x, weight, bias, with_stream=True, backend="triton")[1] is x
+    y, stream = kernels.layer_norm(x, weight, bias, with_stream=True, backend="triton")
+    (alone,) = torch.autograd.grad(stream.sum(), x)
+    assert (alone == 1).all()
+
+
 def test_second_gradients_are_refused() -> None:
     x, _, weight, bias = (t.detach().requires_grad_() for t in inputs(4, 20))
     y = kernels.layer_norm(x, weight, bias, backend="triton")

@@ -120,7 +120,7 @@ def count(config: Stage1Config) -> Counts:
 
 @pytest.mark.skipif(TORCH < OLDEST_TORCH, reason="counting needs a newer torch")
 def test_bytes_of_a_b16_step_of_64_clips() -> None:
-    """Counted as an H100 would run it eagerly: 146 GB by the library, 40 GB fewer fused."""
+    """Counted as an H100 would run it eagerly: 146 GB by the library, 45 GB fewer fused."""
     gb, flops = {}, {}
     for linear in ("library", "fused"):
         config = stage1_config("b16", 64, "bf16")
@@ -130,7 +130,7 @@ def test_bytes_of_a_b16_step_of_64_clips() -> None:
         flops[linear] = sum(operation.products for operation in counted.operations)
         assert counted.waits == 0
     assert flops["fused"] == pytest.approx(flops["library"], rel=1e-3)
-    assert gb["library"] - gb["fused"] > 38, gb
+    assert gb["library"] - gb["fused"] > 44, gb
 
 
 @NEEDS_KERNELS

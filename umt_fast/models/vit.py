@@ -231,7 +231,7 @@ class Block(Multiplies):
         attn, mlp, first, second = self.attn, self.mlp, self.norm1, self.norm2
         options = {"dtype": dtype, "backend": "triton"}
         attn_scale, mlp_scale = factors or (None, None)
-        normed = kernels.layer_norm(x, first.weight, first.bias, first.eps, **options)
+        normed, x = kernels.layer_norm(x, first.weight, first.bias, first.eps, with_stream=True, **options)
         heads = attn.heads(kernels.linear(normed, attn.qkv.weight, attn.qkv_bias, backend="triton"), packing)
         branch = kernels.linear(heads, attn.proj.weight, attn.proj.bias, backend="triton")
         normed, x = kernels.layer_norm(
