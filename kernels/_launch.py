@@ -31,6 +31,9 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # Of a kernel whose program holds a row in registers.
 MAX_CHANNELS = 16384
 
+# Asked here, since torch.compile of torch 2.11 cannot follow the question.
+_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
 _forced: contextvars.ContextVar[str] = contextvars.ContextVar("kernels_backend", default="auto")
 _checked: contextvars.ContextVar[bool] = contextvars.ContextVar("kernels_checked", default=False)
 
@@ -145,7 +148,7 @@ def row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which a reference computes in the dtypes it is given, as the kernels do under autocast."""
     kind = tensor.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
