@@ -145,10 +145,15 @@ def row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
     return scale.expand(shape).reshape(-1).contiguous()  # one number for all rows would stay one
 
 
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a kind of device."""
+    return kind in _AUTOCAST and torch.is_autocast_enabled(kind)
+
+
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which a reference computes in the dtypes it is given, as the kernels do under autocast."""
     kind = tensor.device.type
-    if kind in _AUTOCAST and torch.is_autocast_enabled(kind):
+    if autocasts(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from kernels import cpu_attention
-from kernels._launch import one_device
+from kernels._launch import autocasts, one_device
 
 log = logging.getLogger("kernels")
 
@@ -215,7 +215,7 @@ def _check_kinds(q: Tensor, k: Tensor, v: Tensor, **others: Tensor | None) -> No
     one_device(q=q, k=k, v=v, **others)
     kind = q.device.type
     # Autocast gives them one dtype.
-    alike = q.dtype == k.dtype == v.dtype or torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    alike = q.dtype == k.dtype == v.dtype or autocasts(kind)
     if not alike or not all(x.is_floating_point() for x in (q, k, v)):
         raise ValueError(f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; all must be of one floating dtype")
 

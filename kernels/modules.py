@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kernels._launch import Backend
+from kernels._launch import Backend, autocasts
 from kernels.layer_norm import layer_norm
 from kernels.linear.layers import Activation, Save, linear, mlp
 from kernels.linear.product import ACTIVATIONS
@@ -19,9 +19,7 @@ from kernels.linear.product import ACTIVATIONS
 
 def _as_autocast(x: Tensor) -> Tensor:
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    return x.to(torch.get_autocast_dtype(kind)) if x.dtype != torch.float64 and autocasts(kind) else x
 
 
 class LayerNorm(nn.LayerNorm):

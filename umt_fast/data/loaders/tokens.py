@@ -212,7 +212,7 @@ def _reached(name: str) -> bool:
 
     try:
         hf_hub_download(name, "tokenizer_config.json")
-    except errors.LocalEntryNotFoundError:
+    except (errors.LocalEntryNotFoundError, RuntimeError):  # the latter from a client that was closed
         return False
     except (OSError, ValueError):  # an answer: no such name, or no such file
         pass
