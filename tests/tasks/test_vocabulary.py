@@ -92,6 +92,20 @@ def test_files_of_earlier_versions_carry_it_once_converted(folder: Path, monkeyp
     assert judged(folder / "saved", folder) == 0
 
 
+def test_a_vocabulary_file_goes_along_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = torch.load(checkpoint(folder), weights_only=True)
+    del content["vocabulary"]
+    content["config"]["tokenizer"] = "words/vocab.txt"
+    torch.save(content, folder / "older.pt")
+    model = umt_fast.load_model(weights="older.pt", device="cpu")
+    expected = model.encode_text(["a red thing"])
+    model.save_pretrained(folder / "saved")
+    assert main(["convert", "older.pt", "older.safetensors"]) == 0
+    elsewhere(folder, monkeypatch)
+    for file in (folder / "saved", folder / "older.safetensors"):
+        assert torch.equal(umt_fast.load_model(weights=file, device="cpu").encode_text(["a red thing"]), expected)
+
+
 def test_other_tokens_are_refused(folder: Path, capsys: pytest.CaptureFixture) -> None:
     """Another order of the same words fits the sizes, and would make other texts of all."""
     other = vocabulary(folder / "turned", [*SPECIAL, *reversed(WORDS[5:])])

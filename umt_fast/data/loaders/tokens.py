@@ -110,6 +110,8 @@ def load_tokenizer(name: str) -> Any:
     with packages_of("text"):
         from transformers import BertTokenizerFast
 
+    if not name:
+        raise DataError("tokenizer is empty; give a name, or a folder with a vocab.txt")
     # Of a folder without a vocabulary a tokenizer is made all the same, to which every word is unknown.
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("vocab.txt", "tokenizer.json")):
         raise DataError(f"the folder {name} holds no tokenizer: neither vocab.txt nor tokenizer.json")

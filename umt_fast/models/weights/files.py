@@ -122,6 +122,18 @@ def folder_record(vocabulary: Vocabulary) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
+def _instead(folder: Path) -> str:
+    """What to give in place of a folder."""
+    if folder.suffix == ".sharded":
+        return f"make one of it: `convert {folder} {folder.stem}.safetensors`"
+    newest = max(folder.glob("checkpoint-*"), default=None)
+    return (
+        f"give a checkpoint of the run, as {newest}"
+        if newest
+        else "give a file, or a folder that save_pretrained wrote"
+    )
+
+
 def read_weights(path: str | Path) -> WeightsFile:
     """A weights file: flat, or the parameters under `model`, `module` or `state_dict`, with or without DDP's prefix; or a
     folder that save_pretrained wrote.
@@ -132,6 +144,8 @@ def read_weights(path: str | Path) -> WeightsFile:
     path = Path(path)
     if is_saved_folder(path):
         return _saved_folder(path)
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder, and weights are one file here; {_instead(path)}")
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}")
     content = _content(path)
