@@ -159,3 +159,22 @@ def test_a_new_run_starts_from_weights_with_its_words(fresh: str, folder: Path, 
     said = capsys.readouterr().err
     assert "tokenizer turned (9-" in said and "does not begin with the tokens of words (9-" in said, said
     assert begin("longer") == 0
+
+
+def test_a_damaged_record_is_one_line(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    content = torch.load(checkpoint(folder), weights_only=True)
+    for change, said in (
+        ({"fingerprint": "x"}, "record of their tokenizer words is damaged: its fingerprint is 'x'"),
+        ({"definition": "{}"}, "the tokenizer words that the weights carry is damaged"),
+        ({"fingerprint": "9-000000000000"}, "has other tokens"),
+    ):
+        torch.save(content | {"vocabulary": content["vocabulary"] | change}, folder / "damaged.pt")
+        capsys.readouterr()
+        assert judged(folder / "damaged.pt", folder) == 2
+        error = capsys.readouterr().err
+        assert said in error and len(error.strip().splitlines()) == 1, error
+    torch.save(content | {"vocabulary": content["vocabulary"] | {"fingerprint": "x"}}, folder / "damaged.pt")
+    assert main(train("new", "words", 1, "--init", "damaged.pt")) == 2
+    # What a later version may add is not in the way.
+    torch.save(content | {"vocabulary": content["vocabulary"] | {"since": 1}}, folder / "later.pt")
+    assert judged(folder / "later.pt", folder) == 0
