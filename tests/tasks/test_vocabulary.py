@@ -50,7 +50,10 @@ def judged(file: Path, folder: Path, *more: object) -> int:
 
 
 def elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another working directory, and no folder of words any more."""
+    """Another working directory, no folder of words any more, and no network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (folder / "other").mkdir()
     monkeypatch.chdir(folder / "other")
     shutil.move(folder / "words", folder / "gone")

@@ -119,8 +119,8 @@ def load_tokenizer(name: str) -> Any:
     missing += "; name a folder that is there (tokenizer=..., of a command --tokenizer)"
     try:
         # Where it cannot be reached, Hugging Face would be asked for each of ten files for half a minute.
-        unreachable = not Path(name).is_dir() and not _reached(name)
-        tokenizer = BertTokenizerFast.from_pretrained(name, local_files_only=unreachable)
+        alone = Path(name).exists() or not _reached(name)
+        tokenizer = BertTokenizerFast.from_pretrained(name, local_files_only=alone)
     except (OSError, ValueError) as error:
         raise DataError(missing) from error
     # What cannot be fetched may come as its special tokens alone, without an error.
