@@ -169,6 +169,7 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
         (["convert", "tests", "out.safetensors"], "the folder tests is not a checkpoint; give a checkpoint-*.pt"),
         (["scan", "x.csv", "--out", "m.jsonl", "--separator", ""], "--separator is empty; give the character"),
         (["prepare", "x.csv", "--out", "p", "--frame_pattern", "a.jpg"], "--frame_pattern is 'a.jpg'; it must hold"),
+        (["quickstart", "--out", __file__], "test_cli.py, which is a file; give the name of a folder"),
         (["bench", "stage3"], "unknown benchmark 'stage3'; did you mean 'stage2'? There are: stage1"),
         (["bench", "finetun"], "unknown benchmark 'finetun'; did you mean 'finetune'?"),
         (["bench", "stage1", "--steps", "0"], "steps is 0"),
@@ -185,6 +186,11 @@ def test_help_of_a_recipe_lists_every_key(capsys: pytest.CaptureFixture) -> None
 )
 def test_bad_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
     assert expected in fails(capsys, *arguments)
+
+
+def test_the_systems_errors_name_the_file_first(tiny_list: Path, capsys: pytest.CaptureFixture) -> None:
+    said = fails(capsys, "prepare", tiny_list, "--out", "/dev/null/x", "--workers", "0")
+    assert said == "umt_fast: error: /dev/null/x: Not a directory\n"
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

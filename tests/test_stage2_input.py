@@ -184,3 +184,5 @@ def test_a_tokenizer_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="no tokenizer 'no-such-tokenizer'"):
         load_tokenizer("no-such-tokenizer")
+    with pytest.raises(DataError, match="tokenizer is empty; give a name"):
+        load_tokenizer("")

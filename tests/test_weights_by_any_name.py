@@ -85,9 +85,9 @@ def test_a_converted_file_keeps_its_tokenizer_or_says_so(
     wanted, words = judged(capsys, checkpoint, captions), tmp_path / "words"
     named, flat = tmp_path / "named.safetensors", tmp_path / "flat.pth"
     assert main(["convert", str(checkpoint), str(named)]) == 0
-    assert f"it names its model and its tokenizer {words}" in capsys.readouterr().out
+    assert f"it names its model and carries its tokenizer {words}, " in capsys.readouterr().out
     assert judged(capsys, named, captions) == wanted
-    assert umt_fast.load_model(weights=named, device="cpu").words == str(words)
+    assert umt_fast.load_model(weights=named, device="cpu").words.name == str(words)
     assert main(["convert", str(named), str(flat)]) == 0
     said = capsys.readouterr().out
     assert f"does not name its model and its tokenizer {words}, so `eval` needs --model and --tokenizer" in said

@@ -169,12 +169,23 @@ def test_hugging_face_out_of_reach_is_asked_once(vocabulary: Path, monkeypatch: 
         raise LocalEntryNotFoundError("no connection")
 
     def cached(name: str, *, local_files_only: bool) -> BertTokenizerFast:
-        assert local_files_only == (name == "a-name")
+        assert local_files_only
         return tokenizer
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", out_of_reach)
     monkeypatch.setattr(BertTokenizerFast, "from_pretrained", cached)
     assert load_tokenizer("a-name") is load_tokenizer(str(vocabulary)) is tokenizer
+
+
+def test_what_lies_here_is_not_asked_for(vocabulary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> str:
+        raise AssertionError("a folder or file of this machine was asked for")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", never)
+    words = load_tokenizer(str(vocabulary)).get_vocab()
+    assert load_tokenizer(str(vocabulary / "vocab.txt")).get_vocab() == words
+    with pytest.raises(AssertionError, match="was asked for"):
+        load_tokenizer("a-name")
 
 
 def test_a_folder_without_a_vocabulary_is_no_tokenizer(tmp_path: Path) -> None:

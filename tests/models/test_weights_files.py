@@ -208,3 +208,15 @@ def test_tensors_without_a_name_are_refused(tmp_path: Path) -> None:
     torch.save({0: torch.ones(2), "weight": torch.ones(2)}, tmp_path / "a.pt")
     with pytest.raises(WeightsError, match="a tensor under 0, which is no name"):
         load_state(tmp_path / "a.pt")
+
+
+def test_a_folder_in_place_of_a_file(tmp_path: Path) -> None:
+    """What to give in its place: a checkpoint of a run folder, a converted file of a sharded one."""
+    sharded = tmp_path / "checkpoint-00000002.sharded"
+    sharded.mkdir()
+    for path, said in (
+        (tmp_path, f"give a checkpoint of the run, as {sharded}"),
+        (sharded, f"`convert {sharded} checkpoint-00000002.safetensors`"),
+    ):
+        with pytest.raises(WeightsError, match=f"{path} is a folder, and weights are one file here; .*{said}"):
+            load_state(path)

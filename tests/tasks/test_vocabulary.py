@@ -50,7 +50,10 @@ def judged(file: Path, folder: Path, *more: object) -> int:
 
 
 def elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another working directory, and no folder of words any more."""
+    """Another working directory, no folder of words any more, and no network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (folder / "other").mkdir()
     monkeypatch.chdir(folder / "other")
     shutil.move(folder / "words", folder / "gone")
@@ -90,6 +93,20 @@ def test_files_of_earlier_versions_carry_it_once_converted(folder: Path, monkeyp
     assert judged(folder / "older.pt", folder) == 2  # a relative name alone
     assert judged(folder / "older.safetensors", folder) == 0
     assert judged(folder / "saved", folder) == 0
+
+
+def test_a_vocabulary_file_goes_along_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = torch.load(checkpoint(folder), weights_only=True)
+    del content["vocabulary"]
+    content["config"]["tokenizer"] = "words/vocab.txt"
+    torch.save(content, folder / "older.pt")
+    model = umt_fast.load_model(weights="older.pt", device="cpu")
+    expected = model.encode_text(["a red thing"])
+    model.save_pretrained(folder / "saved")
+    assert main(["convert", "older.pt", "older.safetensors"]) == 0
+    elsewhere(folder, monkeypatch)
+    for file in (folder / "saved", folder / "older.safetensors"):
+        assert torch.equal(umt_fast.load_model(weights=file, device="cpu").encode_text(["a red thing"]), expected)
 
 
 def test_other_tokens_are_refused(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -145,3 +162,22 @@ def test_a_new_run_starts_from_weights_with_its_words(fresh: str, folder: Path, 
     said = capsys.readouterr().err
     assert "tokenizer turned (9-" in said and "does not begin with the tokens of words (9-" in said, said
     assert begin("longer") == 0
+
+
+def test_a_damaged_record_is_one_line(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    content = torch.load(checkpoint(folder), weights_only=True)
+    for change, said in (
+        ({"fingerprint": "x"}, "record of their tokenizer words is damaged: its fingerprint is 'x'"),
+        ({"definition": "{}"}, "the tokenizer words that the weights carry is damaged"),
+        ({"fingerprint": "9-000000000000"}, "has other tokens"),
+    ):
+        torch.save(content | {"vocabulary": content["vocabulary"] | change}, folder / "damaged.pt")
+        capsys.readouterr()
+        assert judged(folder / "damaged.pt", folder) == 2
+        error = capsys.readouterr().err
+        assert said in error and len(error.strip().splitlines()) == 1, error
+    torch.save(content | {"vocabulary": content["vocabulary"] | {"fingerprint": "x"}}, folder / "damaged.pt")
+    assert main(train("new", "words", 1, "--init", "damaged.pt")) == 2
+    # What a later version may add is not in the way.
+    torch.save(content | {"vocabulary": content["vocabulary"] | {"since": 1}}, folder / "later.pt")
+    assert judged(folder / "later.pt", folder) == 0

@@ -53,8 +53,8 @@ def command(
     if described is not None and described["task"] == "classification":
         state = with_positions(state, vit_config(described))
     words = vocabulary_in(found.rest)
-    if not words.definition and words.name and Path(words.name).is_dir():
-        # Named by an older file, or beside the weights: a folder of this machine would be none elsewhere.
+    if not words.definition and words.name and Path(words.name).exists():
+        # Named by an older file, or beside the weights: a path of this machine would be none elsewhere.
         words = vocabulary_of(load_vocabulary(words), words.name)
     save_state(state, out, described, words if words.name else None)
     values = sum(tensor.numel() for tensor in state.values())

@@ -103,6 +103,8 @@ def _run(name: str, rest: list[str]) -> int:
         print(f"umt_fast: {stop}", file=sys.stderr)
         return 130 if stop.number == signal.SIGINT else 0
     except _user_errors() as error:
-        print(f"umt_fast: error: {error}", file=sys.stderr)
+        # Of the system's own errors the file comes first, as in ours.
+        system = isinstance(error, OSError) and error.strerror and error.filename
+        print(f"umt_fast: error: {f'{error.filename}: {error.strerror}' if system else error}", file=sys.stderr)
         return 2
     return 0

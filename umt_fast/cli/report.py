@@ -42,6 +42,8 @@ def quickstart(arguments: list[str]) -> None:
             seed: Seed of the world, the teacher and the training.
             stage2: Go on to captions and zero-shot retrieval.
         """
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out is {out}, which is a file; give the name of a folder")
         run(out, seed, stage2)
 
     call(command, arguments, "quickstart")

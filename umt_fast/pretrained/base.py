@@ -224,15 +224,15 @@ class PretrainedModel(
         require(str(save_directory) != "", "save_directory is empty; give the name of a folder")
         require(not Path(save_directory).is_file(), f"{save_directory} is a file; give the name of a folder")
         name = self.words.name
-        if self.words.definition or name.count("/") > 1 or name.startswith((".", "/")) or Path(name or "?").is_dir():
+        if self.words.definition or name.count("/") > 1 or name.startswith((".", "/")) or Path(name or "?").exists():
             # No name of the Hub: it has to go along, and without it the model could read no text elsewhere.
             load_vocabulary(self.words)
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         words = self.words
-        # A name alone stays a name; a folder of this machine has to go along.
-        if words.definition or (words.name and Path(words.name).is_dir()):
+        # A name alone stays a name; a folder or file of this machine has to go along.
+        if words.definition or (words.name and Path(words.name).exists()):
             tokenizer = load_vocabulary(words)
             tokenizer.save_pretrained(save_directory)
             words = vocabulary_of(tokenizer, words.name)

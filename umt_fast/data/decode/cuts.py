@@ -1,7 +1,8 @@
 """Videos that are cut in the middle: what is left of them is read, and whoever asks is told.
 
 A download that broke off, or damage, ends a video for its decoder before its container says. Frames are then chosen among those
-that decode, so that nothing fails.
+that decode, and nothing fails. It shows where a decoder stops with an error, where a container counts its frames (MP4, AVI),
+and by its length where it has no sound. A Matroska file with sound that is cut between two packets is taken for a whole one.
 """
 
 from __future__ import annotations

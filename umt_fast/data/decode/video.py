@@ -195,7 +195,8 @@ def _announced(
         return count
     if stream.frames:
         return stream.frames - dropped
-    return count + round(missing * rate) if len(container.streams) == 1 else count
+    # Without a count of frames: the last one may be shown for long.
+    return count + round(missing * rate) if missing > 0.5 and len(container.streams) == 1 else count
 
 
 def announced_frames(path: str | Path) -> tuple[int, int]:

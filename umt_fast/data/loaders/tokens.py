@@ -110,6 +110,8 @@ def load_tokenizer(name: str) -> Any:
     with packages_of("text"):
         from transformers import BertTokenizerFast
 
+    if not name:
+        raise DataError("tokenizer is empty; give a name, or a folder with a vocab.txt")
     # Of a folder without a vocabulary a tokenizer is made all the same, to which every word is unknown.
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("vocab.txt", "tokenizer.json")):
         raise DataError(f"the folder {name} holds no tokenizer: neither vocab.txt nor tokenizer.json")
@@ -117,8 +119,8 @@ def load_tokenizer(name: str) -> Any:
     missing += "; name a folder that is there (tokenizer=..., of a command --tokenizer)"
     try:
         # Where it cannot be reached, Hugging Face would be asked for each of ten files for half a minute.
-        unreachable = not Path(name).is_dir() and not _reached(name)
-        tokenizer = BertTokenizerFast.from_pretrained(name, local_files_only=unreachable)
+        alone = Path(name).exists() or not _reached(name)
+        tokenizer = BertTokenizerFast.from_pretrained(name, local_files_only=alone)
     except (OSError, ValueError) as error:
         raise DataError(missing) from error
     # What cannot be fetched may come as its special tokens alone, without an error.

@@ -90,10 +90,18 @@ def is_saved_folder(path: Path) -> bool:
 
 
 def vocabulary_in(rest: dict[str, Any]) -> Vocabulary:
-    """The tokenizer that a file knows beside its tensors: whole, by name alone as in older files, or none."""
+    """The tokenizer that a file knows beside its tensors: whole, by name alone as in older files, or none.
+
+    Raises WeightsError: it is damaged.
+    """
     carried, record = rest.get("vocabulary"), rest.get("config")
     if isinstance(carried, dict):
-        return Vocabulary(*(str(carried.get(field, "")) for field in Vocabulary._fields))
+        found = Vocabulary(*(str(carried.get(field, "")) for field in Vocabulary._fields))
+        if found.fingerprint and not re.fullmatch(r"\d+-[0-9a-f]{12}", found.fingerprint):
+            raise WeightsError(
+                f"the weights' record of their tokenizer {found.name} is damaged: its fingerprint is {found.fingerprint!r:.40}"
+            )
+        return found
     return Vocabulary(record.get("tokenizer", "") if isinstance(record, dict) else "")
 
 
@@ -122,6 +130,18 @@ def folder_record(vocabulary: Vocabulary) -> dict[str, str]:
     return {key: value for key, value in found.items() if value}
 
 
+def _instead(folder: Path) -> str:
+    """What to give in place of a folder."""
+    if folder.suffix == ".sharded":
+        return f"make one of it: `convert {folder} {folder.stem}.safetensors`"
+    newest = max(folder.glob("checkpoint-*"), default=None)
+    return (
+        f"give a checkpoint of the run, as {newest}"
+        if newest
+        else "give a file, or a folder that save_pretrained wrote"
+    )
+
+
 def read_weights(path: str | Path) -> WeightsFile:
     """A weights file: flat, or the parameters under `model`, `module` or `state_dict`, with or without DDP's prefix; or a
     folder that save_pretrained wrote.
@@ -132,6 +152,8 @@ def read_weights(path: str | Path) -> WeightsFile:
     path = Path(path)
     if is_saved_folder(path):
         return _saved_folder(path)
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder, and weights are one file here; {_instead(path)}")
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}")
     content = _content(path)
@@ -207,9 +229,9 @@ def _safetensors(path: Path) -> dict[str, Any]:
     # Beside the tensors, as in a checkpoint.
     if described is None:
         return content
-    carried = json.loads(head.get(_VOCABULARY, "{}"))
-    words = Vocabulary(**carried) if carried else Vocabulary(head.get(_TOKENIZER, ""))
-    return {"model": content, "model_config": json.loads(described)} | recorded(words)
+    named = {"name": head.get(_TOKENIZER, "")}
+    words = json.loads(head[_VOCABULARY]) if _VOCABULARY in head else named
+    return {"model": content, "model_config": json.loads(described)} | ({"vocabulary": words} if words["name"] else {})
 
 
 def save_state(
