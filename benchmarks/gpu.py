@@ -5,7 +5,7 @@ into the output folder line by line as they are measured, so that whatever ends 
 
     rates.json     the device, its versions, and the rates that bounds and plans hang on (`plan --measured`)
     rates.jsonl    each matrix product and attention timed for it
-    checks.jsonl   kernel tests; attention by backend against float64; a recorded step beside an eager one
+    checks.jsonl   kernel tests; attention by backend against float64; recorded and fused steps beside eager ones
     steps.jsonl    whole training steps in turns, where their time goes, the real Trainer, the official code
     kernels.jsonl  each operation beside the bound its bytes or FLOPs set
     phases.jsonl   how each phase ended, and why
@@ -53,6 +53,9 @@ TESTS = {
     "tests/kernels/test_patch_gather.py": "uint8 or folded",
     "tests/kernels/test_kernels.py": "token_gather_value or test_gather_norm or mask_scores or "
     "both_backends or equal_keys or drawn_zero or impossible_tokens or is_its_formula or compiles_without",
+    "tests/kernels/test_layer_norm.py": "(value_and_gradients and kinds1 and shape3) or stream_comes_back",
+    "tests/kernels/test_linear.py": "(mlp_value and 150 and pre and dtype1) or (rows_of_an_mlp and dtype1 and shape0)",
+    "tests/kernels/test_scaled_linear.py": "two_layers",
     "tests/kernels/test_quantized.py": "int8_product or fp8_product or quantizes_views or product_within",
     "tests/kernels/test_sampling.py": "at_196 or exact_probability",
     "tests/kernels/test_attention.py": "attention_backends or packed_attention or masked_keys",
@@ -92,7 +95,10 @@ def phases_of(sizes: Sequence[str], out: str, official: str = "") -> list[Phase]
         Phase(f"kernels-{size}", ["env", f"UMT_BENCH={size}", *module("bench_kernels", out)], 70, least=15)
         for size in sizes
     ]
-    return found + [Phase("trainer", module("trainer_run", sizes[0]), 80, least=30)]
+    tiles = [sys.executable, "-m", "kernels.tune", f"{out}/tiles.json", "--sizes", sizes[0], "--seconds", "90"]
+    found.append(Phase("trainer", module("trainer_run", sizes[0]), 80, least=30))
+    # Last: it finds tiles for later runs, and can use whatever time is left.
+    return found + ([Phase("tiles", tiles, 120, least=60)] if sizes[0] in ("b16", "l16") else [])
 
 
 def last_states(out: Path) -> dict[str, str]:

@@ -54,7 +54,7 @@ def phase_table(rows: list[Row]) -> str:
 
 
 def check_tables(rows: list[Row]) -> list[str]:
-    """Tests by file; attention's largest error by backend and case; recorded steps."""
+    """Tests by file; attention's largest error by backend and case; ways of a step."""
     parts = []
     tests = {row["file"]: row for row in rows if row["bench"] == "tests"}
     if tests:
@@ -76,9 +76,9 @@ def check_tables(rows: list[Row]) -> list[str]:
     if lines:
         head = ["attention: largest relative error of output, dq, dk, dv", *_backends(values)]
         parts.append(table(head, lines))
-    for row in [row for row in rows if row["bench"] == "recorded step"][-1:]:
+    for row in {row["way"]: row for row in rows if row["bench"] == "way of a step"}.values():
         said = row.get("error") or f"largest relative gap of losses {row['largest_relative_gap']:.2g}"
-        parts.append(f"A recorded step beside an eager one: {said}")
+        parts.append(f"A step beside an eager one, {row['way']}: {said}")
     for row in {row["precision"]: row for row in rows if row["bench"] == "fidelity"}.values():
         said = row.get("error") or (
             f"lowest mean cosine of a layer {min(row['cosine_per_layer']):.4f}, same visible tokens {row['mask_overlap']:.0%} "

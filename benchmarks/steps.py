@@ -41,15 +41,23 @@ HOW = (
     else f"{STEPS} steps back to back by the clock, after {WARM} that are not timed; variants in turns; random clips"
 )
 EIGHT = "fp8" if GPU and torch.cuda.get_device_capability() >= (9, 0) else "int8"
-# What each changes of the run; in order of value, since building the last ones takes longest.
+_GRAPH, _FUSED, _COMPILED = {"cuda_graph": True}, {"linear": "fused"}, {"compile": True}
+# What each changes of the run; in order of value, since building the last ones takes longest. Fused products need a GPU.
 VARIANTS: dict[str, dict[str, object]] = {
-    "eager": {},
-    "plain": {},
-    "graph": {"cuda_graph": True},
-    "compiled": {"compile": True},
-    "compiled+graph": {"compile": True, "cuda_graph": True},
-    f"compiled+graph, {EIGHT} teacher": {"compile": True, "cuda_graph": True, "precision": EIGHT},
-    f"eager, {EIGHT} teacher": {"precision": EIGHT},
+    name: changes
+    for name, changes in {
+        "eager": {},
+        "plain": {},
+        "graph": _GRAPH,
+        "fused+graph": _FUSED | _GRAPH,
+        "compiled+graph": _COMPILED | _GRAPH,
+        f"fused+graph, {EIGHT} teacher": _FUSED | _GRAPH | {"precision": EIGHT},
+        f"compiled+graph, {EIGHT} teacher": _COMPILED | _GRAPH | {"precision": EIGHT},
+        "fused": _FUSED,
+        "compiled": _COMPILED,
+        f"eager, {EIGHT} teacher": {"precision": EIGHT},
+    }.items()
+    if GPU or "linear" not in changes
 }
 Step = Callable[[int], object]
 
@@ -163,7 +171,10 @@ def main(model: str) -> None:
             turn(variant, number, {})
     remember(out, lines, model)
     # The fastest last: its kernels are the ones worth reading.
-    for variant in [v for v in built if v.name == "eager"] + [v for v in built if v.name.startswith("compiled")][-1:]:
+    last = [v for v in built if v.name.startswith("compiled")][-1:] + [v for v in built if v.name.startswith("fused")][
+        -1:
+    ]
+    for variant in [v for v in built if v.name == "eager"] + last:
         lines.add(about | {"bench": "profile", "variant": variant.name} | traced(variant.step, 3 if GPU else 1))
     if left_out:
         sys.exit(f"no time was left for {'; '.join(left_out)}: call again, compiled code is kept")

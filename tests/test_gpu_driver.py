@@ -131,9 +131,10 @@ def test_compiled_code_is_packed_and_unpacked(tmp_path: Path, monkeypatch: pytes
 def test_every_phase_and_test_is_there() -> None:
     phases = gpu.phases_of(["b16", "l16"], "out", "folder")
     names = [entry.name for entry in phases]
-    assert names[:4] == ["machine", "rates", "tests", "checks"] and names[-1] == "trainer" and "official-b16" in names
+    assert names[:4] == ["machine", "rates", "tests", "checks"] and names[-2:] == ["trainer", "tiles"]
+    assert "official-b16" in names and "tiles" not in [entry.name for entry in gpu.phases_of(["tiny"], "out")]
     for entry in phases:
-        module = next(part for part in entry.command if part.startswith("benchmarks."))
+        module = next(part for part in entry.command if part.startswith(("benchmarks.", "kernels.")))
         assert (gpu.REPOSITORY / f"{module.replace('.', '/')}.py").is_file()
     assert all((gpu.REPOSITORY / path).is_file() for path in gpu.TESTS)
 
