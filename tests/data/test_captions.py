@@ -11,7 +11,7 @@ from umt_fast.config import DataConfig
 from umt_fast.data.errors import DataError
 from umt_fast.data.loaders.captions import CaptionLoader
 from umt_fast.data.loaders.clips import ClipLoader
-from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
+from umt_fast.data.loaders.tokens import Tokens, fingerprint_of, load_tokenizer, load_vocabulary, vocabulary_of
 from umt_fast.data.sources.captions import clean_caption, read_captions, read_corpora
 from umt_fast.data.sources.lists import Clip
 
@@ -186,6 +186,22 @@ def test_what_lies_here_is_not_asked_for(vocabulary: Path, monkeypatch: pytest.M
     assert load_tokenizer(str(vocabulary / "vocab.txt")).get_vocab() == words
     with pytest.raises(AssertionError, match="was asked for"):
         load_tokenizer("a-name")
+
+
+def test_a_tokenizer_with_names_of_its_own_is_carried_whole(tmp_path: Path) -> None:
+    """Other special tokens, and letters whose case counts: what a vocabulary alone does not tell."""
+    special = {"cls_token": "<c>", "sep_token": "<s>", "pad_token": "<p>", "unk_token": "<u>", "mask_token": "<m>"}
+    (tmp_path / "vocab.txt").write_text("\n".join([*special.values(), "Red", "red", "##s"]))
+    config = special | {"tokenizer_class": "BertTokenizer", "do_lower_case": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    given = load_tokenizer(str(tmp_path))
+    carried = vocabulary_of(given, "own")
+    again = load_vocabulary(carried)
+    for name in ("cls_token_id", "sep_token_id", "pad_token_id", "unk_token_id", "mask_token_id"):
+        assert getattr(again, name) == getattr(given, name), name
+    texts = ["Reds red", "what"]
+    assert [again(text).input_ids for text in texts] == [given(text).input_ids for text in texts]
+    assert fingerprint_of(again) == carried.fingerprint and len(again) == len(given) == 8
 
 
 def test_a_folder_without_a_vocabulary_is_no_tokenizer(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def test_what_shards_cannot_give_is_refused(table: Path, tmp_path: Path) -> None
     clips = read_list(tmp_path / "out", DataConfig())
     with pytest.raises(DataError, match="--segments 8"):
         ClipLoader(clips, DataConfig(), **(KIND | {"num_frames": 8}))
-    with pytest.raises(DataError, match="sparse sampling; train on the files with data.sampling dense"):
+    with pytest.raises(DataError, match="sparse sampling, and data.sampling is dense; leave the folder out"):
         ClipLoader(clips, DataConfig(sampling="dense"), **KIND)
     with pytest.raises(DataError, match="candidates for data.sampling sparse, and data.sampling is intervals"):
         ClipLoader(clips, DataConfig(sampling="intervals"), **KIND)

@@ -194,6 +194,15 @@ def test_movies_are_read_as_in_training(
     assert found["key_frames"] == 6
     assert "movies are read as in training: --movies whole --first_second 901" in caplog.text
     assert judged(tmp_path, capsys, "--movies", "whole", "--first_second", "901") == found
+    # A bare file has no settings; the recipe that is named has.
+    page = tmp_path / "page.py"
+    page.write_text(
+        "from pathlib import Path\nfrom tests.detection_world import configured\n"
+        "def whole():\n    return configured(Path('.'), Path('.'), 'whole')\n"
+    )
+    torch.save(torch.load(newest(tmp_path), weights_only=True)["model"], tmp_path / "bare.pth")
+    bare = judged(tmp_path, capsys, "--model", f"{page}:whole", file=str(tmp_path / "bare.pth"))
+    assert bare["key_frames"] == 6
     # A second earlier the key frame is the movie's end, which the run's setting would not tell.
     capsys.readouterr()
     wrong = ["--boxes", str(tmp_path / "boxes.csv"), "--first_second", "900", "--workers", "0", "--device", "cpu"]

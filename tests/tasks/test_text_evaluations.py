@@ -19,9 +19,12 @@ from torch import Tensor
 import umt_fast
 from tests.assets import tiny
 from umt_fast.__main__ import main
+from umt_fast.engine.distributed import Ranks
 from umt_fast.models.downstream import RetrievalModel
 from umt_fast.models.video_text import VideoText
+from umt_fast.models.weights import WeightsFile
 from umt_fast.tasks import task_of
+from umt_fast.tasks.matching import TextOptions, load_matcher
 from umt_fast.tasks.multiple_choice import score_options
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -239,3 +242,16 @@ def test_two_ranks_find_and_choose_what_one_does(world: Path, judge: Judge, tmp_
         assert [[str(value) for value in row.values()][:3] for row in next(iter(one.values()))] == [
             [str(value) for value in row.values()][:3] for row in next(iter(two.values()))
         ]
+
+
+def test_texts_with_unknown_words_are_counted_once(world: Path, judge: Judge, caplog: pytest.LogCaptureFixture) -> None:
+    (world / "odd.txt").write_text("a red thing\na zebra\nan okapi\n")
+    judge("recognize", "stage2.pt", "labeled.csv", "--classes", world / "odd.txt", "--templates", "{}")
+    said = [record.getMessage() for record in caplog.records if "does not know" in record.getMessage()]
+    assert said == ["2 of 3 texts have words that the tokenizer does not know; each is read as [UNK]"]
+    caplog.clear()
+    content = torch.load(world / "stage2.pt", weights_only=True)
+    file = WeightsFile(content["model"], content)
+    matcher = load_matcher(file, content["model_config"], world, TextOptions(), Ranks(1, 2, torch.device("cpu")))
+    matcher.tokens(["a zebra"])
+    assert not caplog.text

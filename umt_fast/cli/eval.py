@@ -14,7 +14,7 @@ import umt_fast.probing  # noqa: F401, makes its evaluation known
 from umt_fast import recipe
 from umt_fast.cli.command import call
 from umt_fast.cli.outputs import check_output
-from umt_fast.config import ConfigError, RunConfig, require
+from umt_fast.config import ConfigError, RunConfig, require, to_dict
 from umt_fast.engine.distributed import distributed_run
 from umt_fast.files import write_json
 from umt_fast.hub import weights_path
@@ -79,11 +79,11 @@ def _command_of(judge: Evaluation) -> Callable[..., None]:
             check_output(path, checkpoint, list_path, *read)
         if out is not None and scores is not None and out.resolve() == scores.resolve():
             raise ConfigError(f"--out and --scores are both {out}; give two files")
-        described, tokenizer = _named(model, num_frames, image_size)
+        described, settings = _named(model, num_frames, image_size)
         with distributed_run(RunConfig(device=device)) as ranks:
             path, released = weights_path(checkpoint)
             if released is not None and described is None:
-                described, tokenizer = _named(released.model, released.frames, released.image_size)
+                described, settings = _named(released.model, released.frames, released.image_size)
             figures = evaluate_checkpoint(
                 judge.name,
                 path,
@@ -91,7 +91,7 @@ def _command_of(judge: Evaluation) -> Callable[..., None]:
                 ranks=ranks,
                 options=evaluation,
                 model=described,
-                tokenizer=tokenizer,
+                settings=settings,
             )
             if ranks.first:
                 print(json.dumps(figures))
@@ -101,23 +101,21 @@ def _command_of(judge: Evaluation) -> Callable[..., None]:
     return command
 
 
-def _named(model: str, num_frames: int, image_size: int) -> tuple[dict[str, Any] | None, str]:
-    """The description of --model, with what was said of its clips, and its usual tokenizer."""
+def _named(model: str, num_frames: int, image_size: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """The description of --model, with what was said of its clips, and its settings, as far as they are known."""
     if not model:
         for name, value in (("num_frames", num_frames), ("image_size", image_size)):
             require(value == 0, f"--{name} is for a file whose model is named; give --model, or leave it out")
-        return None, ""
+        return None, {}
     known = MODELS | STAGE1_MODELS
     if model in known:
-        described, tokenizer = known[model](), TOKENIZERS.get(model, "")
+        described, settings = known[model](), {"tokenizer": TOKENIZERS.get(model, "")}
     else:
         try:
             config = recipe.load(model)
         except ConfigError as error:
             raise ConfigError(f"--model {model} is none of {', '.join(known)}, and no recipe: {error}") from error
-        described = task_of(config).describe(config)
-        named = {entry.name for entry in dataclasses.fields(config)}
-        tokenizer = config.tokenizer if "tokenizer" in named else ""
+        described, settings = task_of(config).describe(config), to_dict(config)
     given = {"num_frames": num_frames, "image_size": image_size}
     described["vit"] |= {name: value for name, value in given.items() if value}
-    return described, tokenizer
+    return described, settings

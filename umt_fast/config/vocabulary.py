@@ -13,7 +13,7 @@ class Vocabulary(NamedTuple):
     fingerprint: str = ""
     """The number of its tokens and a hash of them in their order, as `30522-0a1b2c3d4e5f`."""
     definition: str = ""
-    """The whole tokenizer, as a tokenizer.json has it."""
+    """The whole tokenizer: what its tokenizer.json would hold, and which tokens are special, as JSON."""
 
     def given(self, name: str) -> Vocabulary:
         """A tokenizer that somebody names in place of this one: it must have the same tokens, where those are known."""

@@ -2,8 +2,8 @@
 
 A file is `checkpoint-<step>.pt`, a dictionary of plain values and tensors that torch reads with weights_only=True:
 `model` in the official layout, `optimizer`, `trainer`, `loader` (one state per rank), `config`, the run's settings, and
-`model_config`, which alone rebuilds the model (models/description.py). The form of many files,
-`checkpoint-<step>.sharded`, is sharded_checkpoint.py's.
+`model_config`, which alone rebuilds the model (models/description.py), and of one that reads texts `vocabulary`, its
+tokenizer. The form of many files, `checkpoint-<step>.sharded`, is sharded_checkpoint.py's.
 """
 
 from __future__ import annotations

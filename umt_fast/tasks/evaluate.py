@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from umt_fast.config import ConfigError, Vocabulary, by_option
+from umt_fast.config import ConfigError, by_option
 from umt_fast.engine.checkpoint import CheckpointError
 from umt_fast.engine.distributed import Ranks
 from umt_fast.engine.sharded_checkpoint import read_weights as read_sharded
@@ -17,7 +17,6 @@ from umt_fast.models.weights import (
     is_saved_folder,
     kind_of,
     read_weights,
-    recorded,
 )
 from umt_fast.models.weights.finetune import deepspeed_file, is_deepspeed
 from umt_fast.tasks.base import EvalOptions, evaluation_named, evaluations_of
@@ -77,7 +76,7 @@ def evaluate_checkpoint(
     ranks: Ranks,
     options: EvalOptions | None = None,
     model: dict[str, Any] | None = None,
-    tokenizer: str = "",
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The figures of a model on unseen clips; over all ranks, the same on each.
 
@@ -86,7 +85,7 @@ def evaluate_checkpoint(
         list_path: the clips; what kind of list, the evaluation says.
         options: of the evaluation's Options. None: the defaults.
         model: the description (see models/description.py) of a file that has none; sizes it lacks are read from the tensors.
-        tokenizer: the usual one of `model`.
+        settings: what a checkpoint's own `config` would say of the run of `model`, as its tokenizer and where movies lie.
 
     Raises:
         WeightsError, CheckpointError: not readable, weights that are not of the sizes named, or of a task that this
@@ -105,8 +104,7 @@ def evaluate_checkpoint(
         raise WeightsError(
             f"{checkpoint} is of task {described['task']!r}, which `eval {name}` does not judge: {fitting}"
         )
-    if tokenizer:
-        # Where a checkpoint's own record would have it.
-        file = file._replace(rest=file.rest | recorded(Vocabulary(tokenizer)))
+    if settings:
+        file = file._replace(rest=file.rest | {"config": settings})
     data = by_option("data", options.data)
     return evaluation.run(file, described, checkpoint, list_path, data, options, ranks)

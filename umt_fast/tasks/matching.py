@@ -50,6 +50,8 @@ class Matcher(NamedTuple):
     sep: bool
     dtype: Dtype
     """What it is judged in: fp32 after stage 2, as it was trained when fine-tuned."""
+    first: bool
+    """Whether this rank says what is to be said once."""
 
     @property
     def vit(self) -> VitConfig:
@@ -57,7 +59,8 @@ class Matcher(NamedTuple):
 
     def tokens(self, texts: Sequence[str]) -> Tokens:
         """The ids of cleaned texts; one line counts those with words that the tokenizer does not know."""
-        warn_of_unknown(self.words, {"texts": texts})
+        if self.first:
+            warn_of_unknown(self.words, {"texts": texts})
         return Tokens(texts, self.words, max_length=self.max_length, sep=self.sep)
 
 
@@ -99,4 +102,5 @@ def load_matcher(
         options.max_length or described["max_length"],
         described["sep_token"],
         usable_dtype(trained, ranks.device),
+        ranks.first,
     )

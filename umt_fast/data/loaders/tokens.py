@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,7 +139,8 @@ def fingerprint_of(tokenizer: Any, count: int | None = None) -> str:
 
 def vocabulary_of(tokenizer: Any, name: str) -> Vocabulary:
     """What files carry of a tokenizer that was given as `name`."""
-    return Vocabulary(name, fingerprint_of(tokenizer), tokenizer.backend_tokenizer.to_str())
+    parts = {"tokenizer": tokenizer.backend_tokenizer.to_str(), "special_tokens": tokenizer.special_tokens_map}
+    return Vocabulary(name, fingerprint_of(tokenizer), json.dumps(parts, default=str))
 
 
 def load_vocabulary(vocabulary: Vocabulary) -> Any:
@@ -152,7 +154,9 @@ def load_vocabulary(vocabulary: Vocabulary) -> Any:
             from transformers import BertTokenizerFast
 
         try:
-            tokenizer = BertTokenizerFast(tokenizer_object=Tokenizer.from_str(vocabulary.definition))
+            parts = json.loads(vocabulary.definition)
+            whole = Tokenizer.from_str(parts["tokenizer"])
+            tokenizer = BertTokenizerFast(tokenizer_object=whole, **parts["special_tokens"])
         except Exception as error:  # the Rust library has one class for whatever is wrong
             raise DataError(f"the tokenizer {vocabulary.name} that the weights carry is damaged: {error}") from error
     else:

@@ -291,7 +291,8 @@ def check_use(clips: Clips, data: DataConfig, num_frames: int, train: bool) -> N
         stored = settings.segments * settings.per_segment
         if data.sampling == "dense":
             raise DataError(
-                f"{folder} holds candidates for {settings.sampling} sampling; train on the files with data.sampling dense"
+                f"{folder} holds candidates for {settings.sampling} sampling, and data.sampling is dense; leave the folder "
+                f"out to train on the files, or take data.sampling {settings.sampling}"
             )
         # One frame, as of images, is drawn alike by all rules.
         for name in ("sampling", "max_seconds") if num_frames > 1 else ():
