@@ -81,7 +81,7 @@ def test_pre_train_convert_fine_tune_evaluate(tmp_path: Path, tiny_list: Path, c
     others = tiny_list.with_name("others.csv")
     others.write_text("video0.mp4,5\n")
     said = fails(capsys, "eval", "classify", newest_tuned, others)
-    assert "the first 5; this classifier knows no others" in said and "num_classes" not in said
+    assert "the lowest is 5; this classifier knows no others" in said and "num_classes" not in said
     broken = torch.load(newest_tuned, weights_only=True)
     broken["model"]["head.bias"].fill_(float("nan"))
     torch.save(broken, tmp_path / "broken.pt")
