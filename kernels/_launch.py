@@ -134,6 +134,8 @@ def row_scale(scale: Tensor | None, x: Tensor) -> Tensor | None:
     """The factors of the rows of x (..., K), given as fp32 that broadcasts to (..., 1), side by side: (rows,)."""
     if scale is None:
         return None
+    if not isinstance(scale, Tensor):
+        raise ValueError(f"branch_scale is {scale!r}; it must be a tensor, as torch.tensor([0.5])")
     one_device(x=x, branch_scale=scale)
     shape = (*x.shape[:-1], 1)
     broadcasts = scale.ndim <= x.ndim and all(a in (1, b) for a, b in zip(scale.shape[::-1], shape[::-1], strict=False))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels._launch import interpreted
 from kernels.build_case import Case, Promise
 from kernels.build_cases import cases
 
@@ -190,15 +191,24 @@ def table(architectures: list[int]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-if __name__ == "__main__":
-    chosen = [int(text) for text in sys.argv[1:] if text.isdigit()] or [80, 90]
-    if min(chosen) < 80 or any(not text.isdigit() and text != "--table" for text in sys.argv[1:]):
+def main(arguments: Sequence[str]) -> None:
+    """The command."""
+    unknown = [text for text in arguments if text != "--table" and not (text.isdigit() and int(text) >= 80)]
+    if unknown:
         sys.exit(
-            f"python -m kernels.build [--table] [80] [90] ...: {sys.argv[1:]} is not that; 80 (A100) is the oldest"
+            "python -m kernels.build [--table] [80] [90] [100]: architectures from 80 (A100) on; --table makes the README's "
+            f"table. {' '.join(unknown)} is not that"
         )
-    if "--table" in sys.argv:
+    if interpreted():
+        sys.exit("TRITON_INTERPRET is 1, which rules compiling out; unset it")
+    chosen = [int(text) for text in arguments if text.isdigit()] or [80, 90]
+    if "--table" in arguments:
         print(table(chosen))
-    else:
-        for number in chosen:
-            for row in build(number):
-                print(json.dumps(row))
+        return
+    for number in chosen:
+        for row in build(number):
+            print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -271,7 +271,6 @@ class _WithStream(torch.autograd.Function):
         return y, x
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
         total, _, _, dweight, dbias, _, _ = _backward(ctx, dy, dz)
         return total, dweight, dbias, None, None
@@ -329,8 +328,10 @@ def layer_norm(
     width = x.shape[-1] if x.ndim else 0
     if not width or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; it must be floating (..., K)")
-    if weight.shape != (width,) or bias.shape != (width,):
-        raise ValueError(f"weight {tuple(weight.shape)} and bias {tuple(bias.shape)} must be ({width},)")
+    affine = weight, bias
+    if any(part.shape != (width,) or not part.is_floating_point() for part in affine):
+        kinds = " and ".join(f"{part.dtype} {tuple(part.shape)}" for part in affine)
+        raise ValueError(f"weight and bias are {kinds}; they must be floating ({width},)")
     if branch is not None and (branch.shape != x.shape or not branch.is_floating_point()):
         raise ValueError(f"branch is {branch.dtype} {tuple(branch.shape)}; it must be floating {tuple(x.shape)}")
     if branch is None and branch_scale is not None:

@@ -51,10 +51,18 @@ class LayerNorm(nn.LayerNorm):
             raise ValueError(f"normalized_shape is {self.normalized_shape}; it must be one number, of the last axis")
         self.out_dtype, self.backend = out_dtype, backend
 
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x, branch: (..., K). Returns LayerNorm(x), (..., K); with a branch LayerNorm(x + branch), and x + branch in x's
-        dtype."""
-        options = {"branch": branch, "dtype": self.out_dtype, "backend": self.backend}
+    def forward(
+        self,
+        x: Tensor,
+        branch: Tensor | None = None,
+        *,
+        branch_scale: Tensor | None = None,
+        with_stream: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x, branch: (..., K); branch_scale, with_stream: as of kernels.layer_norm. Returns LayerNorm(x), (..., K); with a
+        branch that of the sum, and the sum in x's dtype."""
+        options = {"branch": branch, "branch_scale": branch_scale, "with_stream": with_stream}
+        options |= {"dtype": self.out_dtype, "backend": self.backend}
         return layer_norm(x, self.weight, self.bias, self.eps, **options)
 
     def extra_repr(self) -> str:
@@ -139,11 +147,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out_features or in_features, bias, device=device, dtype=dtype)
         self.activation, self.save, self.backend = activation, save, backend
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: (..., K), residual: (..., N). Returns (..., N) in the residual's dtype, else x's."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, branch_scale: Tensor | None = None) -> Tensor:
+        """x: (..., K), residual: (..., N), branch_scale: as of kernels.mlp. Returns (..., N) in the residual's dtype, else
+        x's."""
         weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         options = {"activation": self.activation, "save": self.save, "backend": self.backend}
-        return mlp(_as_autocast(x), *weights, residual=residual, **options)
+        return mlp(_as_autocast(x), *weights, residual=residual, branch_scale=branch_scale, **options)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, save={self.save!r}"

@@ -291,6 +291,8 @@ def patch_gather(
         ValueError: shapes, dtypes or sizes that do not fit. IndexError: an index or a window out of range (on the CPU; on
             a GPU within kernels.checked() only, because such a check stalls the stream).
     """
+    if video.requires_grad and torch.is_grad_enabled():
+        raise ValueError("patch_gather has no gradient with respect to the video; pass video.detach()")
     view = _channel_last(video)
     if video.ndim != 5 or view.shape[-1] != 3 or not (video.dtype == torch.uint8 or video.is_floating_point()):
         raise ValueError(
@@ -325,6 +327,10 @@ def patch_gather(
         scale = [1 / (255 * s) for s in std]
         shift = [-m / s for m, s in zip(mean, std, strict=True)]
     dtype = dtype or (torch.float32 if out is None else out.dtype)
+    if mean is not None and not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype is {dtype}, which holds no normalized pixels; leave out mean and std, or give a floating one"
+        )
     if not dtype.is_floating_point and dtype != torch.uint8:
         raise ValueError(f"dtype is {dtype}; it must be a floating one, or uint8")
     one_device(video=video, visible=visible, origin=origin)
@@ -388,8 +394,10 @@ def fold_pixels(
         Weight in dtype, bias, and the options of patch_gather for uint8 video. Detached.
 
     Raises:
-        ValueError: a weight or bias of another shape, a std of 0.
+        ValueError: a weight or bias of another shape, a std of 0, a dtype that is not floating.
     """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; it must be a floating one")
     if weight.ndim != 5 or weight.shape[1] != 3 or len(mean) != 3 or len(std) != 3 or 0 in std:
         raise ValueError(
             f"weight is {tuple(weight.shape)}, mean {tuple(mean)} and std {tuple(std)}; they must be (N, 3, tubelet, p, p) and "

@@ -226,7 +226,7 @@ def token_gather(
     Args:
         x: (B, N, C) fp64, fp32, bf16 or fp16; on the Triton backend C is at most 16384, and fp64 takes no table.
         visible: int32 or int64 (B, n); the indices of one row are unique where x takes a gradient.
-        table: (N, C) added after a cast to x's dtype, or None. Constant: it gets no gradient.
+        table: (N, C) added after a cast to x's dtype, or None. Constant: one that requires a gradient is refused.
         backend: "auto", "reference" or "triton".
         out: written in place and returned: contiguous, of the result's shape, dtype and device; x then takes no gradient.
             None: a new one.
@@ -241,6 +241,8 @@ def token_gather(
     taken = use_triton(backend, x)
     _check_rows(x, taken, table is not None)
     one_device(x=x, visible=visible, table=table)
+    if table is not None and table.requires_grad and torch.is_grad_enabled():
+        raise ValueError("table requires a gradient and would get none; pass table.detach(), or add it outside")
     if table is not None and table.shape != x.shape[1:]:
         raise ValueError(f"table has shape {tuple(table.shape)}; it must be {tuple(x.shape[1:])}, a row for each token")
     check_visible(visible, x.shape[0], x.shape[1])

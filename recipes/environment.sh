@@ -14,7 +14,7 @@ make_environment() {
             echo "umt_fast needs Python 3.11 or newer; $base is $("$base" --version 2>&1). Set PYTHON3=/path/to/a/newer/python3." >&2
             return 1
         }
-        echo "Making $ROOT/.venv (once; about 5 GB, two minutes on a fast connection) ..." >&2
+        echo "Making $ROOT/.venv (once; about 6 GB, two minutes on a fast connection) ..." >&2
         rm -f "$ROOT/.venv/installed"
         "$base" -m venv "$ROOT/.venv" &&
             "$ROOT/.venv/bin/python" -m pip install -q --no-compile -c "$ROOT/constraints.txt" -e "$ROOT[test]" &&

@@ -143,7 +143,7 @@ def load_teacher(
     Raises:
         ConfigError: an unknown name, no weights where none are usual. WeightsError: weights that cannot be had or do not fit.
     """
-    near = difflib.get_close_matches(name, TEACHERS, 1, 0.3)
+    near = difflib.get_close_matches(name, TEACHERS, 1, 0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     require(name in TEACHERS, f"unknown teacher {name!r}{hint} There are: {', '.join(TEACHERS)}")
     weights = str(weights) if weights is not None else USUAL_WEIGHTS.get(name)

@@ -43,8 +43,8 @@ def _page(name: str) -> Path:
     for folder in folders():
         if (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
-    near = difflib.get_close_matches(name, names(), 1, 0.3)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = difflib.get_close_matches(name, names(), 1, 0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ConfigError(f"unknown recipe {name!r}{hint} Known: {', '.join(names())}, or the path of a page ending in .py")
 
 
@@ -87,8 +87,8 @@ def load(recipe: str) -> Any:
     }
     variant = variant or getattr(module, "DEFAULT", "")
     if variant not in variants:
-        near = difflib.get_close_matches(variant, variants, 1, 0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(variant, variants, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ConfigError(f"recipe {page} has no variant {variant!r}{hint} It has: {', '.join(sorted(variants))}")
     config = variants[variant]()
     from umt_fast.tasks import TASKS  # imports torch, which `--help` and mistyped names need not wait for

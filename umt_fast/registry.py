@@ -40,7 +40,7 @@ class Registry(Generic[N]):
 
     def unknown(self, name: str) -> str:
         """What to say of a name that nothing has: the nearest one, and all there are."""
-        near = difflib.get_close_matches(name, self.entries, 1, 0.3)
+        near = difflib.get_close_matches(name, self.entries, 1, 0.5)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         return f"unknown {self.sort} {name!r}{hint} Known: {', '.join(self.entries)}"
 

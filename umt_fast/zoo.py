@@ -215,7 +215,7 @@ def require_known(name: str) -> None:
     """Raises ConfigError, with the nearest one, unless list_models has the name."""
     known = list_models()
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1, 0.3)
+        near = difflib.get_close_matches(name, known, 1, 0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"unknown model {name!r}{hint} There are {', '.join(ARCHITECTURES)}, and the released files of list_models()"

@@ -18,6 +18,21 @@ STUDENT = torch.zeros(1, 1, 2, 8)
 PACKED, TOTALS = torch.zeros(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
 
 REFUSED = {
+    "dtype is torch.int8; it must be a floating one": lambda: kernels.fold_pixels(
+        torch.ones(2, 3, 1, 4, 4), None, mean=(0.5,) * 3, std=(0.5,) * 3, dtype=torch.int8
+    ),
+    "dtype is torch.uint8, which holds no normalized pixels": lambda: kernels.patch_gather(
+        torch.zeros(1, 1, 8, 8, 3, dtype=torch.uint8),
+        SEEN[:, :1] * 0,
+        patch_size=8,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        dtype=torch.uint8,
+    ),
+    "branch_scale is 0.5; it must be a tensor": lambda: kernels.layer_norm(
+        X, ONE[0], NONE[0], branch=X, branch_scale=0.5
+    ),
+    r"weight and bias are torch.int32 \(8,\)": lambda: kernels.layer_norm(X, ONE[0].int(), NONE[0]),
     "mean and std together": lambda: kernels.patch_gather(VIDEO, SEEN, patch_size=8, mean=HALF),
     "only for uint8": lambda: kernels.patch_gather(
         torch.zeros(1, 3, 2, 8, 16), SEEN, patch_size=8, mean=HALF, std=HALF
@@ -98,12 +113,15 @@ def test_what_does_not_fit_is_refused_by_name(message: str) -> None:
         REFUSED[message]()
 
 
-def test_patch_gather_says_that_it_has_no_gradient() -> None:
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_what_has_no_gradient_says_so(backend: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     video = torch.zeros(1, 3, 2, 8, 16, device=device, requires_grad=True)
-    rows = kernels.patch_gather(video, SEEN.to(device), patch_size=8, backend="triton")
-    with pytest.raises(RuntimeError, match=r"pass video.detach\(\)"):
-        rows.sum().backward()
+    with pytest.raises(ValueError, match=r"pass video.detach\(\)"):
+        kernels.patch_gather(video, SEEN.to(device), patch_size=8, backend=backend)
+    table = torch.zeros(4, 8, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match=r"table requires a gradient and would get none; pass table.detach\(\)"):
+        kernels.token_gather(torch.zeros(1, 4, 8, device=device), SEEN.to(device), table, backend=backend)
 
 
 def test_block_sizes_and_warps() -> None:

@@ -27,9 +27,8 @@ def test_token_gather_value_and_gradient(batch, tokens, n, width, dtype) -> None
     results = {}
     for backend, kind in (("triton", dtype), ("reference", dtype), ("truth", torch.float64)):
         leaf = x.to(dtype).to(kind).requires_grad_()
-        rows = (table.to(dtype).to(kind) if backend == "truth" else table.clone()).requires_grad_()
+        rows = table.to(dtype).to(kind) if backend == "truth" else table
         out = kernels.token_gather(leaf, visible, rows, backend="reference" if backend == "truth" else backend)
-        assert torch.autograd.grad(out.sum(), rows, retain_graph=True, allow_unused=True) == (None,)
         (gradient,) = torch.autograd.grad(out, leaf, upstream.to(dtype).to(kind))
         results[backend] = (out.detach(), gradient)
     for part in range(2):

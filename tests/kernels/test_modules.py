@@ -168,3 +168,14 @@ def test_what_does_not_fit_is_refused() -> None:
         kernels.Linear(3, 4, activation="relu")
     with pytest.raises(ValueError, match="activation is 'none' and save 'pre'"):
         kernels.Mlp(3, activation="none")
+
+
+def test_branches_are_scaled_and_streams_come_back() -> None:
+    """What the functions take, the modules do."""
+    norm, mlp = kernels.LayerNorm(20).to(DEVICE), kernels.Mlp(20, 30).to(DEVICE)
+    x, scale = torch.randn(3, 5, 20, device=DEVICE), torch.tensor([0.0, 1.0, 2.0], device=DEVICE).view(3, 1, 1)
+    normed, summed = norm(x, x.cos(), branch_scale=scale)
+    torch.testing.assert_close(summed, x + x.cos() * scale)
+    torch.testing.assert_close(normed, norm(summed))
+    assert norm(x, with_stream=True)[1] is x
+    torch.testing.assert_close(mlp(x, x, branch_scale=scale), mlp(x) * scale + x)

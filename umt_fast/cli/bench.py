@@ -20,7 +20,7 @@ def bench(arguments: list[str]) -> None:
     if not arguments or arguments[0] not in known:
         if not arguments:
             raise ConfigError(f"bench needs the name of a benchmark; there are: {', '.join(known)}")
-        near = difflib.get_close_matches(arguments[0], known, 1, 0.3)
+        near = difflib.get_close_matches(arguments[0], known, 1, 0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
         raise ConfigError(f"unknown benchmark {arguments[0]!r}{hint} There are: {', '.join(known)}")
     with room_for(f"bench {' '.join(arguments)}"):

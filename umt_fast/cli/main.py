@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(name: str, rest: list[str]) -> int:
     try:
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1, 0.3)
+            near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown command {name!r}{hint} Commands: {', '.join(COMMANDS)}")
         with packages_of("cli"):

@@ -201,8 +201,8 @@ def register(task: Task) -> Task:
 def task_named(name: str) -> Task:
     """The task of a name. Raises ConfigError: none has it."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 1, 0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(name, TASKS, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ConfigError(f"unknown task {name!r}{hint} Known: {', '.join(TASKS)}")
     return TASKS[name]
 
@@ -272,8 +272,8 @@ def register_evaluation(evaluation: Evaluation) -> Evaluation:
 def evaluation_named(name: str) -> Evaluation:
     """The evaluation of a name. Raises ConfigError: none has it."""
     if name not in EVALUATIONS:
-        near = difflib.get_close_matches(name, EVALUATIONS, 1, 0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(name, EVALUATIONS, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ConfigError(f"unknown evaluation {name!r}{hint} Known: {', '.join(EVALUATIONS)}")
     return EVALUATIONS[name]
 
