@@ -16,9 +16,10 @@ from umt_fast import recipe
 from umt_fast.__main__ import main
 from umt_fast.config import ConfigError, DataConfig
 from umt_fast.data.loaders.clips import ClipLoader
-from umt_fast.data.loaders.tokens import Tokens
+from umt_fast.data.loaders.tokens import Tokens, load_tokenizer
 from umt_fast.data.sources.clip import DataError
 from umt_fast.data.sources.lists import read_list
+from umt_fast.engine.checkpoint import CheckpointError
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.description import MODELS
 from umt_fast.models.weights import WeightsError, load_state, save_state
@@ -342,6 +343,13 @@ def test_files_are_not_taken_for_others(tmp_path: Path, monkeypatch: pytest.Monk
         umt_fast.from_pretrained(path)
     with pytest.raises(WeightsError, match="holds no config.json"):
         umt_fast.from_pretrained(tmp_path)
+    umt_fast.load_model(weights=path, device="cpu").save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"the config.json of .*out is damaged: Expecting property name"):
+        umt_fast.from_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="out holds weights but no config.json, which save_pretrained wrote"):
+        umt_fast.load_model(weights=tmp_path / "out")
 
 
 def test_refused_inputs(tmp_path: Path, tiny_list: Path) -> None:
@@ -375,6 +383,12 @@ def test_refused_inputs(tmp_path: Path, tiny_list: Path) -> None:
     for device, dtype, message in (("gpu", None, "device is 'gpu'"), ("cpu", "fp16", "dtype is 'fp16'")):
         with pytest.raises(ConfigError, match=message):
             umt_fast.load_model(weights=path, device=device, dtype=dtype)
+
+
+def test_a_vocabulary_without_words_is_told(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("")
+    with pytest.raises(DataError, match=f"the tokenizer in {tmp_path} has no words"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_refused_texts(tmp_path: Path, words: Path) -> None:

@@ -217,6 +217,10 @@ def read_weights(path: Path) -> dict[str, Any]:
     Raises CheckpointError for another folder.
     """
     if not (path / ".metadata").is_file():
+        if any(path.glob("*.safetensors")):
+            raise CheckpointError(
+                f"the folder {path} holds weights but no config.json, which save_pretrained wrote beside them"
+            )
         raise CheckpointError(
             f"the folder {path} is not a checkpoint; give a checkpoint-*.pt or checkpoint-*.sharded of a run"
         )

@@ -8,6 +8,7 @@ Legend: B clips, T frames of a clip, t, h, w token frames, rows and columns, C w
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -272,6 +273,10 @@ class PretrainedModel(
             return super().from_pretrained(source, device=device, dtype=dtype, **options)
         except (WeightsError, ConfigError, DataError):
             raise
+        except json.JSONDecodeError as error:
+            raise WeightsError(
+                f"the {CONFIG} of {source} is damaged: {error}; save or fetch the model again"
+            ) from error
         except (OSError, ValueError) as error:  # the hub client has its own tree of errors; JSON's are ValueErrors
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise WeightsError(f"no model can be had from {source}, as a folder or a repository: {reason}") from error

@@ -126,7 +126,9 @@ def load_tokenizer(name: str) -> Any:
         raise DataError(missing) from error
     # What cannot be fetched may come as its special tokens alone, without an error.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise DataError(missing)
+        raise DataError(
+            f"the tokenizer in {name} has no words; its vocabulary is empty" if Path(name).is_dir() else missing
+        )
     return tokenizer
 
 
