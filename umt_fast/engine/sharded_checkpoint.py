@@ -217,7 +217,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     Raises CheckpointError for another folder.
     """
     if not (path / ".metadata").is_file():
-        if any(path.glob("*.safetensors")):
+        if (path / "model.safetensors").is_file():
             raise CheckpointError(
                 f"the folder {path} holds weights but no config.json, which save_pretrained wrote beside them"
             )
