@@ -345,7 +345,7 @@ def test_files_are_not_taken_for_others(tmp_path: Path, monkeypatch: pytest.Monk
         umt_fast.from_pretrained(tmp_path)
     umt_fast.load_model(weights=path, device="cpu").save_pretrained(tmp_path / "out")
     (tmp_path / "out" / "config.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"the config.json of .*out is damaged: Expecting property name"):
+    with pytest.raises(WeightsError, match="out/config.json is no JSON; give a folder that save_pretrained wrote"):
         umt_fast.from_pretrained(tmp_path / "out")
     (tmp_path / "out" / "config.json").unlink()
     with pytest.raises(CheckpointError, match="out holds weights but no config.json, which save_pretrained wrote"):

@@ -120,7 +120,7 @@ def test_a_released_file_by_its_name(
             "config.json describes no model of umt_fast",
             "config.json describes no model of umt_fast",
         ),
-        ("{", "config.json is no JSON", "no model can be had from"),
+        ("{", "config.json is no JSON", "config.json is no JSON"),
     ],
 )
 def test_folders_of_others(

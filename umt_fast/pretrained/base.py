@@ -274,9 +274,7 @@ class PretrainedModel(
         except (WeightsError, ConfigError, DataError):
             raise
         except json.JSONDecodeError as error:
-            raise WeightsError(
-                f"the {CONFIG} of {source} is damaged: {error}; save or fetch the model again"
-            ) from error
+            raise WeightsError(f"{source}/{CONFIG} is no JSON; give a folder that save_pretrained wrote") from error
         except (OSError, ValueError) as error:  # the hub client has its own tree of errors; JSON's are ValueErrors
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise WeightsError(f"no model can be had from {source}, as a folder or a repository: {reason}") from error
