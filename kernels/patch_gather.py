@@ -34,7 +34,7 @@ from kernels._launch import (
     use_triton,
     values_can_be_checked,
 )
-from kernels._operator import operator, register_autograd, register_fake
+from kernels._operator import operator, register_fake
 
 Order = Literal["channels_first", "channels_last"]
 # Bytes of uint8 that a thread loads at once where a row is ordered as the pixels lie.
@@ -207,13 +207,6 @@ def _patch_gather(
 @register_fake(_patch_gather)
 def _(video, visible, scale, shift, origin, rows, columns, patch, tubelet, dtype, last):
     return video.new_empty(*visible.shape, 3 * tubelet * patch * patch, dtype=dtype)
-
-
-def _no_gradient(ctx, *gradients):
-    raise RuntimeError("patch_gather has no gradient with respect to the video; pass video.detach()")
-
-
-register_autograd(_patch_gather, _no_gradient)
 
 
 def _reference(

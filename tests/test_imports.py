@@ -56,6 +56,14 @@ def test_import_directions(path: Path) -> None:
         assert not roots & {"flash_attn", "xformers"}
 
 
+def test_no_file_is_longer_than_450_lines() -> None:
+    """Tests included: a reader who wants to know one thing opens one file."""
+    parts = ("umt_fast", "kernels", "benchmarks", "recipes", "tests")
+    listed = [path for part in parts for path in (REPOSITORY / part).rglob("*.py")]
+    lengths = {str(path.relative_to(REPOSITORY)): len(path.read_text().splitlines()) for path in listed}
+    assert len(lengths) > 400 and not {name: lines for name, lines in lengths.items() if lines > 450}
+
+
 def run(program: str) -> str:
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
